@@ -1,0 +1,229 @@
+import numpy as np
+import pytest
+
+from pixelgen.data import Digits
+from pixelgen.errors import UserError
+from pixelgen.metrics import (
+    evaluate_digits,
+    frechet_distance,
+    pixel_frechet,
+    svc_agreement,
+    to_digit_levels,
+    within_class_variance_ratio,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = Digits()
+    return data.images.numpy(), data.labels.numpy()
+
+
+def _class_means(images, labels):
+    means = np.stack([images[labels == label].mean(axis=0) for label in range(10)])
+    return np.round(means).astype(np.uint8)[labels]
+
+
+# --- Frechet distance
+
+
+def test_frechet_of_known_gaussians():
+    # 2 D points at +-a along each axis have variance 2 a^2 / (2 D - 1) there and no covariance.
+    def points(mean, variances):
+        width = len(variances)
+        axes = np.diag(np.sqrt(np.array(variances) * (2 * width - 1) / 2))
+        return np.concatenate([axes, -axes]) + mean
+
+    got = frechet_distance(points([0, 0, 0], [1, 4, 9]), points([1, 2, 3], [4, 4, 1]))
+    assert got == pytest.approx(14 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
+
+
+def test_frechet_equals_the_matrix_square_root():
+    from scipy.linalg import sqrtm
+
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(300, 12)) @ generator.normal(size=(12, 12))
+    y = generator.normal(size=(200, 12)) @ generator.normal(size=(12, 12)) + 0.5
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2 * sqrtm(cov_x @ cov_y).real)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_is_a_distance():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(50, 5)), generator.normal(size=(40, 5)) * 2 + 1
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x))
+    assert frechet_distance(x, x[::-1] + 3) == pytest.approx(45)
+
+
+def test_frechet_of_singular_covariances():
+    generator = np.random.default_rng(0)
+    x = np.zeros((10, 64))  # fewer points than dimensions, most of them constant
+    x[:, :3] = generator.normal(size=(10, 3)) * 1e3
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-2)
+    constant = np.ones((10, 64))
+    assert frechet_distance(constant, constant) == 0
+    expected = ((x.mean(0) - 1) ** 2).sum() + x.var(axis=0, ddof=1).sum()
+    assert frechet_distance(x, constant) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (np.zeros(4), np.zeros((4, 1)), r"x must have shape \(N >= 2, D >= 1\), got \(4,\)"),
+        (np.zeros((4, 2)), np.zeros((1, 2)), r"y must have shape \(N >= 2, D >= 1\), got \(1, 2\)"),
+        (np.zeros((4, 2)), np.zeros((4, 3)), "x and y must have the same width, got 2 and 3"),
+        (np.full((4, 2), np.nan), np.zeros((4, 2)), "x must be finite"),
+    ],
+)
+def test_frechet_errors(x, y, message):
+    with pytest.raises(ValueError, match=f"frechet_distance: {message}"):
+        frechet_distance(x, y)
+
+
+# --- digits: figures that tell what a distance means
+
+
+def test_frechet_of_class_means(digits):
+    images, labels = digits
+    assert pixel_frechet(_class_means(images, labels), images) == pytest.approx(451, abs=1)
+
+
+def test_frechet_of_halves(digits):
+    images, _ = digits
+    distances = []
+    for seed in range(10):
+        order = np.random.default_rng(seed).permutation(len(images))
+        distances.append(pixel_frechet(images[order[::2]], images[order[1::2]]))
+    assert 17 < np.mean(distances) < 21
+    assert all(15 < distance < 25 for distance in distances)
+
+
+def test_frechet_of_bootstraps(digits):
+    images, _ = digits
+    for seed in range(5):
+        index = np.random.default_rng(seed).integers(0, len(images), len(images))
+        assert 3.5 < pixel_frechet(images[index], images) < 6.5
+
+
+def test_report_of_the_real_digits(digits):
+    report = evaluate_digits(*digits)
+    assert report["num_samples"] == 1797
+    assert report["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert report["variance_ratio"] == pytest.approx(1)
+    assert report["svc_agreement"] > 0.998
+
+
+def test_report_sees_what_accuracy_does_not(digits):
+    images, labels = digits
+    report = evaluate_digits(_class_means(images, labels), labels)
+    assert report["svc_agreement"] == 1
+    assert report["variance_ratio"] == pytest.approx(0, abs=1e-9)
+    assert report["frechet_distance"] > 400
+
+
+def test_report_of_wrong_labels_and_noise(digits):
+    images, labels = digits
+    assert evaluate_digits(images, (labels + 1) % 10)["svc_agreement"] < 0.01
+    noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    report = evaluate_digits(noise, labels)
+    assert report["svc_agreement"] < 0.3
+    assert report["variance_ratio"] > 1.5
+    assert report["frechet_distance"] > 1000
+
+
+def test_layouts_and_sizes_agree(digits):
+    images, labels = digits
+    images, labels = images[:300], labels[:300]
+    expected = evaluate_digits(images, labels)
+    last = images.transpose(0, 2, 3, 1)
+    for other in (images[:, 0], last, images.repeat(3, axis=1), last.repeat(3, axis=3)):
+        assert evaluate_digits(other, labels) == pytest.approx(expected)
+    nearest = images.repeat(4, axis=2).repeat(4, axis=3)
+    np.testing.assert_allclose(to_digit_levels(nearest), to_digit_levels(images))
+
+
+def test_larger_digits_are_measured_against_larger_digits():
+    data = Digits(image_size=16, channels=3)
+    report = evaluate_digits(data.images, data.labels)  # tensors do as well
+    assert report["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert report["variance_ratio"] == pytest.approx(1)
+    assert report["svc_agreement"] > 0.99
+
+
+def test_levels_are_the_data_sets_own(digits):
+    from sklearn.datasets import load_digits
+
+    levels = to_digit_levels(digits[0])
+    expected = load_digits(return_X_y=True)[0]
+    assert np.abs(levels - expected).max() < 0.04  # 128 is the byte of level 8: 8.03
+    np.testing.assert_array_equal(np.round(levels), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((4, 8, 8)), "images must be uint8, got float64"),
+        (np.zeros((4, 8, 6), np.uint8), r"must be square .* got \(4, 8, 6\)"),
+        (np.zeros((4, 12, 12), np.uint8), r"a side of 8 \* k, got \(4, 12, 12\)"),
+        (np.zeros((4, 2, 8, 8), np.uint8), r"1 or 3 channels .* got \(4, 2, 8, 8\)"),
+        (np.zeros((8, 8), np.uint8), r"got \(8, 8\)"),
+        (np.zeros((4, 1, 0, 0), np.uint8), r"got \(4, 1, 0, 0\)"),
+    ],
+)
+def test_digit_image_errors(images, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_digits(images, np.zeros(len(images), dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 0, 0], r"need one label per sample, got \(3,\) labels for 4"),
+        ([0, 0, 10, 10], r"labels must be integers 0 to 9, got int64 \[ 0 10\]"),
+        ([0.0, 0.0, 1.0, 1.0], r"labels must be integers 0 to 9, got float64"),
+        ([0, 0, 0, 1], "at least 2 samples of every class in labels, got 1 of 1"),
+    ],
+)
+def test_digit_label_errors(labels, message):
+    with pytest.raises(UserError, match=f"evaluate_digits: .*{message}"):
+        evaluate_digits(np.zeros((4, 8, 8), np.uint8), labels)
+
+
+def test_no_samples():
+    with pytest.raises(UserError, match="at least 2 samples of every class in labels, got none"):
+        evaluate_digits(np.zeros((0, 1, 8, 8), np.uint8), np.zeros(0, np.int64))
+    with pytest.raises(UserError, match="svc_agreement: need one label per sample"):
+        svc_agreement(np.zeros((0, 1, 8, 8), np.uint8), np.zeros(0, np.int64))
+
+
+# --- variance
+
+
+def test_variance_ratio_weighs_classes_equally():
+    real, real_labels = np.array([[-1.0], [1.0], [9.0], [11.0]]), np.array([0, 0, 1, 1])
+    samples = np.array([[-2.0], [2.0], [9.0], [10.0], [11.0]])
+    ratio = within_class_variance_ratio(samples, [0, 0, 1, 1, 1], real, real_labels)
+    assert ratio == pytest.approx(((8 + 1) / 2) / ((2 + 2) / 2))  # unbiased variances, classes weigh the same
+    only_first = within_class_variance_ratio(samples[:2], [0, 0], real, real_labels)
+    assert only_first == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "labels", "real", "message"),
+    [
+        ([[1.0], [2.0]], [0, 1], [[1.0], [2.0]], "samples must hold 2 or more of class 0, got 1"),
+        ([[1.0], [2.0]], [1, 1], [[1.0], [2.0]], "real must hold 2 or more of class 1, got 0"),
+        (
+            [[1.0], [2.0]],
+            [0],
+            [[1.0], [2.0]],
+            r"samples must have one label each, got \(2,\) and labels \(1,\)",
+        ),
+        ([[1.0], [2.0]], [0, 0], [[1.0], [1.0]], "real images must vary"),
+    ],
+)
+def test_variance_ratio_errors(samples, labels, real, message):
+    with pytest.raises(ValueError, match=f"within_class_variance_ratio: {message}"):
+        within_class_variance_ratio(samples, labels, real, [0, 0])
