@@ -1,0 +1,266 @@
+"""What the denoisers share: embeddings, position tables, attention, SwiGLU, the AdaLN block.
+
+Module and parameter names follow the published PixelGen code, so that its checkpoints load strictly. Layers
+reach the fused ops only through the ``Ops`` they are given (``pixelgen_kernels.select``).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pixelgen_kernels import Ops
+from torch import Tensor, nn
+
+
+def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
+    """Fixed 2-D sine-cosine table (DiT, arXiv 2212.09748).
+
+    The first half of the channels encodes the column, the second half the row; inside each half all sines
+    come first, then all cosines, at frequencies 10000^(-k / (C/4)). Computed in float64.
+
+    Args:
+        width: channels C, a multiple of 4.
+        rows: rows of the patch grid.
+        columns: columns of the patch grid.
+
+    Returns:
+        (1, rows * columns, C) fp32 in raster order.
+    """
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+
+    def encode(position: Tensor) -> Tensor:
+        angle = position[:, None] * frequency  # (T, C/4)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row, column = _raster(rows, columns)
+    return torch.cat([encode(column), encode(row)], dim=1).float()[None]
+
+
+def rope_table(head_dim: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Axial RoPE: the first half of the head rotates with the row, the second half with the column.
+
+    Pair j of an axis turns by ``position * 10000^(-2j / (D/2))`` with integer positions.
+
+    Args:
+        head_dim: head dimension D, a multiple of 4.
+        rows: rows of the patch grid.
+        columns: columns of the patch grid.
+
+    Returns:
+        cos and sin, each (rows * columns, D / 2) fp32, for adjacent channel pairs (2i, 2i + 1).
+    """
+    pairs = torch.arange(head_dim // 4, dtype=torch.float64, device="cpu")
+    frequency = 10000.0 ** (-2.0 * pairs / (head_dim // 2))
+    row, column = _raster(rows, columns)
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def _raster(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64, device="cpu"),
+        torch.arange(columns, dtype=torch.float64, device="cpu"),
+        indexing="ij",
+    )
+    return row.flatten(), column.flatten()
+
+
+class PositionTable(nn.Module):
+    """Constant fp32 tables that follow the model's device but never its dtype, and stay out of checkpoints.
+
+    A pure bf16 model would otherwise round its angles to 8 bits.
+    """
+
+    def __init__(self, head_dim: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.shape = (head_dim, rows, columns)
+        cos, sin = rope_table(*self.shape)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Computed again instead of converted: a cast loses digits, and leaving meta there is nothing to copy.
+        device = fn(self.cos).device
+        cos, sin = rope_table(*self.shape)
+        self.cos, self.sin = cos.to(device), sin.to(device)
+        return self
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin, each (T, D / 2) fp32."""
+        return self.cos, self.sin
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight (C,) of an RMSNorm; the arithmetic lives in the fused ops."""
+
+    eps = 1e-6
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: one projection, or two with a bottleneck between them.
+
+    The parameters have convolution shapes as in the published checkpoints; applied to patchified pixels they
+    are plain matrix products.
+    """
+
+    def __init__(self, channels: int, patch_size: int, width: int, bottleneck_dim: int) -> None:
+        super().__init__()
+        inner = bottleneck_dim or width
+        self.proj1 = nn.Conv2d(channels, inner, patch_size, patch_size, bias=bottleneck_dim == 0)
+        self.proj2 = nn.Conv2d(inner, width, 1) if bottleneck_dim else None
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights seen as matrices, zero biases."""
+        for proj in (self.proj1, self.proj2):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight.flatten(1))
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T, P*P*channels) channel-first patches to (B, T, C)."""
+        x = F.linear(tokens.to(self.proj1.weight.dtype), self.proj1.weight.flatten(1), self.proj1.bias)
+        return x if self.proj2 is None else F.linear(x, self.proj2.weight.flatten(1), self.proj2.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time in [0, 1] to a vector: 128 cosines and 128 sines of t * max_period^(-k/128), then an MLP."""
+
+    num_features = 256
+
+    def __init__(self, width: int, max_period: float = 10000.0) -> None:
+        super().__init__()
+        self.max_period = max_period
+        self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02) weights, zero biases."""
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) to (B, C). The features are fp32 whatever the weights are."""
+        half = self.num_features // 2
+        frequency = torch.exp(
+            torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(self.max_period) / half)
+        )
+        angle = t.float()[:, None] * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class index to a vector; row ``num_classes`` is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02)."""
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B,) int64 to (B, C)."""
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Self-attention with RMSNorm on queries and keys and axial RoPE on the image tokens."""
+
+    def __init__(self, width: int, heads: int, attn_dropout: float, proj_dropout: float, ops: Ops) -> None:
+        super().__init__()
+        self.heads, self.attn_dropout, self.proj_dropout, self.ops = heads, attn_dropout, proj_dropout, ops
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], num_prefix_tokens: int) -> Tensor:
+        """(B, T, C) to (B, T, C); the first ``num_prefix_tokens`` tokens are not rotated."""
+        q, k, v = self.ops.qk_norm_rope(
+            self.qkv(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *rope,
+            num_heads=self.heads,
+            num_prefix_tokens=num_prefix_tokens,
+            eps=RMSNorm.eps,
+        )  # (B, N, T, D) each
+        dropout = self.attn_dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        x = self.proj(x.transpose(1, 2).flatten(2))
+        return F.dropout(x, self.proj_dropout, self.training)
+
+
+class SwiGLU(nn.Module):
+    """silu(x W1) * (x W2), projected back; W1 and W2 are one packed matrix ``w12``."""
+
+    def __init__(self, width: int, inner: int, dropout: float, ops: Ops, bias: bool = True) -> None:
+        super().__init__()
+        self.dropout, self.ops = dropout, ops
+        self.w12 = nn.Linear(width, 2 * inner, bias=bias)
+        self.w3 = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        return self.w3(F.dropout(self.ops.swiglu(self.w12(x)), self.dropout, self.training))
+
+
+class Block(nn.Module):
+    """AdaLN transformer block: x + gate * f(norm(x) * (1 + scale) + shift), attention then MLP."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+        ops: Ops,
+    ) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, attn_dropout, proj_dropout, ops)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, mlp_width, proj_dropout, ops)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(
+        self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor], num_prefix_tokens: int = 0
+    ) -> Tensor:
+        """x (B, T, C), condition (B, C) to (B, T, C) in x's dtype."""
+        modulation = self.adaLN_modulation(condition).to(x.dtype)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        h = self.ops.rms_norm_modulate(x, shift_attn, scale_attn, self.norm1.weight, eps=RMSNorm.eps)
+        h = self.attn(h, rope, num_prefix_tokens).to(x.dtype)
+        x, h = self.ops.gate_residual_norm_modulate(
+            x, h, gate_attn, shift_mlp, scale_mlp, self.norm2.weight, eps=RMSNorm.eps
+        )
+        return torch.addcmul(x, gate_mlp[:, None], self.mlp(h).to(x.dtype))
+
+
+class FinalLayer(nn.Module):
+    """RMSNorm with its own shift and scale, then one projection to the pixels of a patch, channel fastest."""
+
+    def __init__(self, width: int, patch_dim: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B, T, C), condition (B, C) to (B, T, P*P*channels)."""
+        shift, scale = self.adaLN_modulation(condition).to(x.dtype).chunk(2, dim=1)
+        x = self.ops.rms_norm_modulate(x, shift, scale, self.norm_final.weight, eps=RMSNorm.eps)
+        return self.linear(x)

@@ -1,0 +1,119 @@
+"""Reading the checkpoints of the public PixelGen code (Lightning files) into our models, strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixelgen.errors import UserError
+from pixelgen.models.jit import JiT
+from pixelgen.models.layers import sincos_position_table
+from pixelgen.models.sizes import ModelConfig
+
+PREFIX = {"raw": "denoiser.", "ema": "ema_denoiser."}
+PROJECTOR_PREFIX = "diffusion_trainer.proj.0."
+
+
+def config_from_reference(config: dict) -> ModelConfig:
+    """Translates the constructor arguments of the published class-conditional denoiser.
+
+    Args:
+        config: ``input_size``, ``hidden_size``, ``num_heads`` and so on, as in the published YAML files.
+
+    Raises:
+        UserError: an argument this model does not have.
+    """
+    names = {
+        "input_size": "image_size",
+        "in_channels": "channels",
+        "hidden_size": "width",
+        "num_heads": "heads",
+    }
+    names |= {"attn_drop": "attn_dropout", "proj_drop": "proj_dropout"}
+    use_bottleneck = config.get("use_bottleneck", True)  # the published default
+    fields = {names.get(key, key): value for key, value in config.items() if key != "use_bottleneck"}
+    if not use_bottleneck:
+        fields["bottleneck_dim"] = 0
+    unknown = sorted(set(fields) - set(ModelConfig.__dataclass_fields__))
+    if unknown:
+        raise UserError(f"config_from_reference: unknown arguments {', '.join(unknown)}")
+    return ModelConfig(**fields)
+
+
+def load_strictly(model: JiT, state: dict[str, Tensor], source: str) -> None:
+    """Copies ``state`` into ``model`` and accepts no difference in names or shapes.
+
+    The one exception is ``pos_embed``: it is a fixed table, so a checkpoint trained at another resolution may
+    carry another shape, and the model's own table is kept.
+
+    Args:
+        model: the model to fill.
+        state: tensors under the published key names, any float dtype.
+        source: what the error message calls it, usually the file's path.
+
+    Raises:
+        UserError: lists every missing, unexpected and misshapen key.
+    """
+    own = model.state_dict()
+    state = dict(state)
+    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
+        state["pos_embed"] = sincos_position_table(model.config.width, *model.config.grid)
+    problems = [f"missing {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit {model.config}: {'; '.join(sorted(problems))}")
+    model.load_state_dict(state)
+
+
+def read_released_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The ``state_dict`` of a Lightning checkpoint, read without running any pickled code.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a file of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable torch checkpoint: {str(error).splitlines()[0]}") from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not any(key.startswith("denoiser.") for key in state):
+        raise UserError(f"{path} is not a PixelGen checkpoint: it has no 'state_dict' with 'denoiser.*' keys")
+    return state
+
+
+def load_released_checkpoint(
+    path: str | Path,
+    config: ModelConfig,
+    weights: Literal["raw", "ema"] = "ema",
+    kernels: Literal["auto", "eager"] = "auto",
+) -> JiT:
+    """A denoiser with the weights of a published checkpoint.
+
+    Args:
+        path: a ``.ckpt`` file written by the public PixelGen code.
+        config: its architecture, for example ``model_config("PixelGen-XL/16")``.
+        weights: ``"ema"`` for the averaged weights, ``"raw"`` for the trained ones.
+        kernels: as in ``JiT``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a file of another kind, or weights that do not fit ``config``.
+    """
+    state = read_released_checkpoint(path)
+    prefix = PREFIX[weights]
+    denoiser = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    model = JiT(config, kernels)
+    load_strictly(model, denoiser, str(path))
+    return model.eval()

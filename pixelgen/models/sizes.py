@@ -1,0 +1,160 @@
+"""Architecture of the class-conditional denoiser and the published sizes, by name. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pixelgen.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture of a JiT denoiser (arXiv 2511.13720; PixelGen's uses the same, 2602.02493).
+
+    Args:
+        width: channels C of a token; a multiple of 4 and of ``heads``.
+        depth: number of transformer blocks.
+        heads: attention heads N; C / N, the head dimension, must be a multiple of 4.
+        patch_size: side P of a square patch in pixels.
+        image_size: image side in pixels, or ``(height, width)``; both multiples of ``patch_size``.
+        channels: image channels.
+        num_classes: classes of the data; the embedding has one more row, the null label.
+        mlp_ratio: the SwiGLU's inner width is ``int(int(C * mlp_ratio) * 2 / 3)``.
+        bottleneck_dim: width of the patch embedding's bottleneck; 0 for a single projection.
+        in_context_len: class tokens prepended to the image tokens; 0 for none.
+        in_context_start: index of the first block that sees them.
+        attn_dropout: dropout of the attention weights, in the middle half of the blocks.
+        proj_dropout: dropout after attention's projection and on the SwiGLU product, in the same blocks.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch_size: int = 16
+    image_size: int | tuple[int, int] = 256
+    channels: int = 3
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    bottleneck_dim: int = 128
+    in_context_len: int = 32
+    in_context_start: int = 4
+    attn_dropout: float = 0.0
+    proj_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "patch_size", "channels", "num_classes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ModelConfig: {name} must be at least 1, got {getattr(self, name)}")
+        for side in self.image_height_width:
+            if side < 1 or side % self.patch_size:
+                raise UserError(
+                    f"ModelConfig: image_size must be a multiple of patch_size {self.patch_size}, "
+                    f"got {self.image_size}"
+                )
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise UserError(
+                f"ModelConfig: width / heads must be a multiple of 4, got {self.width} / {self.heads}"
+            )
+        if self.bottleneck_dim < 0 or self.in_context_len < 0:
+            raise UserError("ModelConfig: bottleneck_dim and in_context_len must not be negative")
+        if self.in_context_len and not 0 <= self.in_context_start < self.depth:
+            raise UserError(
+                f"ModelConfig: in_context_start must lie in [0, depth) = [0, {self.depth}), "
+                f"got {self.in_context_start}"
+            )
+        for name in ("attn_dropout", "proj_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"ModelConfig: {name} must lie in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid."""
+        height, width = self.image_height_width
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens T."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the SwiGLU, truncated as the published code does."""
+        return int(int(self.width * self.mlp_ratio) * 2 / 3)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch, P * P * channels."""
+        return self.patch_size**2 * self.channels
+
+
+_JIT = {
+    "B": ModelConfig(width=768, depth=12, heads=12),
+    "L": ModelConfig(width=1024, depth=24, heads=16, in_context_start=8),
+    "H": ModelConfig(
+        width=1280, depth=32, heads=16, bottleneck_dim=256, in_context_start=10, proj_dropout=0.2
+    ),
+    "G": ModelConfig(
+        width=1664, depth=40, heads=16, bottleneck_dim=256, in_context_start=10, proj_dropout=0.2
+    ),
+}
+
+SIZES: dict[str, ModelConfig] = {
+    **{f"JiT-{name}/16": config for name, config in _JIT.items()},
+    **{f"JiT-{name}/32": replace(config, patch_size=32, image_size=512) for name, config in _JIT.items()},
+    "PixelGen-L/16": _JIT["L"],
+    "PixelGen-XL/16": ModelConfig(
+        width=1152, depth=28, heads=16, bottleneck_dim=0, in_context_start=8, proj_dropout=0.1
+    ),
+    # Small ones: for 8x8 grey digits (the embedded data set) and for tests at 32 px.
+    "tiny/2": ModelConfig(
+        width=64,
+        depth=3,
+        heads=4,
+        patch_size=2,
+        image_size=8,
+        channels=1,
+        num_classes=10,
+        bottleneck_dim=0,
+        in_context_len=4,
+        in_context_start=1,
+    ),
+    "tiny/4": ModelConfig(
+        width=64,
+        depth=3,
+        heads=4,
+        patch_size=4,
+        image_size=32,
+        num_classes=10,
+        bottleneck_dim=16,
+        in_context_len=4,
+        in_context_start=1,
+    ),
+}
+
+
+def model_config(size: str, **overrides: object) -> ModelConfig:
+    """The configuration of a published size with some fields replaced.
+
+    Args:
+        size: a key of ``SIZES``, such as ``"PixelGen-XL/16"``.
+        **overrides: fields of ``ModelConfig`` to replace, such as ``image_size=512``.
+
+    Raises:
+        UserError: unknown size; the message lists the known ones.
+    """
+    if size not in SIZES:
+        raise UserError(f"model_config: size must be one of {', '.join(SIZES)}, got {size!r}")
+    return replace(SIZES[size], **overrides)  # type: ignore[arg-type]
