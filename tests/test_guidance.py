@@ -1,0 +1,139 @@
+"""Guidance: which evaluations are guided, what they cost, what comes out."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixelgen.errors import UserError
+from pixelgen.guidance import GuidedVelocity
+from pixelgen.samplers import adams, euler, heun, timesteps
+
+LABELS, NULL = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 3])
+OFFSETS = torch.tensor([0.5, -0.3, 0.2, 0.1])
+
+
+class Net:
+    """x_pred = 0.5 x_t + an offset per label; records its batches."""
+
+    def __init__(self):
+        self.batches: list[list[int]] = []
+        self.times: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        assert x_t.shape[0] == t.shape[0] == labels.shape[0]
+        self.batches.append(labels.tolist())
+        self.times.append(t)
+        return 0.5 * x_t + OFFSETS[labels].view(-1, 1, 1, 1)
+
+
+def guided(net=None, **options) -> GuidedVelocity:
+    return GuidedVelocity(net or Net(), LABELS, NULL, **{"scale": 2.0, **options})
+
+
+def velocity(x_t: Tensor, t: float, labels: Tensor) -> Tensor:
+    return (Net()(x_t, torch.full((3,), t), labels) - x_t) / max(1 - t, 0.05)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 4.5])
+def test_guided_velocity(scale):
+    net, x_t = Net(), torch.randn(3, 2, 4, 4)
+    v = guided(net, scale=scale)
+    null, label = velocity(x_t, 0.5, NULL), velocity(x_t, 0.5, LABELS)
+    torch.testing.assert_close(v(x_t, 0.5, 0.5), null + scale * (label - null))
+    assert net.batches == [[3, 3, 3, 0, 1, 2]]  # one doubled batch, null labels first
+    assert v.nfe == 2
+    assert torch.equal(net.times[0], torch.full((6,), 0.5))
+
+
+@pytest.mark.parametrize("options", [{"scale": 1.0}, {"interval": (0.6, 0.9)}])
+def test_plain_batch_where_nothing_is_guided(options):
+    net, x_t = Net(), torch.randn(3, 2, 4, 4)
+    v = guided(net, **options)
+    torch.testing.assert_close(v(x_t, 0.5, 0.5), velocity(x_t, 0.5, LABELS))
+    assert net.batches == [[0, 1, 2]] and v.nfe == 1
+
+
+def test_velocity_clamp():
+    x_t = torch.randn(3, 2, 4, 4)
+    strict = guided(scale=1.0, t_eps=0.05)(x_t, 0.99, 0.99)
+    torch.testing.assert_close(strict, velocity(x_t, 0.99, LABELS))
+    torch.testing.assert_close(guided(scale=1.0, t_eps=0.1)(x_t, 0.99, 0.99), strict / 2)
+
+
+def test_paper_rule_includes_both_ends_of_the_interval():
+    v = guided(interval=(0.1, 0.9))
+    grid = timesteps(10)  # fp32: its 0.1 is a little less than 0.1
+    assert grid[1] < 0.1
+    assert [v.is_guided(t, t) for t in grid[:-1]] == [False] + [True] * 9
+    assert not guided(interval=(0.1001, 0.8999)).is_guided(0.1, 0.1)
+    assert guided().is_guided(0.0, 0.0)  # the first step is guided by default
+
+
+def test_released_rule_excludes_the_lower_end():
+    grid = torch.linspace(0, 1, 11).tolist()
+    upper_in = guided(interval=(0.1, 0.9), rule="released")
+    assert [upper_in.is_guided(t, t) for t in grid[:-1]] == [False, False] + [True] * 8
+    upper_out = guided(interval=(0.1, 0.9), rule="released", upper_inclusive=False)
+    assert [upper_out.is_guided(t, t) for t in grid[:-1]] == [False, False] + [True] * 7 + [False]
+    assert not guided(rule="released").is_guided(0.0, 0.0)  # never the first step
+
+
+def test_heun_corrector():
+    """The paper's rule looks at the evaluation, the released one at the step it belongs to."""
+    outside_to_inside, inside_to_outside = (0.5, 0.25), (0.75, 0.5)  # (t of the corrector, start of its step)
+    paper, released = guided(interval=(0.4, 0.6)), guided(interval=(0.4, 0.6), rule="released")
+    assert paper.is_guided(*outside_to_inside) and not released.is_guided(*outside_to_inside)
+    assert released.is_guided(*inside_to_outside) and not paper.is_guided(*inside_to_outside)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "nfe"),
+    [
+        (euler, {"scale": 1.0}, 10),
+        (euler, {}, 20),
+        (euler, {"rule": "released"}, 19),  # the first step is never guided
+        (euler, {"interval": (0.25, 0.75)}, 15),  # 0.3 to 0.7
+        (heun, {"scale": 1.0}, 19),
+        (heun, {}, 38),
+        (heun, {"interval": (0.25, 0.75)}, 29),  # predictors and correctors at 0.3 to 0.7
+        (heun, {"interval": (0.25, 0.75), "rule": "released"}, 29),
+        (adams, {"interval": (0.25, 0.75)}, 15),
+    ],
+)
+def test_network_evaluations(solver, options, nfe):
+    net = Net()
+    v = guided(net, **options)
+    solver(v, torch.randn(3, 2, 4, 4), timesteps(10))
+    assert v.nfe == nfe == sum(map(len, net.batches)) // 3
+
+
+def test_the_model_may_answer_in_half_precision():
+    x_t = torch.randn(3, 2, 4, 4)
+    v = GuidedVelocity(lambda x, t, y: x.bfloat16(), LABELS, NULL, scale=2.0)
+    assert v(x_t, 0.5, 0.5).dtype == torch.float32
+
+
+def test_a_sampling_run_never_waits_for_the_device():
+    """Tensors on meta have no values: reading one from the host would raise."""
+    labels = torch.empty(3, dtype=torch.int64, device="meta")
+    noise = torch.empty(3, 2, 4, 4, device="meta")
+    for solver in (euler, heun, adams):
+        v = GuidedVelocity(lambda x, t, y: x * t.view(-1, 1, 1, 1), labels, labels, scale=2.0)
+        assert solver(v, noise, timesteps(4)).shape == noise.shape
+
+
+def test_errors():
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="guidance: scale must be a number of at least 0"):
+            guided(scale=scale)
+    for interval in ((0.9, 0.1), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(UserError, match=r"interval must satisfy 0 <= low < high <= 1, got \("):
+            guided(interval=interval)
+    with pytest.raises(UserError, match="rule must be one of paper, released, got 'other'"):
+        guided(rule="other")
+    with pytest.raises(UserError, match="t_eps must be positive"):
+        guided(t_eps=0.0)
+    with pytest.raises(ValueError, match=r"null_labels must have the shape of labels \(3,\), got \(2,\)"):
+        GuidedVelocity(Net(), LABELS, NULL[:2], scale=2.0)
+    with pytest.raises(ValueError, match="x_t must have one image per label, 3, got 2"):
+        guided()(torch.zeros(2, 2, 4, 4), 0.5, 0.5)

@@ -1,0 +1,156 @@
+"""The sampling and evaluation commands and the pipeline behind them."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixelgen import checkpoint as checkpoints
+from pixelgen import evaluate, sample, train
+from pixelgen.cli import run
+from pixelgen.config import SampleConfig
+from pixelgen.data.digits import Digits
+from pixelgen.metrics import evaluate_digits
+from pixelgen.models import JiT, model_config
+from pixelgen.pipeline import Pipeline
+
+PARITY = Path(__file__).parent / "data" / "parity"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """Trained for under 20 seconds on one core, flow matching only: digits one can read."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = ["--out_dir", str(folder), "--name", "short", "--device", "cpu", "--train.max_steps", "400"]
+    arguments += ["--train.sample_every", "0", "--train.log_every", "200"]
+    arguments += ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
+    assert train.main(arguments) == 0
+    return folder / "short"
+
+
+def fails_with(capsys, main, argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        run(main, "pixelgen.sample", argv)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pixelgen.sample: error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_the_command_writes_images_grid_and_npz(run_dir, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--model", str(run_dir), "--labels", "3,0", "--samples-per-label", "4", "--steps", "5"]
+    assert sample.main([*arguments, "--guidance", "2", "--sampler", "heun", "--out", str(out)]) == 0
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [*(f"{i:06d}_label{3 if i < 4 else 0}.png" for i in range(8)), "grid.png", "samples.npz"]
+    content = np.load(out / "samples.npz")
+    assert content["arr_0"].shape == (8, 8, 8, 1) and content["arr_0"].dtype == np.uint8
+    assert content["arr_1"].tolist() == [3] * 4 + [0] * 4
+    first = np.asarray(Image.open(out / "000000_label3.png"))
+    assert np.array_equal(first, content["arr_0"][0, :, :, 0])
+    grid = Image.open(out / "grid.png")
+    assert grid.width > 4 * 40 and grid.height > 2 * 40  # two rows of four, enlarged
+    printed = capsys.readouterr().out
+    assert "NFE 18" in printed and "img/s" in printed  # Heun, 5 steps: 9 evaluations, all of them guided
+
+
+def test_an_image_depends_on_its_index_alone(run_dir):
+    pipeline = Pipeline.from_run(run_dir)
+    labels = [0, 1, 2, 3, 4]
+    together = pipeline.sample(labels, steps=4)
+    split = pipeline.sample(labels, steps=4, batch_size=2)
+    assert (together.int() - split.int()).abs().max() <= 1  # matrix products round by batch size
+    tail = pipeline.sample(labels[3:], steps=4, first_index=3)
+    assert (together[3:].int() - tail.int()).abs().max() <= 1
+    other = pipeline.sample(labels, steps=4, seed=1)
+    assert (together.int() - other.int()).abs().max() > 50
+
+
+def test_settings_come_from_the_run_unless_given(run_dir):
+    pipeline = Pipeline.from_run(run_dir)
+    assert pipeline.settings.sampler == "heun"
+    default = pipeline.sample([0, 1])
+    assert pipeline.nfe == 2 * (2 * pipeline.settings.steps - 1)
+    for sampler, nfe in {"euler": 6, "heun": 11, "heun-reuse": 6, "adams": 6}.items():
+        images = pipeline.sample([0, 1], sampler=sampler, steps=6, guidance=1.0)
+        assert pipeline.nfe == nfe
+        assert not torch.equal(images, default)
+    pipeline.sample([0, 1], steps=10, sampler="euler", guidance_low=0.25, guidance_high=0.55)
+    assert pipeline.nfe == 10 + 3  # t = 0.3, 0.4, 0.5 are guided
+
+
+def test_raw_and_averaged_weights_differ(run_dir):
+    ema, raw = (Pipeline.from_run(run_dir, weights=weights) for weights in ("ema", "raw"))
+    assert not torch.equal(ema.sample([5], steps=3), raw.sample([5], steps=3))
+
+
+def test_without_a_class(run_dir):
+    assert Pipeline.from_run(run_dir).sample([10], steps=2).shape == (1, 1, 8, 8)
+
+
+def test_released_checkpoints_are_sampled(tmp_path):
+    config = model_config("tiny/4", image_size=16)
+    model = JiT(config)
+    state = {
+        f"{prefix}{key}": value
+        for key, value in model.state_dict().items()
+        for prefix in ("denoiser.", "ema_denoiser.")
+    }
+    torch.save({"state_dict": state}, tmp_path / "tiny.ckpt")
+    pipeline = Pipeline.from_released(tmp_path / "tiny.ckpt", config, SampleConfig(steps=2))
+    assert pipeline.sample([0]).shape == (1, 3, 16, 16)
+
+
+def test_sixty_seconds_of_training_already_give_digits(run_dir):
+    # The full figures are those of the default run (docs/digits.md); these bars are for 400 steps.
+    pipeline = Pipeline.from_run(run_dir)
+    labels = Digits().labels
+    report = evaluate_digits(pipeline.sample(labels, guidance=1.0, steps=10), labels)
+    assert report["frechet_distance"] < 150  # one picture per class: 451
+    assert 0.5 < report["variance_ratio"] < 1.5
+    assert report["svc_agreement"] > 0.5
+
+
+def test_evaluate_prints_and_writes_the_figures(run_dir, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    assert (
+        evaluate.main(["--model", str(run_dir), "--guidance", "1.0", "--steps", "2", "--out", str(out)]) == 0
+    )
+    figures = json.loads(out.read_text())
+    assert [row["guidance"] for row in figures] == [1.0]
+    assert all(math.isfinite(value) for value in figures[0].values())
+    assert "Frechet" in capsys.readouterr().out
+    assert "exists" in fails_with(capsys, evaluate.main, ["--model", str(run_dir), "--out", str(out)])
+
+
+def test_user_errors(run_dir, tmp_path, capsys):
+    model = ["--model", str(run_dir)]
+    assert "[0, 9], got 12" in fails_with(capsys, sample.main, [*model, "--labels", "0,12"])
+    assert "numbers separated by commas" in fails_with(capsys, sample.main, [*model, "--labels", "cat"])
+    assert "no run" in fails_with(capsys, sample.main, ["--model", str(tmp_path / "none")])
+    assert "--size" in fails_with(capsys, sample.main, ["--model", str(tmp_path / "x.ckpt")])
+    wrong = ["--model", str(tmp_path / "x.ckpt"), "--size", "JiT-B/16"]
+    assert "no checkpoint at" in fails_with(capsys, sample.main, wrong)
+    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
+    assert "not a readable" in fails_with(capsys, sample.main, wrong)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "not an empty folder" in fails_with(capsys, sample.main, [*model, "--out", str(tmp_path / "full")])
+    assert "sampler" in fails_with(capsys, sample.main, [*model, "--sampler", "rk45"])
+    assert "--steps" in fails_with(capsys, sample.main, [*model, "--step", "3"])
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in fails_with(capsys, sample.main, [*model, "--device", "cuda"])
+
+
+def test_weights_that_do_not_fit_are_listed(run_dir, tmp_path):
+    weights = checkpoints.load_ema_weights(checkpoints.find_checkpoint(run_dir))
+    weights["extra"] = weights.pop("final_layer.linear.bias")
+    from pixelgen.errors import UserError
+    from pixelgen.models.released import load_strictly
+
+    with pytest.raises(UserError, match=r"missing final_layer.linear.bias.*unexpected extra"):
+        load_strictly(JiT(model_config("tiny/2")), weights, "file")

@@ -1,0 +1,329 @@
+"""The training command: exact resume, signals, user errors, every part of a run's folder."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from pixelgen import checkpoint as checkpoints
+from pixelgen.cli import run
+from pixelgen.config import load_config
+from pixelgen.data.digits import Digits
+from pixelgen.encoders.embedded import FILE_NAME, EmbeddedConfig, embedded_features
+from pixelgen.errors import UserError
+from pixelgen.pipeline import Pipeline
+from pixelgen.train import main
+from pixelgen.trainer import Trainer, learning_rate
+from pixelgen.trainlog import truncate_metrics
+
+FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
+QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]
+
+
+@pytest.fixture(scope="session")
+def embedded_file(tmp_path_factory) -> Path:
+    """Trained once: the features depend on data, patch size and seed only."""
+    folder = tmp_path_factory.mktemp("embedded")
+    digits = Digits()
+    embedded_features(
+        folder,
+        EmbeddedConfig(channels=1, patch_size=2, num_classes=10, seed=0),
+        lambda: (digits.images, digits.labels),
+    )
+    return folder / FILE_NAME
+
+
+@pytest.fixture
+def with_embedded(embedded_file, monkeypatch):
+    """New runs find the features in their folder, as a resumed run does."""
+    start = Trainer.__init__
+
+    def init(self, config, run_dir, dataset):
+        if not (run_dir / FILE_NAME).exists():
+            shutil.copy(embedded_file, run_dir / FILE_NAME)
+        start(self, config, run_dir, dataset)
+
+    monkeypatch.setattr(Trainer, "__init__", init)
+
+
+def options(tmp_path: Path, name: str, steps: int, *more: str) -> list[str]:
+    return ["--out_dir", str(tmp_path), "--name", name, "--train.max_steps", str(steps), *QUICK, *more]
+
+
+def full_state(run_dir: Path, scratch: Path) -> dict:
+    """Everything in the newest checkpoint, flat."""
+    dcp_to_torch_save(checkpoints.find_checkpoint(run_dir), scratch)
+
+    def flatten(node, prefix=""):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(flatten(torch.load(scratch, weights_only=False)))
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, key
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    train_step = Trainer.train_step
+
+    def stopping(self, images, labels):
+        terms = train_step(self, images, labels)
+        if self.step == step:
+            self.stop_signal = signal.SIGTERM
+        return terms
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def test_resume_in_another_process_is_bit_equal(tmp_path, monkeypatch, with_embedded):
+    # All terms, dropout and the balance weight, so that every kind of state takes part.
+    more = ["--loss.balance", "released", "--loss.balance_start_step", "4", "--loss.balance_every", "4"]
+    more += ["--model.proj_dropout", "0.1", "--model.depth", "4", "--train.log_every", "5"]
+    assert main(options(tmp_path, "straight", 20, *more)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        assert main(options(tmp_path, "stopped", 20, *more)) == 128 + signal.SIGTERM
+    assert checkpoints.find_checkpoint(tmp_path / "stopped").name == "step_00000010"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "pixelgen.train", "--resume", str(tmp_path / "stopped")]
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
+    straight, resumed = (
+        full_state(tmp_path / name, tmp_path / "state.pt") for name in ("straight", "stopped")
+    )
+    assert straight["step"] == 20
+    assert straight["objective.balance.weight"] != 1.0
+    assert_same(straight, resumed)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "stopped")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_run_folder_holds_everything(tmp_path, with_embedded):
+    assert main(options(tmp_path, "run", 6, "--train.log_every", "2", "--train.sample_every", "3")) == 0
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.yaml",
+        FILE_NAME,
+        "loss.png",
+        "metrics.jsonl",
+        "samples",
+        "tensorboard",
+    }
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    terms = {"loss", "flow_matching", "alignment", "lpips", "p_dino", "grad_norm", "lr", "img_per_s"}
+    assert terms <= records[0].keys()
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == [
+        "step_00000003.png",
+        "step_00000006.png",
+    ]
+    size = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    assert size < 20e6
+
+
+def test_the_first_losses_are_the_recorded_ones(tmp_path, with_embedded):
+    # Any change of data order, random draws, initialisation, terms or optimizer moves this curve.
+    assert main(options(tmp_path, "run", 20, "--train.log_every", "1")) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    recorded = json.loads((Path(__file__).parent / "data" / "loss_curve.json").read_text())
+    assert losses == pytest.approx(recorded, rel=2e-3)
+
+
+def test_one_batch_can_be_learnt_by_heart(tmp_path):
+    config, _ = load_config(options(tmp_path, "run", 300, *FLOW_ONLY, "--time.mean", "0"))
+    trainer = Trainer.start(config)
+    images, labels = trainer.dataset.batch(range(16))
+    first = trainer.train_step(images, labels)["flow_matching"].item()
+    for _ in range(149):
+        last = trainer.train_step(images, labels)["flow_matching"].item()
+    assert last < 0.2 * first
+
+
+def test_bfloat16_and_eager_kernels_train_alike(tmp_path, with_embedded):
+    losses = {}
+    for name, more in {
+        "float32": (),
+        "eager": ("--kernels", "eager"),
+        "bfloat16": ("--dtype", "bfloat16"),
+    }.items():
+        assert main(options(tmp_path, name, 10, "--train.log_every", "10", *more)) == 0
+        losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"]
+    assert losses["eager"] == pytest.approx(losses["float32"], rel=1e-3)
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=3e-2)
+
+
+def test_interrupt_saves_and_the_run_continues(tmp_path):
+    arguments = options(tmp_path, "run", 100_000, *FLOW_ONLY, "--train.log_every", "5", "--threads", "1")
+    command = [sys.executable, "-m", "pixelgen.train", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if line.startswith("step 10 "):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "Traceback" not in err
+    assert f"--resume {tmp_path / 'run'}" in out
+    step = checkpoints.read_meta(checkpoints.find_checkpoint(tmp_path / "run"))["step"]
+    assert main(["--resume", str(tmp_path / "run"), "--train.max_steps", str(step + 3)]) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == step + 3
+
+
+def test_old_checkpoints_are_removed_and_partial_ones_never_found(tmp_path):
+    more = ["--train.checkpoint_every", "2", "--train.keep_checkpoints", "2", *FLOW_ONLY]
+    assert main(options(tmp_path, "run", 7, *more)) == 0
+    found = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
+    assert found == ["step_00000006", "step_00000007"]
+    (tmp_path / "run" / "checkpoints" / ".step_00000009.partial").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step_00000008").mkdir()  # no meta.json: not complete
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000007"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_path, monkeypatch):
+    train_step = Trainer.train_step
+
+    def poisoned(self, images, labels):
+        terms = train_step(self, images, labels)
+        return {**terms, "loss": terms["loss"] * (math.nan if self.step == 6 else 1.0)}
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    more = ["--train.checkpoint_every", "4", "--train.log_every", "2", *FLOW_ONLY]
+    with pytest.raises(UserError, match=r"between steps 5 and 6: not finite: loss; .*checkpoints is good"):
+        main(options(tmp_path, "run", 8, *more))
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000004"
+
+
+def test_flips_and_uniform_times_change_the_run(tmp_path):
+    runs = {"plain": [], "flip": ["--data.flip", "true"], "uniform": ["--time.distribution", "uniform"]}
+    losses = {}
+    for name, more in runs.items():
+        assert main(options(tmp_path, name, 3, "--train.log_every", "3", *FLOW_ONLY, *more)) == 0
+        losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"]
+    assert len(set(losses.values())) == 3
+
+
+def test_a_folder_of_images(tmp_path):
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(6):
+            pixels = generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{index}.png")
+    more = ["--data.name", "folder", "--data.path", str(tmp_path / "images"), "--data.image_size", "32"]
+    more += [
+        "--data.channels",
+        "3",
+        "--data.num_classes",
+        "2",
+        "--data.workers",
+        "1",
+        "--model.size",
+        "tiny/4",
+    ]
+    assert main(options(tmp_path, "run", 3, *more, "--train.batch_size", "4")) == 0
+    images = Pipeline.from_run(tmp_path / "run").sample([0, 1], steps=2)
+    assert images.shape == (2, 3, 32, 32)
+
+
+def test_learning_rate_schedules(tmp_path):
+    cosine, _ = load_config(["--train.max_steps", "300", "--optimizer.lr", "1.0"])
+    assert learning_rate(cosine, 0) == pytest.approx(0.01)
+    assert learning_rate(cosine, 99) == pytest.approx(1.0)
+    assert learning_rate(cosine, 200) == pytest.approx(0.5)
+    assert learning_rate(cosine, 299) < 1e-3
+    constant, _ = load_config(["--optimizer.schedule", "constant", "--optimizer.lr", "1.0"])
+    assert learning_rate(constant, 3000) == 1.0
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5, "loss": 1}\n{"step": 10, "loss": 1}\n{"step": 15, "lo')
+    truncate_metrics(path, 5)
+    assert path.read_text() == '{"step": 5, "loss": 1}\n'
+
+
+def fails_with(capsys, argv: list[str]) -> str:
+    """The one line that a user error prints; exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as exit_:
+        run(main, "pixelgen.train", argv)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pixelgen.train: error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_user_errors_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
+    out = ["--out_dir", str(tmp_path / "runs")]
+    assert "no run at" in fails_with(capsys, ["--resume", str(tmp_path / "nothing")])
+    assert "multiple of patch_size" in fails_with(capsys, [*out, "--model.patch_size", "3"])
+    missing = fails_with(capsys, [*out, "--data.name", "folder", "--data.path", str(tmp_path / "nowhere")])
+    assert "nowhere" in missing
+    (tmp_path / "empty").mkdir()
+    assert "empty" in fails_with(
+        capsys, [*out, "--data.name", "folder", "--data.path", str(tmp_path / "empty")]
+    )
+    assert "digits" in fails_with(capsys, [*out, "--data.num_classes", "7"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_existing_run_is_never_reused(tmp_path, capsys):
+    arguments = options(tmp_path, "run", 1, *FLOW_ONLY)
+    assert main(arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert f"--resume {tmp_path / 'run'}" in fails_with(capsys, arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_resume_paths_that_hold_no_checkpoint(tmp_path, capsys):
+    assert main(options(tmp_path, "run", 2, *FLOW_ONLY)) == 0
+    checkpoint = checkpoints.find_checkpoint(tmp_path / "run")
+    folder = tmp_path / "other"
+    folder.mkdir()
+    assert "not the folder of a run" in fails_with(capsys, ["--resume", str(folder)])
+    text = (checkpoint / "meta.json").read_text()
+    (checkpoint / "meta.json").write_text(text.replace('"format": 1', '"format": 0'))
+    assert "format 0; this version reads format 1" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
+    (checkpoint / "meta.json").write_text(text)
+    shard = next(checkpoint.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    assert "cannot be restored" in fails_with(
+        capsys, ["--resume", str(tmp_path / "run"), "--train.max_steps", "4"]
+    )
+    shutil.rmtree(checkpoint)
+    assert "no complete checkpoint" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
+
+
+def test_the_package_imports_quickly_and_without_torch():
+    code = "import sys, pixelgen, pixelgen.config; assert 'torch' not in sys.modules"
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert time.perf_counter() - started < 60  # a bound on hangs only: the machine may be busy
