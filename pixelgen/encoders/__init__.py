@@ -1,0 +1,1 @@
+"""Frozen feature networks for the perceptual terms, behind two small interfaces."""

@@ -1,0 +1,535 @@
+"""The training objective: each term against its formula, the gate, the balance weight, and what is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pixelgen_kernels import select
+from torch import Tensor, nn
+
+from pixelgen.encoders.base import StageEncoder, TokenEncoder
+from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedStages, EmbeddedTokens
+from pixelgen.losses.alignment import Projector
+from pixelgen.losses.balance import BalanceWeight
+from pixelgen.losses.build import build_objective
+from pixelgen.losses.flow_matching import flow_matching
+from pixelgen.losses.gate import gate, masked_mean, released_mean
+from pixelgen.losses.lpips import LPIPS
+from pixelgen.losses.objective import Objective
+from pixelgen.models.sizes import model_config
+
+B, C, SIDE, P, WIDTH, D = 4, 3, 8, 4, 6, 5
+T = (SIDE // P) ** 2
+
+
+class MeanTokens(TokenEncoder):
+    """Mean colour of each patch, through a fixed matrix; counts its calls and the gradient mode of each."""
+
+    width = D
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(C, D, generator=torch.Generator().manual_seed(1)))
+        self.calls: list[bool] = []
+        self.freeze()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(torch.is_grad_enabled())
+        return F.avg_pool2d(x, P).flatten(2).transpose(1, 2) @ self.matrix
+
+
+class TwoStages(StageEncoder):
+    """Two small convolutions."""
+
+    stage_widths = (4, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(C, 4, 3), nn.Conv2d(4, 6, 3, stride=2)
+        self.register_layer_weights([torch.rand(4), torch.rand(6)])
+        self.freeze()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.first(x).relu()
+        return [first, self.second(first).relu()]
+
+
+def mean_absolute(x_pred: Tensor, x: Tensor) -> Tensor:
+    return (x_pred - x).abs().mean((1, 2, 3))
+
+
+def make_objective(**overrides: Any) -> Objective:
+    arguments: dict[str, Any] = {
+        "feature_width": WIDTH,
+        "patch_size": P,
+        "image_size": (SIDE, SIDE),
+        "encoder": MeanTokens(),
+        "lpips": mean_absolute,
+        "projector_width": 7,
+    }
+    return Objective(**(arguments | overrides))
+
+
+def make_batch(t: tuple[float, ...] = (0.1, 0.3, 0.5, 0.98)) -> dict[str, Tensor]:
+    return {
+        "x_pred": torch.randn(B, C, SIDE, SIDE, requires_grad=True),
+        "x": torch.rand(B, C, SIDE, SIDE) * 2 - 1,
+        "t": torch.tensor(t),
+        "features": torch.randn(B, T, WIDTH, requires_grad=True),
+    }
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """Images to tokens with the patch vector (row, column, channel)."""
+    patches = x.unflatten(2, (SIDE // P, P)).unflatten(4, (SIDE // P, P))  # (B, C, rows, P, columns, P)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def grad_of(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)
+
+
+# --- the reductions ---
+
+
+def test_gate_is_inclusive() -> None:
+    assert gate(torch.tensor([0.0, 0.29, 0.3, 1.0]), 0.3).tolist() == [False, False, True, True]
+
+
+def test_masked_mean_is_the_mean_of_what_is_kept() -> None:
+    values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    kept = masked_mean(values, torch.tensor([True, False, True]))
+    assert float(kept) == 3.5 and grad_of(kept, values)[0].tolist() == [0.5, 0.0, 0.5]
+    nothing = masked_mean(values, torch.zeros(3, dtype=torch.bool))
+    assert float(nothing) == 0 and grad_of(nothing, values)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_masked_mean_is_not_touched_by_a_nan_that_is_not_kept() -> None:
+    values = torch.tensor([1.0, math.nan])
+    assert float(masked_mean(values, torch.tensor([True, False]))) == 1.0
+
+
+def test_released_mean_gates_whole_batches_only() -> None:
+    values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    some = released_mean(values, torch.tensor([True, False, False]))
+    assert float(some) == 3.0
+    torch.testing.assert_close(grad_of(some, values)[0], torch.full((3,), 1 / 3))
+    nothing = released_mean(values, torch.zeros(3, dtype=torch.bool))
+    assert float(nothing) == 1.0 and grad_of(nothing, values)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+# --- the terms ---
+
+
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_terms_equal_their_formulas(kernels: str) -> None:
+    stages, encoder = TwoStages(), MeanTokens()
+    objective = make_objective(encoder=encoder, lpips=LPIPS(stages, ops=select(kernels)), kernels=kernels)
+    batch = make_batch()
+    x_pred, x, t, features = batch.values()
+    terms = objective(**batch)
+
+    velocity_error = (x_pred - x) / (1 - t).clamp_min(0.05)[:, None, None, None]
+    flow = velocity_error.square().mean((1, 2, 3))
+    target = encoder(x)
+    repa = 1 - F.cosine_similarity(objective.projector(features), target, dim=-1).mean(1)
+    dino = 1 - F.cosine_similarity(encoder(x_pred), target, dim=-1).mean(1)
+    lpips = torch.zeros(B)
+    for p, q, w in zip(stages(x_pred), stages(x), stages.layer_weights, strict=True):
+        difference = F.normalize(p, dim=1, eps=1e-10) - F.normalize(q, dim=1, eps=1e-10)
+        lpips = lpips + (difference.square() * w[:, None, None]).sum(1).mean((1, 2))
+    expected = {"flow_matching": flow, "alignment": repa, "lpips": lpips, "p_dino": dino}
+    assert objective.per_sample.keys() == expected.keys()
+    for name, value in expected.items():
+        assert objective.per_sample[name].shape == (B,) and objective.per_sample[name].dtype == torch.float32
+        torch.testing.assert_close(objective.per_sample[name], value.detach(), rtol=1e-5, atol=1e-6)
+    keep = t >= 0.3
+    torch.testing.assert_close(terms["flow_matching"], flow.mean())
+    torch.testing.assert_close(terms["alignment"], repa.mean())
+    torch.testing.assert_close(terms["lpips"], lpips[keep].mean())
+    torch.testing.assert_close(terms["p_dino"], dino[keep].mean())
+    loss = flow.mean() + 0.5 * repa.mean() + 0.1 * lpips[keep].mean() + 0.01 * dino[keep].mean()
+    torch.testing.assert_close(terms["loss"], loss)
+    assert float(terms["gated_fraction"]) == 0.75 and "balance_weight" not in terms
+    for actual, wanted in zip(
+        grad_of(terms["loss"], x_pred, features), grad_of(loss, x_pred, features), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_and_images_give_the_same_terms_and_gradients() -> None:
+    objective = make_objective()
+    batch = make_batch()
+    expected = objective(**batch)
+    grad = grad_of(expected["loss"], batch["x_pred"])[0]
+    x_pred = to_tokens(batch["x_pred"]).detach().requires_grad_()
+    terms = objective(x_pred, to_tokens(batch["x"]), batch["t"], batch["features"])
+    for name in expected:
+        torch.testing.assert_close(terms[name], expected[name])
+    torch.testing.assert_close(grad_of(terms["loss"], x_pred)[0], to_tokens(grad))
+
+
+def test_flow_matching_is_the_velocity_loss() -> None:
+    """The definition written with velocities, which flow_matching never forms."""
+    x_pred, x, noise = torch.randn(3, B, T, 9).unbind()
+    t = torch.tensor([0.0, 0.2, 0.8, 0.99])
+    shaped = t[:, None, None]
+    x_t = shaped * x + (1 - shaped) * noise
+    denominator = (1 - shaped).clamp_min(0.05)
+    expected = ((x_pred - x_t) / denominator - (x - x_t) / denominator).square().mean((1, 2))
+    torch.testing.assert_close(flow_matching(x_pred, x, t, t_eps=0.05, ops=select("auto")), expected)
+
+
+def test_lpips_resizes_to_16_pixels_per_patch() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Record(TwoStages):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            seen.append(tuple(x.shape))
+            self.last = x
+            return super().forward(x)
+
+    stages = Record()
+    x = torch.randn(1, C, 24, 40)
+    LPIPS(stages, ops=select("auto"))(x, x)
+    LPIPS(stages, ops=select("auto"), resize_from_patch=32)(x, x)
+    assert seen == [(1, C, 24, 40)] * 2 + [(1, C, 12, 20)] * 2
+    expected = F.interpolate(x, size=(12, 20), mode="bilinear", align_corners=False, antialias=True)
+    assert torch.equal(stages.last, expected)
+
+
+# --- the gate in the objective ---
+
+
+def test_gated_out_samples_get_exactly_zero_gradient() -> None:
+    stages = TwoStages()
+    objective = make_objective(lpips=LPIPS(stages, ops=select("auto")), alignment_weight=0)
+    batch = make_batch()
+    terms = objective(**batch)
+    for name in ("lpips", "p_dino"):
+        grad = grad_of(terms[name], batch["x_pred"])[0]
+        assert (grad[0] == 0).all(), name
+        assert all((grad[i] != 0).any() for i in (1, 2, 3)), name
+
+
+def test_released_p_dino_gate_is_the_mean_over_all() -> None:
+    objective = make_objective(p_dino_gate="released")
+    batch = make_batch((0.1, 0.2, 0.29, 0.3))
+    terms = objective(**batch)
+    torch.testing.assert_close(terms["p_dino"], objective.per_sample["p_dino"].mean())
+    assert all((g != 0).any() for g in grad_of(terms["p_dino"], batch["x_pred"])[0])
+    torch.testing.assert_close(terms["lpips"], objective.per_sample["lpips"][3])  # LPIPS is gated per sample
+
+
+@pytest.mark.parametrize(("mode", "p_dino"), [("paper", 0.0), ("released", 1.0)])
+def test_nothing_gated_has_no_perceptual_gradient(mode: str, p_dino: float) -> None:
+    objective = make_objective(p_dino_gate=mode)
+    batch = make_batch((0.0, 0.1, 0.2, 0.29))
+    terms = objective(**batch)
+    assert float(terms["lpips"]) == 0 and float(terms["p_dino"]) == p_dino
+    assert float(terms["gated_fraction"]) == 0
+    for name in ("lpips", "p_dino"):
+        assert (grad_of(terms[name], batch["x_pred"])[0] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+def test_gate_zero_is_no_gate(mode: str) -> None:
+    objective = make_objective(p_dino_gate=mode, gate_t=0.0)
+    terms = objective(**make_batch((0.0, 0.1, 0.2, 0.29)))
+    for name in ("lpips", "p_dino"):
+        torch.testing.assert_close(terms[name], objective.per_sample[name].mean())
+    assert float(terms["gated_fraction"]) == 1
+
+
+# --- what is computed ---
+
+
+def test_one_target_encoding_without_gradient_serves_both_terms() -> None:
+    encoder = MeanTokens()
+    make_objective(encoder=encoder)(**make_batch())
+    assert encoder.calls == [False, True]
+
+
+def refuse(*_: Tensor) -> Tensor:
+    raise AssertionError("a term of weight 0 must not be computed")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ({"alignment_weight": 0, "lpips_weight": 0, "p_dino_weight": 0}, set()),
+        ({"alignment_weight": 0, "p_dino_weight": 0, "encoder": None}, {"lpips"}),
+        ({"lpips_weight": 0, "lpips": refuse}, {"alignment", "p_dino"}),
+        ({"perceptual_ratio": 0, "lpips": refuse}, {"alignment"}),
+        ({"alignment_weight": 0, "lpips_weight": 0, "lpips": None}, {"p_dino"}),
+    ],
+)
+def test_a_term_of_weight_zero_is_not_computed(overrides: dict[str, Any], names: set[str]) -> None:
+    objective = make_objective(**overrides)
+    batch = make_batch()
+    if "alignment" not in names:
+        batch.pop("features")
+    terms = objective(**batch)
+    assert terms.keys() == names | {"loss", "flow_matching", "gated_fraction"}
+    if not names:
+        assert torch.equal(terms["loss"], terms["flow_matching"])
+        assert objective.encoder.calls == []
+    if "p_dino" not in names and objective.encoder is not None:
+        assert True not in objective.encoder.calls  # the prediction is not encoded
+
+
+def test_weights_scale_their_terms() -> None:
+    batch = make_batch()
+    base = make_objective(alignment_weight=0, lpips_weight=0.1, p_dino_weight=0.01)(**batch)
+    double = make_objective(alignment_weight=0, lpips_weight=0.1, p_dino_weight=0.01, perceptual_ratio=2)(
+        **batch
+    )
+    perceptual = base["loss"] - base["flow_matching"]
+    torch.testing.assert_close(double["loss"] - double["flow_matching"], 2 * perceptual, rtol=1e-3, atol=1e-6)
+
+
+def test_embedded_trunk_runs_once_per_image_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = EmbeddedFeatures(EmbeddedConfig(channels=C, patch_size=P))
+    stages, tokens = EmbeddedStages(features), EmbeddedTokens(features)
+    count = 0
+    run = EmbeddedFeatures.stages
+
+    def counted(self: EmbeddedFeatures, x: Tensor) -> list[Tensor]:
+        nonlocal count
+        count += 1
+        return run(self, x)
+
+    monkeypatch.setattr(EmbeddedFeatures, "stages", counted)
+    lpips = LPIPS(stages, ops=select("auto"))
+    batch = make_batch()
+    objective = make_objective(encoder=tokens, lpips=lpips)
+    terms = objective(**batch)
+    assert count == 2
+    plain = make_objective(encoder=tokens, lpips=lambda x_pred, x: lpips(x_pred, x))
+    plain.load_state_dict(objective.state_dict())
+    expected = plain(**batch)
+    assert count == 6
+    for name in expected:
+        torch.testing.assert_close(terms[name], expected[name])
+    grads = [grad_of(value["loss"], batch["x_pred"])[0] for value in (terms, expected)]
+    torch.testing.assert_close(*grads)
+
+
+# --- the balance weight ---
+
+
+def test_balance_weight_follows_the_released_formula() -> None:
+    objective = make_objective(
+        balance="released", balance_start_step=100, balance_every=50, perceptual_ratio=3.0, alignment_weight=0
+    )
+    assert objective.balance is not None
+    linear = nn.Linear(5, C * P * P, bias=False)
+    hidden, batch = torch.randn(B, T, 5), make_batch()
+    expected = 1.0
+    for step in (99, 50, 100, 101, 149, 150):
+        terms = objective(
+            linear(hidden), to_tokens(batch["x"]), batch["t"], step=step, balance_parameter=linear.weight
+        )
+        if step in (100, 150):
+            perceptual = 0.1 * terms["lpips"] + 0.01 * terms["p_dino"]
+            flow_norm, perceptual_norm = (
+                float(grad_of(value, linear.weight)[0].norm())
+                for value in (terms["flow_matching"], perceptual)
+            )
+            expected = 0.8 * expected + 0.2 * min(max(flow_norm / (perceptual_norm + 1e-4), 0), 100)
+        assert float(terms["balance_weight"]) == pytest.approx(expected, rel=1e-5), step
+        total = terms["flow_matching"] + 3 * terms["balance_weight"] * (
+            0.1 * terms["lpips"] + 0.01 * terms["p_dino"]
+        )
+        torch.testing.assert_close(terms["loss"], total)
+        terms["loss"].backward()
+    assert expected != 1.0
+
+
+def test_balance_weight_hits_its_clamp_when_nothing_is_gated() -> None:
+    """As in the released code: with no perceptual gradient the ratio is clamped, the weight jumps to 20.8."""
+    objective = make_objective(balance="released", balance_start_step=0, alignment_weight=0)
+    linear = nn.Linear(5, C * P * P)
+    terms = objective(
+        linear(torch.randn(B, T, 5)),
+        to_tokens(make_batch()["x"]),
+        torch.zeros(B),
+        step=0,
+        balance_parameter=linear.weight,
+    )
+    assert float(terms["balance_weight"]) == pytest.approx(0.8 + 0.2 * 100)
+
+
+def test_balance_weight_is_saved_and_restored() -> None:
+    objective = make_objective(balance="released")
+    assert objective.balance is not None
+    objective.balance.weight.fill_(2.5)
+    other = make_objective(balance="released")
+    other.load_state_dict(objective.state_dict())
+    assert other.balance is not None and float(other.balance.weight) == 2.5
+    terms = other(**make_batch(), step=1)  # not due: needs no parameter
+    assert float(terms["balance_weight"]) == 2.5
+
+
+def test_balance_needs_its_parameter_and_sane_constants() -> None:
+    objective = make_objective(balance="released", balance_start_step=0)
+    with pytest.raises(ValueError, match="balance_parameter must be given"):
+        objective(**make_batch(), step=0)
+    with pytest.raises(ValueError, match=r"every >= 1, got 0 and 0"):
+        BalanceWeight(0, 0)
+
+
+# --- what is trained, saved and moved ---
+
+
+def test_projector_has_the_released_layout() -> None:
+    projector = Projector(WIDTH, 7, D)
+    released = {f"diffusion_trainer.proj.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    assert {f"diffusion_trainer.proj.0.{key}" for key in projector.state_dict()} == released
+    x = torch.randn(2, WIDTH)
+    weights = projector.state_dict()
+    hidden = F.silu(x @ weights["0.weight"].T + weights["0.bias"])
+    hidden = F.silu(hidden @ weights["2.weight"].T + weights["2.bias"])
+    torch.testing.assert_close(projector(x), hidden @ weights["4.weight"].T + weights["4.bias"])
+
+
+def test_frozen_encoders_are_neither_saved_nor_trained_but_follow_the_device() -> None:
+    objective = make_objective(lpips=LPIPS(TwoStages(), ops=select("auto")), balance="released")
+    keys = {f"projector.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    assert objective.state_dict().keys() == keys | {"balance.weight"}
+    assert {name for name, _ in objective.named_parameters()} == keys
+    objective.train()
+    assert not objective.encoder.training
+    objective.to("meta")
+    assert objective.encoder.matrix.device.type == "meta"
+    assert objective.lpips.stages.first.weight.device.type == "meta"
+    assert all(weight.device.type == "meta" for weight in objective.lpips.stages.layer_weights)
+
+
+def test_without_alignment_nothing_is_trained() -> None:
+    objective = make_objective(alignment_weight=0)
+    assert not list(objective.parameters()) and not objective.state_dict()
+
+
+def test_bfloat16_autocast_keeps_terms_in_float32() -> None:
+    objective = make_objective(lpips=LPIPS(TwoStages(), ops=select("auto")))
+    batch = make_batch()
+    exact = objective(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = objective(batch["x_pred"].bfloat16(), batch["x"], batch["t"], batch["features"].bfloat16())
+    assert all(value.dtype == torch.float32 for value in (*terms.values(), *objective.per_sample.values()))
+    for name in exact:
+        torch.testing.assert_close(terms[name], exact[name], rtol=3e-2, atol=3e-2)
+    outside = objective(batch["x_pred"].bfloat16(), batch["x"], batch["t"], batch["features"].bfloat16())
+    assert outside["loss"].dtype == torch.float32 and outside["loss"].isfinite()
+
+
+def test_non_finite_predictions_show_in_the_loss_and_name_their_sample() -> None:
+    batch = make_batch()
+    with torch.no_grad():
+        batch["x_pred"][2, 0, 0, 0] = math.nan
+    objective = make_objective(lpips=LPIPS(TwoStages(), ops=select("auto")))
+    assert objective(**batch)["loss"].isnan()
+    for name in ("flow_matching", "lpips", "p_dino"):
+        assert (~objective.per_sample[name].isfinite()).tolist() == [False, False, True, False], name
+
+
+def test_flat_features_have_finite_gradient() -> None:
+    """All-zero feature maps, where the square root of LPIPS' norm has no derivative."""
+    batch = make_batch()
+    with torch.no_grad():
+        batch["x_pred"].zero_()
+    stages = TwoStages()
+    stages.first.bias.fill_(-10)
+    terms = make_objective(lpips=LPIPS(stages, ops=select("auto")))(**batch)
+    assert all(grad.isfinite().all() for grad in grad_of(terms["loss"], batch["x_pred"], batch["features"]))
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lpips_weight": -0.1}, r"lpips_weight must not be negative, got -0.1"),
+        ({"gate_t": 1.5}, r"gate_t must lie in \[0, 1\], got 1.5"),
+        ({"p_dino_gate": "none"}, r"p_dino_gate must be 'paper' or 'released', got 'none'"),
+        ({"balance": "on"}, r"balance must be 'off' or 'released', got 'on'"),
+        ({"encoder": None}, r"encoder must be given"),
+        ({"lpips": None}, r"lpips must be given"),
+    ],
+)
+def test_bad_construction_is_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Objective: {message}"):
+        make_objective(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.update(x=b["x"][:3]), r"x_pred and x must both be tokens"),
+        (lambda b: b.update(t=torch.zeros(B, 1)), r"t must have shape \(B,\) = \(4,\), got \(4, 1\)"),
+        (lambda b: b.pop("features"), r"features must be given"),
+        (
+            lambda b: b.update(features=b["features"][:, 1:]),
+            r"features must have one row per token .*\(4, 3, 6\)",
+        ),
+    ],
+)
+def test_bad_batches_are_refused(change: Callable[[dict[str, Tensor]], Any], message: str) -> None:
+    batch = make_batch()
+    change(batch)
+    with pytest.raises(ValueError, match=f"Objective: {message}"):
+        make_objective()(**batch)
+
+
+def test_lpips_of_another_shape_is_refused() -> None:
+    def four_dimensional(x_pred: Tensor, x: Tensor) -> Tensor:
+        return mean_absolute(x_pred, x)[:, None, None, None]
+
+    with pytest.raises(ValueError, match=r"lpips must return \(B,\) = \(4,\), got \(4, 1, 1, 1\)"):
+        make_objective(lpips=four_dimensional)(**make_batch())
+
+
+# --- from a configuration ---
+
+
+def test_build_objective_from_the_configuration(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixelgen.config import LossConfig
+
+    monkeypatch.setattr("pixelgen.encoders.embedded._PIXEL_BUDGET", 1)
+    images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
+    model = model_config("tiny/2")
+    objective = build_objective(LossConfig(), model, run_dir=tmp_path, images=lambda: images)
+    x = torch.randn(2, model.num_tokens, model.patch_dim)
+    terms = objective(x, x, torch.tensor([0.1, 0.9]), torch.randn(2, model.num_tokens, model.width))
+    assert {"alignment", "lpips", "p_dino"} <= terms.keys()
+    assert float(terms["lpips"]) == 0 and (tmp_path / "embedded_features.safetensors").is_file()
+
+    def never() -> tuple[Tensor, Tensor]:
+        raise AssertionError("no term needs the images")
+
+    bare = LossConfig(alignment_weight=0, lpips_weight=0, p_dino_weight=0)
+    plain = build_objective(bare, model, run_dir=tmp_path / "none", images=never)
+    assert plain(x, x, torch.tensor([0.1, 0.9])).keys() == {"loss", "flow_matching", "gated_fraction"}
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
+def test_build_objective_resizes_for_vgg_only() -> None:
+    from pixelgen.config import LossConfig
+
+    loss = LossConfig(alignment_weight=0, p_dino_weight=0, stages="vgg16", stages_weights="random")
+    model = model_config("tiny/2")
+    objective = build_objective(
+        loss, model, run_dir="unused", images=lambda: (torch.empty(0), torch.empty(0))
+    )
+    assert objective.lpips.resize_from_patch == 2  # 8x8 digits are seen by VGG16 at 64x64
+    x_pred = torch.randn(1, model.num_tokens, model.patch_dim, requires_grad=True)
+    terms = objective(x_pred, torch.zeros_like(x_pred), torch.ones(1))
+    assert float(terms["lpips"]) > 0 and (grad_of(terms["lpips"], x_pred)[0] != 0).any()
