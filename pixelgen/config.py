@@ -1,0 +1,256 @@
+"""The configuration of a training run: ``TrainConfig``, presets, command line, YAML. Imports no torch.
+
+The defaults are the preset ``digits``; the other presets in ``pixelgen/configs`` say what differs from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pixelgen.cli import check_values, construct, describe_error, nearest, parse, read_values
+from pixelgen.config_sections import (
+    DataConfig,
+    EmaConfig,
+    LoopConfig,
+    LossConfig,
+    ModelOptions,
+    OptimizerConfig,
+    SampleConfig,
+    Section,
+    TimeConfig,
+)
+from pixelgen.errors import UserError
+from pixelgen.models.sizes import ModelConfig, model_config
+
+__all__ = [
+    "DataConfig",
+    "EmaConfig",
+    "LoopConfig",
+    "LossConfig",
+    "ModelOptions",
+    "OptimizerConfig",
+    "SampleConfig",
+    "TimeConfig",
+    "TrainConfig",
+    "config_from_yaml",
+    "config_to_yaml",
+    "load_config",
+    "preset_names",
+]
+
+PRESET_DIR = Path(__file__).parent / "configs"
+DEFAULT_PRESET = "digits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """Trains a class-conditional pixel-space diffusion transformer.
+
+    Args:
+        name: the run's folder under out_dir; the preset's name and the time if not given.
+        out_dir: where runs go.
+        seed: of weights, order of images, noise and dropout.
+        device: auto is CUDA where there is one, else the CPU.
+        dtype: of matrix products; bfloat16 by autocast, weights and statistics stay float32.
+        kernels: auto runs the compiled kernels; eager runs plain PyTorch.
+        compile: torch.compile the denoiser's blocks and the frozen networks.
+        threads: CPU threads; 0 leaves the choice to PyTorch.
+        data: what to train on
+        model: architecture
+        time: how t and noise are drawn
+        loss: terms besides flow matching
+        optimizer: AdamW and its schedule
+        ema: averaged weights
+        train: length and outputs
+        sample: how images are drawn
+    """
+
+    name: str | None = None
+    out_dir: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Literal["auto", "eager"] = "auto"
+    compile: bool = False
+    threads: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    time: TimeConfig = field(default_factory=TimeConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        is_folder_name = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
+        self._require("name", is_folder_name, "be the name of a folder, without /")
+        self._require("seed", self.seed >= 0, "be 0 or more")
+        self._require("threads", self.threads >= 0, "be 0 or more")
+        depth = self.model_config().depth
+        if self.loss.alignment_weight and not 1 <= self.loss.alignment_layer < depth:
+            raise UserError(
+                f"loss.alignment_layer must be at least 1 and below the model's depth {depth}, "
+                f"got {self.loss.alignment_layer}"
+            )
+
+    def model_config(self) -> ModelConfig:
+        """The denoiser's architecture: the named size, the overrides of ``model``, the shapes of ``data``.
+
+        Raises:
+            UserError: the parts do not fit, such as a patch size that does not divide the image size.
+        """
+        given = {item.name: getattr(self.model, item.name) for item in fields(self.model)}
+        size = given.pop("size")
+        overrides = {name: value for name, value in given.items() if value is not None}
+        data = self.data
+        return model_config(
+            size,
+            image_size=data.image_size,
+            channels=data.channels,
+            num_classes=data.num_classes,
+            **overrides,
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads only true and false as booleans, as YAML 1.2 does, so that ``balance: off`` is the word."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+
+
+def preset_names() -> list[str]:
+    """Names that ``--config`` takes besides paths."""
+    return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+def load_config(
+    argv: Sequence[str] | None = None, *, prog: str = "pixelgen.train"
+) -> tuple[TrainConfig, str | None]:
+    """Reads the command line of a training run: every field, ``--config``, ``--resume``, ``--print_config``.
+
+    ``--config`` takes a preset's name or a YAML file, and may be given several times: later ones win, and
+    options on the command line win over all of them. ``--resume RUN`` starts from the run's configuration.
+
+    Args:
+        argv: arguments after the program's name; None takes ``sys.argv[1:]``.
+        prog: the program's name in the help.
+
+    Returns:
+        The configuration, with ``name`` filled in, and the path given to ``--resume`` or None.
+
+    Raises:
+        UserError: unknown option or key (the nearest one is named), unknown preset (all are listed),
+            wrong type or value, YAML that cannot be read.
+        FileNotFoundError: no such YAML file or run.
+        SystemExit: after ``--help`` and ``--print_config``.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--resume")
+    first.add_argument("--print_config", "--print-config", action="store_true")
+    try:
+        known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(describe_error(error)) from None
+    if known.resume and known.config:
+        raise UserError("--resume takes the configuration of the run; leave out --config")
+    values: dict[str, object] = {}
+    stem = DEFAULT_PRESET
+    for path in (
+        [_run_config(known.resume)] if known.resume else [_find_config(name) for name in known.config]
+    ):
+        values |= check_values(TrainConfig, _read_yaml(path.read_bytes(), str(path)), str(path))
+        stem = path.stem
+    extra = {
+        "--config NAME|FILE": f"preset ({', '.join(preset_names())}) or YAML file; "
+        f"default: {DEFAULT_PRESET}. May be repeated: later files and options on the command line win.",
+        "--resume RUN": "continue runs/NAME from its newest checkpoint, with its configuration",
+        "--print_config": "print the configuration as YAML after all other options and exit",
+    }
+    config = parse(TrainConfig, rest, prog=prog, values=values, extra=extra)
+    if known.print_config:
+        print(config_to_yaml(config), end="")
+        raise SystemExit(0)
+    if config.name is None:
+        config = replace(config, name=f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return config, known.resume
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """Every field as YAML; ``config_from_yaml`` gives an equal configuration back."""
+    values = asdict(config)
+    values["optimizer"]["betas"] = list(config.optimizer.betas)  # YAML has no tuples
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def config_from_yaml(text: str, source: str = "config.yaml") -> TrainConfig:
+    """The configuration of a YAML text; fields it does not name keep their defaults.
+
+    Args:
+        text: as written by ``config_to_yaml``, or by hand.
+        source: begins error messages; the file's name.
+
+    Raises:
+        UserError: as ``load_config``.
+    """
+    return construct(TrainConfig, check_values(TrainConfig, _read_yaml(text.encode(), source), source))
+
+
+def _read_yaml(content: bytes, source: str) -> dict[str, object]:
+    try:
+        mapping: Any = yaml.load(content, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not a YAML file: {describe_error(error)}") from None
+    return read_values(TrainConfig, mapping, source)
+
+
+def _find_config(name: str) -> Path:
+    presets = preset_names()
+    if name in presets:
+        return PRESET_DIR / f"{name}.yaml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(
+            f"--config: {name} is a folder; give a preset or a YAML file, such as {path / 'config.yaml'}"
+        )
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise FileNotFoundError(f"--config: no such file: {name}")
+    guess = nearest(name, presets)
+    hint = f"did you mean {guess}? " if guess else ""
+    raise UserError(
+        f"--config: unknown preset {name}; {hint}Presets: {', '.join(presets)}. A YAML file will do too"
+    )
+
+
+def _run_config(run: str) -> Path:
+    path = Path(run)
+    if not path.exists():
+        raise FileNotFoundError(f"--resume: no run at {run}")
+    if not (path / "config.yaml").is_file():
+        raise UserError(
+            f"--resume: {run} is not the folder of a run, such as runs/NAME: it has no config.yaml"
+        )
+    return path / "config.yaml"

@@ -1,0 +1,299 @@
+"""Sections of a training run's configuration. Their defaults are the preset ``digits``. Imports no torch."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pixelgen.errors import UserError
+from pixelgen.models.sizes import SIZES
+
+
+class Section:
+    """Checks that need no more than the section itself; messages name the option, as the user spells it."""
+
+    SECTION: ClassVar[str] = ""
+
+    def _require(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            value = getattr(self, name)
+            raise UserError(f"{self.SECTION}{name} must {expected}, got {value!r}")
+
+    def _require_choices(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal:
+                choices = typing.get_args(hint)
+                self._require(name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """What to train on.
+
+    Args:
+        name: digits is the embedded set of 1,797 real 8x8 images; folder reads one sub-folder per class.
+        path: the folder of class folders, for folder.
+        image_size: side of the square images in pixels; larger images are centre-cropped as ADM does.
+        channels: 1 for grey, 3 for RGB.
+        num_classes: number of classes; the model has one more, the null label.
+        flip: mirror every other image at random. Digits and letters must not be mirrored.
+        workers: processes that read images; 0 reads in the training process.
+    """
+
+    SECTION = "data."
+
+    name: Literal["digits", "folder"] = "digits"
+    path: str | None = None
+    image_size: int = 8
+    channels: int = 1
+    num_classes: int = 10
+    flip: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        self._require("image_size", self.image_size >= 1, "be at least 1")
+        self._require("channels", self.channels in (1, 3), "be 1 (grey) or 3 (RGB)")
+        self._require("num_classes", self.num_classes >= 1, "be at least 1")
+        self._require("workers", self.workers >= 0, "be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Section):
+    """Architecture of the denoiser: a named size, and what differs from it. Null keeps the size's own value.
+
+    Image size, channels and classes come from the data section.
+
+    Args:
+        size: a published size such as PixelGen-XL/16, JiT-B/16 or JiT-L/32, or tiny/2, tiny/4.
+        width: channels of a token; a multiple of 4 and of heads.
+        depth: number of transformer blocks.
+        heads: attention heads; width / heads must be a multiple of 4.
+        patch_size: side of a square patch in pixels; it must divide data.image_size.
+        mlp_ratio: the SwiGLU's inner width is 2/3 of width * mlp_ratio.
+        bottleneck_dim: width of the patch embedding's bottleneck; 0 for a single projection.
+        in_context_len: class tokens prepended to the image tokens; 0 for none.
+        in_context_start: index of the first block that sees them.
+        attn_dropout: dropout rate of the attention weights, in the middle half of the blocks.
+        proj_dropout: dropout rate after attention's projection and on the SwiGLU product, in the same blocks.
+    """
+
+    SECTION = "model."
+
+    size: str = "tiny/2"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    patch_size: int | None = None
+    mlp_ratio: float | None = None
+    bottleneck_dim: int | None = None
+    in_context_len: int | None = None
+    in_context_start: int | None = None
+    attn_dropout: float | None = None
+    proj_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        self._require("size", self.size in SIZES, f"be one of {', '.join(SIZES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeConfig(Section):
+    """How training draws t and noise; t = 0 is noise, t = 1 is data, x_t = t x + (1 - t) noise.
+
+    Args:
+        distribution: logit_normal draws t = sigmoid(mean + std * normal); uniform draws it from [0, 1].
+        mean: mean of the normal in logit_normal; below 0 favours noisy images.
+        std: its standard deviation.
+        timeshift: t becomes t / (t + (1 - t) * timeshift); above 1 favours noisy images.
+        t_eps: floor of 1 - t where the velocity is formed, in training and in sampling.
+        noise_scale: standard deviation of the noise, in training and in sampling.
+    """
+
+    SECTION = "time."
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = -0.8
+    std: float = 0.8
+    timeshift: float = 1.0
+    t_eps: float = 0.05
+    noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        self._require("std", self.std > 0, "be above 0")
+        self._require("timeshift", self.timeshift > 0, "be above 0")
+        self._require("t_eps", 0 < self.t_eps < 1, "lie between 0 and 1")
+        self._require("noise_scale", self.noise_scale > 0, "be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """Terms added to the flow-matching loss (arXiv 2602.02493). A weight of 0 leaves a term out.
+
+    Args:
+        alignment_weight: weight of the alignment of the denoiser's features with the token network's (REPA).
+        alignment_layer: number of blocks after which the denoiser's features are taken.
+        projector_width: inner width of the projector between the two.
+        lpips_weight: weight of LPIPS between prediction and image.
+        p_dino_weight: weight of P-DINO, one minus the cosine of the patch tokens of prediction and image.
+        gate_t: the two perceptual terms act only where t >= gate_t; 0 for everywhere.
+        p_dino_gate: paper gates P-DINO per sample; released gates whole batches, as the published code.
+        perceptual_ratio: factor of the sum of the two perceptual terms.
+        balance: off, or released to scale that sum by a ratio of gradient norms at the last layer.
+        balance_start_step: first step at which balance acts.
+        balance_every: steps between its updates.
+        stages: network whose stages LPIPS compares; embedded is trained on the run's own images in seconds.
+        stages_weights: pretrained, random, or the path of a file with the weights of vgg16.
+        tokens: network whose patch tokens P-DINO and the alignment use; embedded as for stages.
+        tokens_weights: pretrained, random, or the path of a file with the weights of the DINOv2.
+        p_dino_layer: the DINOv2's layer, counted from 1, whose tokens are read; null for the last.
+    """
+
+    SECTION = "loss."
+
+    alignment_weight: float = 0.5
+    alignment_layer: int = 2
+    projector_width: int = 128
+    lpips_weight: float = 0.1
+    p_dino_weight: float = 0.01
+    gate_t: float = 0.3
+    p_dino_gate: Literal["paper", "released"] = "paper"
+    perceptual_ratio: float = 1.0
+    balance: Literal["off", "released"] = "off"
+    balance_start_step: int = 400_000
+    balance_every: int = 50
+    stages: Literal["embedded", "vgg16"] = "embedded"
+    stages_weights: str = "pretrained"
+    tokens: Literal["embedded", "dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14"] = (
+        "embedded"
+    )
+    tokens_weights: str = "pretrained"
+    p_dino_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        for name in ("alignment_weight", "lpips_weight", "p_dino_weight", "perceptual_ratio"):
+            self._require(name, getattr(self, name) >= 0, "be 0 or more")
+        self._require("gate_t", 0 <= self.gate_t <= 1, "lie in [0, 1]")
+        self._require("projector_width", self.projector_width >= 1, "be at least 1")
+        self._require("balance_start_step", self.balance_start_step >= 0, "be 0 or more")
+        self._require("balance_every", self.balance_every >= 1, "be at least 1")
+        self._require("p_dino_layer", self.p_dino_layer is None or self.p_dino_layer >= 1, "be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Section):
+    """AdamW, its learning rate over the steps, and label dropout.
+
+    Args:
+        lr: highest learning rate.
+        betas: decay of AdamW's two averages.
+        weight_decay: decoupled weight decay; 0 makes it Adam.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        schedule: after warm-up, constant, or cosine down to 0 at train.max_steps.
+        max_grad_norm: the gradient is scaled down to this norm; null for no clipping.
+        label_drop: probability of training with the null label, which guidance needs.
+    """
+
+    SECTION = "optimizer."
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    schedule: Literal["constant", "cosine"] = "cosine"
+    max_grad_norm: float | None = 1.0
+    label_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        self._require("lr", self.lr > 0, "be above 0")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "lie in [0, 1)")
+        self._require("weight_decay", self.weight_decay >= 0, "be 0 or more")
+        self._require("warmup_steps", self.warmup_steps >= 0, "be 0 or more")
+        clip = self.max_grad_norm
+        self._require("max_grad_norm", clip is None or clip > 0, "be above 0, or null for no clipping")
+        self._require("label_drop", 0 <= self.label_drop <= 1, "lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig(Section):
+    """Averaged weights, which sampling uses.
+
+    Args:
+        decay: of the average after every step.
+        warmup: use min(decay, (1 + step) / (10 + step)), so that short runs forget their first steps.
+    """
+
+    SECTION = "ema."
+
+    decay: float = 0.999
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        self._require("decay", 0 <= self.decay < 1, "lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(Section):
+    """Length of the run and what it writes on the way.
+
+    Args:
+        batch_size: images per step.
+        max_steps: optimizer steps of the whole run.
+        log_every: steps between log lines.
+        sample_every: steps between sample grids; 0 for none.
+        checkpoint_every: steps between checkpoints; 0 for one at the end only.
+        keep_checkpoints: how many of the newest checkpoints stay on disk; 0 keeps all.
+    """
+
+    SECTION = "train."
+
+    batch_size: int = 64
+    max_steps: int = 4000
+    log_every: int = 50
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_steps", "log_every"):
+            self._require(name, getattr(self, name) >= 1, "be at least 1")
+        for name in ("sample_every", "checkpoint_every", "keep_checkpoints"):
+            self._require(name, getattr(self, name) >= 0, "be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Section):
+    """How images are drawn: the grids of the run, and the defaults of pixelgen.sample.
+
+    Args:
+        sampler: euler, heun (two evaluations a step), heun-reuse (one), or adams (second order, one).
+        steps: solver steps.
+        guidance: scale of classifier-free guidance; 1 for none.
+        guidance_low: guidance acts from this t on.
+        guidance_high: guidance acts up to this t.
+        guidance_rule: paper decides on the t of the evaluation; released on the t at which the step began.
+        timeshift: t becomes t / (t + (1 - t) * timeshift); above 1 spends more steps near the noise.
+    """
+
+    SECTION = "sample."
+
+    sampler: Literal["euler", "heun", "heun-reuse", "adams"] = "heun"
+    steps: int = 25
+    guidance: float = 2.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    guidance_rule: Literal["paper", "released"] = "paper"
+    timeshift: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        self._require("steps", self.steps >= 1, "be at least 1")
+        self._require("guidance", self.guidance >= 0, "be 0 or more")
+        self._require("guidance_low", 0 <= self.guidance_low <= 1, "lie in [0, 1]")
+        self._require("guidance_high", self.guidance_high <= 1, "lie in [0, 1]")
+        above = self.guidance_low < self.guidance_high
+        self._require("guidance_high", above, f"be above sample.guidance_low {self.guidance_low}")
+        self._require("timeshift", self.timeshift > 0, "be above 0")
