@@ -7,6 +7,8 @@ reach the fused ops only through the ``Ops`` they are given (``pixelgen_kernels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +75,9 @@ class PositionTable(nn.Module):
     A pure bf16 model would otherwise round its angles to 8 bits.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_dim: int, rows: int, columns: int) -> None:
         super().__init__()
         self.shape = (head_dim, rows, columns)
@@ -80,7 +85,7 @@ class PositionTable(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Computed again instead of converted: a cast loses digits, and leaving meta there is nothing to copy.
         device = fn(self.cos).device
         cos, sin = rope_table(*self.shape)
@@ -141,9 +146,11 @@ class TimestepEmbedder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal(0, 0.02) weights, zero biases."""
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.mlp.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.zeros_(parameter)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) to (B, C). The features are fp32 whatever the weights are."""
@@ -153,7 +160,7 @@ class TimestepEmbedder(nn.Module):
         )
         angle = t.float()[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Literal
 
@@ -85,7 +86,7 @@ def read_released_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a readable torch checkpoint: {str(error).splitlines()[0]}") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(key.startswith("denoiser.") for key in state):

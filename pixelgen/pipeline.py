@@ -1,0 +1,252 @@
+"""From a trained run to images, in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pixelgen_kernels import philox_normal
+from torch import Tensor, nn
+
+from pixelgen import checkpoint as checkpoints
+from pixelgen.config import PRESET_DIR, SampleConfig, TrainConfig, config_from_yaml
+from pixelgen.errors import UserError
+from pixelgen.guidance import GuidedVelocity
+from pixelgen.models.jit import JiT
+from pixelgen.models.released import load_released_checkpoint, load_strictly
+from pixelgen.models.sizes import ModelConfig, model_config
+from pixelgen.plots import to_uint8
+from pixelgen.samplers import SAMPLERS, timesteps
+
+NOISE_STREAM = 16  # apart from the streams of training
+
+
+class Pipeline:
+    """A denoiser and the settings it is sampled with.
+
+    Args:
+        model: the denoiser, in eval mode.
+        sample: default settings; every argument of ``sample`` overrides one of them.
+        t_eps: floor of 1 - t in the velocity.
+        noise_scale: standard deviation of the starting noise, as in training.
+        dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
+        class_names: names of the labels, where the data set has any.
+    """
+
+    def __init__(
+        self,
+        model: JiT,
+        sample: SampleConfig,
+        *,
+        t_eps: float = 0.05,
+        noise_scale: float = 1.0,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        class_names: Sequence[str] = (),
+    ) -> None:
+        self.model, self.settings, self.t_eps, self.noise_scale = model, sample, t_eps, noise_scale
+        self.dtype, self.class_names = dtype, list(class_names)
+        self.nfe = 0  # network evaluations per image of the last call
+
+    @classmethod
+    def from_run(
+        cls,
+        path: str | Path,
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        device: str | torch.device = "cpu",
+        kernels: Literal["auto", "eager"] = "auto",
+    ) -> Pipeline:
+        """Loads the newest checkpoint of a run, or the checkpoint whose folder is given.
+
+        Args:
+            path: ``runs/NAME`` or ``runs/NAME/checkpoints/step_00001000``.
+            weights: the averaged or the raw weights.
+            device: where to sample.
+            kernels: as in ``JiT``.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            UserError: not a run, or a damaged one.
+        """
+        checkpoint = checkpoints.find_checkpoint(path)
+        checkpoints.read_meta(checkpoint)
+        config: TrainConfig = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text())
+        model = JiT(config.model_config(), kernels)
+        if weights == "ema":
+            load_strictly(model, checkpoints.load_ema_weights(checkpoint), str(checkpoint))
+        else:
+            checkpoints.load_state(checkpoint, {"model": model.state_dict()})
+        return cls(
+            model.to(device).eval(),
+            config.sample,
+            t_eps=config.time.t_eps,
+            noise_scale=config.time.noise_scale,
+            dtype=config.dtype,
+        )
+
+    @classmethod
+    def from_released(
+        cls,
+        path: str | Path,
+        config: ModelConfig,
+        sample: SampleConfig,
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        device: str | torch.device = "cpu",
+        kernels: Literal["auto", "eager"] = "auto",
+    ) -> Pipeline:
+        """Loads a ``.ckpt`` of the public PixelGen code.
+
+        Args:
+            path: the file.
+            config: its architecture, such as ``model_config("PixelGen-XL/16")``.
+            sample: sampling settings.
+            weights: the averaged or the raw weights.
+            device: where to sample.
+            kernels: as in ``JiT``.
+        """
+        return cls(load_released_checkpoint(path, config, weights, kernels).to(device), sample)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        labels: Sequence[int] | Tensor,
+        *,
+        guidance: float | None = None,
+        guidance_low: float | None = None,
+        guidance_high: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        timeshift: float | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 256,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Draws one image per label.
+
+        Image i depends only on the weights, the settings, ``seed``, ``first_index + i`` and its label, not on
+        the batch it is drawn in (up to the rounding of matrix products).
+
+        Args:
+            labels: one class index per image, in [0, num_classes); ``num_classes`` draws without a class.
+            guidance: scale of classifier-free guidance; 1 is none.
+            guidance_low: guidance acts from this t on.
+            guidance_high: guidance acts up to this t.
+            steps: solver steps.
+            sampler: a key of ``pixelgen.samplers.SAMPLERS``.
+            timeshift: moves the steps towards the noise for values above 1.
+            seed: of the starting noise.
+            first_index: index of the first image, to continue a series.
+            batch_size: images drawn at once.
+            progress: called with the number of finished images after every batch.
+
+        Returns:
+            (N, C, H, W) uint8 on the CPU.
+
+        Raises:
+            UserError: a label or setting out of range.
+        """
+        given: dict[str, Any] = {
+            "guidance": guidance,
+            "guidance_low": guidance_low,
+            "guidance_high": guidance_high,
+            "steps": steps,
+            "sampler": sampler,
+            "timeshift": timeshift,
+        }
+        settings = replace(self.settings, **{key: value for key, value in given.items() if value is not None})
+        config = self.model.config
+        device = self.model.pos_embed.device
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if ((labels < 0) | (labels > config.num_classes)).any():
+            wrong = next(int(label) for label in labels if not 0 <= label <= config.num_classes)
+            raise UserError(f"sample: labels must lie in [0, {config.num_classes - 1}], got {wrong}")
+        grid = timesteps(settings.steps, timeshift=settings.timeshift)
+        shape = (config.channels, *config.image_height_width)
+        images = torch.empty(len(labels), *shape, dtype=torch.uint8)
+        self.nfe = 0
+        for start in range(0, len(labels), batch_size):
+            y = labels[start : start + batch_size].to(device)
+            index = torch.arange(start, start + len(y), device=device) + first_index
+            noise = philox_normal(seed, 0, index, images[0].numel(), stream=NOISE_STREAM)
+            velocity = GuidedVelocity(
+                self._predict,
+                y,
+                torch.full_like(y, config.num_classes),
+                scale=settings.guidance,
+                interval=(settings.guidance_low, settings.guidance_high),
+                rule=settings.guidance_rule,
+                upper_inclusive=settings.sampler != "adams",
+                t_eps=self.t_eps,
+            )
+            x = SAMPLERS[settings.sampler](velocity, noise.view(len(y), *shape) * self.noise_scale, grid)
+            images[start : start + len(y)] = to_uint8(x).cpu()
+            self.nfe = velocity.nfe
+            if progress is not None:
+                progress(start + len(y))
+        return images
+
+    def _predict(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            x_pred = self.model(x_t, t, y)
+        return x_pred.to(x_t.dtype)  # the velocity is formed in fp32
+
+
+def pick_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: CUDA asked for where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' was asked for but PyTorch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    size: str | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    device: str = "auto",
+    kernels: Literal["auto", "eager"] = "auto",
+) -> Pipeline:
+    """A pipeline from a run, a checkpoint's folder, or a ``.ckpt`` of the public PixelGen code.
+
+    Args:
+        path: where it is.
+        size: architecture of a ``.ckpt``, a key of ``pixelgen.models.SIZES``; runs know their own.
+        weights: averaged or raw.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        kernels: as in ``JiT``.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        UserError: not a model, or ``size`` missing or out of place.
+    """
+    is_released = Path(path).suffix == ".ckpt"
+    if is_released and size is None:
+        raise UserError(
+            f"{path}: a .ckpt does not name its architecture; give --size, such as PixelGen-XL/16"
+        )
+    if not is_released and size is not None:
+        raise UserError(f"{path}: --size is for .ckpt files; a run knows its architecture")
+    target = pick_device(device)
+    if size is None:
+        return Pipeline.from_run(path, weights=weights, device=target, kernels=kernels)
+    preset = "pixelgen-l-256" if size == "PixelGen-L/16" else "pixelgen-xl-256"
+    sample = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset).sample
+    return Pipeline.from_released(
+        path, model_config(size), sample, weights=weights, device=target, kernels=kernels
+    )

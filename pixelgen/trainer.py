@@ -1,0 +1,329 @@
+"""The training loop. Read aloud, ``train_step`` is the paper's algorithm box (arXiv 2602.02493)."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pixelgen_kernels import philox_normal, philox_uniform
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from pixelgen import checkpoint as checkpoints
+from pixelgen.config import TrainConfig, config_to_yaml
+from pixelgen.data.loader import ImageDataset, build_dataset, build_loader
+from pixelgen.ema import Ema
+from pixelgen.errors import UserError
+from pixelgen.flow import logit_normal_time, shift_time
+from pixelgen.losses.build import build_objective
+from pixelgen.models.jit import JiT
+from pixelgen.pipeline import Pipeline, count_parameters, pick_device
+from pixelgen.trainlog import METRICS_FILE, TrainLog, truncate_metrics
+
+# Streams of the counter-based generator: one per random draw of a step (0 is the noise of noise_patchify).
+TIME_STREAM, LABEL_DROP_STREAM, FLIP_STREAM = 1, 2, 3
+GRID_ROWS, GRID_COLUMNS = 10, 8
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step ``step``, from 0: linear warm-up, then constant, or cosine down to zero."""
+    optimizer = config.optimizer
+    warm = min(1.0, (step + 1) / optimizer.warmup_steps) if optimizer.warmup_steps else 1.0
+    if optimizer.schedule == "cosine":
+        remaining = max(1, config.train.max_steps - optimizer.warmup_steps)
+        progress = min(1.0, max(0, step - optimizer.warmup_steps) / remaining)
+        return optimizer.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+    return optimizer.lr * warm
+
+
+def _build_dataset(config: TrainConfig) -> ImageDataset:
+    data = config.data
+    return build_dataset(
+        data.name,
+        path=data.path,
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+    )
+
+
+class Trainer:
+    """Model, objective, optimizer, EMA and data of one run.
+
+    Args:
+        config: the resolved configuration.
+        run_dir: an existing folder; everything the run writes lands there.
+        dataset: the images.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, dataset: ImageDataset) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.device = pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.set_float32_matmul_precision("high")
+        torch.manual_seed(config.seed)  # initialisation
+        self.step = 0
+        self.stop_signal: int | None = None
+        self.dataset = dataset
+        self.model = JiT(config.model_config(), config.kernels).to(self.device)
+        self.objective = build_objective(
+            config.loss,
+            self.model.config,
+            run_dir=run_dir,
+            images=self._images_for_features,
+            t_eps=config.time.t_eps,
+            seed=config.seed,
+            kernels=config.kernels,
+        ).to(self.device)
+        self.trained = nn.ModuleDict({"model": self.model, "projector": self.objective.projector})
+        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(self.model, config.ema.decay, config.ema.warmup)
+        if config.compile:
+            for block in self.model.blocks:
+                block.compile()
+
+    def _images_for_features(self) -> tuple[Tensor, Tensor]:
+        """Up to 4096 images of the data set, evenly spaced, for features trained on the run's own images."""
+        count = min(len(self.dataset), 4096)
+        print(f"training embedded features on {count:,} images", flush=True)
+        return self.dataset.batch([i * len(self.dataset) // count for i in range(count)])
+
+    # --- starting and resuming ---
+
+    @classmethod
+    def start(cls, config: TrainConfig) -> Trainer:
+        """A new run in a new folder; an existing folder is never reused.
+
+        Raises:
+            UserError: the folder exists, or the data cannot be used.
+        """
+        run_dir = Path(config.out_dir) / str(config.name)
+        if run_dir.exists():
+            raise UserError(
+                f"{run_dir} exists already; continue it with --resume {run_dir} or choose another --name"
+            )
+        dataset = _build_dataset(config)  # a wrong path must not leave an empty run behind
+        run_dir.mkdir(parents=True)
+        (run_dir / checkpoints.CONFIG_FILE).write_text(config_to_yaml(config))
+        return cls(config, run_dir, dataset)
+
+    @classmethod
+    def resume(cls, path: str, config: TrainConfig) -> Trainer:
+        """Continues a run from its newest checkpoint, or the checkpoint given, bit for bit.
+
+        Args:
+            path: ``runs/NAME`` or one of its checkpoints.
+            config: the run's configuration, with or without changes such as a larger ``train.max_steps``.
+        """
+        checkpoint = checkpoints.find_checkpoint(path)
+        trainer = cls(config, checkpoint.parent.parent, _build_dataset(config))
+        trainer._load(checkpoint)
+        # What --resume reads next time: the configuration with the changes of this time.
+        (trainer.run_dir / checkpoints.CONFIG_FILE).write_text(config_to_yaml(config))
+        return trainer
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.trained, self.optimizer),
+            "step": self.step,
+        }
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the current step."""
+        return checkpoints.save_checkpoint(
+            self.run_dir,
+            self.step,
+            self._state(),
+            self.ema.model.state_dict(),
+            config_to_yaml(self.config),
+            self.config.train.keep_checkpoints,
+        )
+
+    def _load(self, checkpoint: Path) -> None:
+        state = self._state()
+        checkpoints.load_state(checkpoint, state)
+        self.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        self.ema.load_state_dict(state["ema"])
+        set_optimizer_state_dict(self.trained, self.optimizer, state["optimizer"])
+        self.step = state["step"]
+        truncate_metrics(self.run_dir / METRICS_FILE, self.step)
+
+    # --- one step ---
+
+    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        Args:
+            images: (B, C, H, W) uint8 on the device.
+            labels: (B,) int64 on the device.
+
+        Returns:
+            Loss terms, gradient norm and the share of gated samples: scalars on the device.
+        """
+        config, step = self.config, self.step
+        index = torch.arange(len(labels), device=self.device)
+        torch.manual_seed(
+            (config.seed * 2**32 + step) % 2**63
+        )  # dropout: not counter-based, so seeded per step
+
+        def uniform(stream: int) -> Tensor:
+            return philox_uniform(config.seed, step, index, 1, stream=stream)[:, 0]
+
+        if config.data.flip:
+            flipped = uniform(FLIP_STREAM) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        if config.time.distribution == "logit_normal":
+            draw = philox_normal(config.seed, step, index, 1, stream=TIME_STREAM)[:, 0]
+            t = logit_normal_time(draw, config.time.mean, config.time.std)
+        else:
+            t = uniform(TIME_STREAM)
+        t = shift_time(t, config.time.timeshift)
+        tokens, clean = self.model.ops.noise_patchify(
+            images,
+            t,
+            self.model.config.patch_size,
+            seed=config.seed,
+            step=step,
+            sample_index=index,
+            noise_scale=config.time.noise_scale,
+            channel_order="first",
+            return_clean=True,
+            clean_channel_order="last",
+        )
+        is_dropped = uniform(LABEL_DROP_STREAM) < config.optimizer.label_drop
+        labels = torch.where(is_dropped, self.model.config.num_classes, labels)
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            x_pred, features = self.model.forward_tokens(tokens, t, labels, self.feature_layer)
+            terms = self.objective(
+                x_pred, clean, t, features, step=step, balance_parameter=self.model.final_layer.linear.weight
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        max_norm = config.optimizer.max_grad_norm or math.inf
+        terms["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        self.optimizer.step()
+        self.ema.update(self.model)
+        self.step += 1
+        return {name: value.detach() for name, value in terms.items()}
+
+    @property
+    def feature_layer(self) -> int | None:
+        """The block whose input REPA aligns; None when its weight is zero."""
+        loss = self.config.loss
+        return loss.alignment_layer if loss.alignment_weight else None
+
+    # --- the loop ---
+
+    def train(self) -> int:
+        """Trains to ``train.max_steps``, or until SIGINT or SIGTERM, which save first.
+
+        Returns:
+            0, or 128 + the signal's number when stopped by one.
+
+        Raises:
+            UserError: a loss that is not finite.
+        """
+        config = self.config
+        print(config_to_yaml(config))
+        print(f"{self.run_dir}: {count_parameters(self.model):,} parameters on {self.device}, ", end="")
+        print(f"{len(self.dataset):,} images, step {self.step} of {config.train.max_steps}", flush=True)
+        if self.step >= config.train.max_steps:
+            print(f"nothing to do: train.max_steps is {config.train.max_steps}")
+            return 0
+        batches = build_loader(
+            self.dataset,
+            config.train.batch_size,
+            seed=config.seed,
+            start_step=self.step,
+            num_workers=config.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        log = TrainLog(self.run_dir, config, self.step)
+        try:
+            with self._signals():
+                self._loop(batches, log)
+        finally:
+            batches.close()
+            log.close()
+        if self.stop_signal is not None:
+            print(f"stopped by signal {self.stop_signal}; continue with --resume {self.run_dir}")
+            return 128 + self.stop_signal
+        minutes = log.seconds / 60
+        print(f"trained to step {self.step} in {minutes:.1f} min; sample with: ", end="")
+        print(f"python -m pixelgen.sample --model {self.run_dir}")
+        return 0
+
+    def _loop(self, batches: Iterator[tuple[Tensor, Tensor]], log: TrainLog) -> None:
+        train = self.config.train
+        while self.step < train.max_steps and self.stop_signal is None:
+            images, labels = next(batches)
+            terms = self.train_step(
+                images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            )
+            log.add(terms)
+            is_last = self.step == train.max_steps or self.stop_signal is not None
+            is_saving = is_last or (train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0)
+            if is_saving or self.step % train.log_every == 0:
+                log.write(self.step, learning_rate(self.config, self.step - 1))  # refuses a non-finite loss
+            if is_saving:
+                with log.paused():
+                    self.save()
+            if is_last or (train.sample_every and self.step % train.sample_every == 0):
+                with log.paused():
+                    log.image(self.step, self.sample_grid(), GRID_COLUMNS)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM finishes the step, saves and leaves; the second acts at once."""
+        previous: dict[int, Any] = {}
+
+        def on_signal(number: int, _frame: object) -> None:
+            self.stop_signal = number
+            for which, handler in previous.items():
+                signal.signal(which, handler)
+            print(f"\nsignal {number}: saving after this step; once more to leave at once", file=sys.stderr)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, on_signal)
+        try:
+            yield
+        finally:
+            for which, handler in previous.items():
+                signal.signal(which, handler)
+
+    def sample_grid(self) -> Tensor:
+        """EMA samples from fixed noise, one row per class: (rows * columns, C, H, W) uint8."""
+        pipeline = Pipeline(
+            self.ema.model,
+            self.config.sample,
+            t_eps=self.config.time.t_eps,
+            noise_scale=self.config.time.noise_scale,
+            dtype=self.config.dtype,
+        )
+        num_classes = self.model.config.num_classes
+        rows = min(GRID_ROWS, num_classes)
+        classes = [row * num_classes // rows for row in range(rows)]
+        return pipeline.sample(
+            [label for label in classes for _ in range(GRID_COLUMNS)], seed=self.config.seed
+        )

@@ -1,0 +1,218 @@
+"""Golden vectors of the public PixelGen code: reading, comparing, and the stand-ins they were made with.
+
+The folder is tests/data/parity, or the one named by PIXELGEN_PARITY_DIR. What a file holds is decided by the
+``kind`` of its JSON sidecar, never by its name; every size, constant and case comes from the sidecar as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pixelgen_kernels import select
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pixelgen.encoders.base import StageEncoder, TokenEncoder
+from pixelgen.losses.lpips import LPIPS
+from pixelgen.losses.objective import Objective
+from pixelgen.models.jit import JiT
+
+FOLDER = Path(os.environ.get("PIXELGEN_PARITY_DIR") or Path(__file__).parent / "data" / "parity")
+
+Kernels = Literal["auto", "eager"]
+
+# Maximum absolute error divided by the largest absolute value expected (data/parity/README.md).
+FORWARD = 1e-5
+GRADIENT = 1e-4
+ADAMS_HIGH_ORDER = 1e-4
+
+# Beginning of a sidecar's "kind" -> our name for it.
+KINDS = {
+    "c2i denoiser forward": "c2i",
+    "t2i denoiser forward": "t2i",
+    "c2i denoiser weights": "weights",
+    "t2i denoiser weights": "weights",
+    "samplers": "samplers",
+    "training objective": "objective",
+    "adm centre crop": "crop",
+    "adm center crop": "crop",
+    "forward of the tiny": "checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One sidecar and the tensors beside it."""
+
+    path: Path
+    sidecar: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".json")
+
+    @property
+    def kind(self) -> str | None:
+        kind = self.sidecar.get("kind", "").lower()
+        return next((name for prefix, name in KINDS.items() if kind.startswith(prefix)), None)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return _load(self.path.with_name(f"{self.name}.safetensors"))
+
+    def sibling(self, file: str) -> Path:
+        return self.path.with_name(file)
+
+    def state(self, file: str) -> dict[str, Tensor]:
+        """A state dict; matrices are stored as float8 and are exact in fp32."""
+        return {key: value.float() for key, value in _load(self.sibling(file)).items()}
+
+
+@cache
+def _load(path: Path) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+def find_all() -> list[Vectors]:
+    """Every sidecar of the folder."""
+    return [Vectors(path, json.loads(path.read_text())) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def find(kind: str) -> list[Vectors]:
+    """The sidecars of one kind."""
+    return [vectors for vectors in find_all() if vectors.kind == kind]
+
+
+def assert_matches(actual: Tensor | None, expected: Tensor, tolerance: float, what: str) -> None:
+    """Fails where the largest error exceeds ``tolerance`` times the largest expected value.
+
+    Expected zeros must be exact zeros. ``actual`` None (a gradient that was never reached) counts as zeros.
+    """
+    actual = torch.zeros_like(expected) if actual is None else actual.detach()
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    if not expected.numel():
+        return
+    error = (actual.double() - expected.double()).abs().max().item()
+    largest = expected.double().abs().max().item()
+    assert error <= tolerance * largest, f"{what}: error {error:.3e} > {tolerance:g} of {largest:.3e}"
+
+
+def assert_gradients_match(
+    vectors: Vectors, prefix: str, module: nn.Module, inputs: dict[str, Tensor] | None = None
+) -> int:
+    """Compares every tensor named ``<prefix>grad...`` with the gradients left in ``module`` and ``inputs``.
+
+    Args:
+        vectors: has ``row_stride`` for the sampled rows and ``grad_l2_order`` for the norms.
+        prefix: for example ``"rl2."`` or ``"mixed.net."``.
+        module: its parameters carry the reference's names.
+        inputs: further tensors with gradients, such as ``{"x": x}``.
+
+    Returns:
+        How many tensors were compared.
+    """
+    sidecar = vectors.sidecar
+    leaves = dict(module.named_parameters())
+    named = {**leaves, **(inputs or {})}
+    compared = 0
+    for key, expected in vectors.tensors.items():
+        if not key.startswith(f"{prefix}grad"):
+            continue
+        kind, _, name = key.removeprefix(prefix).partition(".")
+        if kind == "grad_l2":
+            order = sidecar["grad_l2_order"]
+            assert sorted(order) == sorted(n for n, p in leaves.items() if p.requires_grad), (
+                "trainable parameters"
+            )
+            actual: Tensor | None = torch.stack([_norm(leaves[n].grad) for n in order])
+        elif kind == "grad":
+            actual = named[name].grad
+        elif kind == "grad_rows":
+            gradient = leaves[name].grad
+            actual = None if gradient is None else gradient[:: sidecar["row_stride"][name]]
+        else:
+            raise AssertionError(f"{vectors.name}: no comparison for {key}")
+        assert_matches(actual, expected, GRADIENT, f"{vectors.name} {key}")
+        compared += 1
+    return compared
+
+
+def _norm(gradient: Tensor | None) -> Tensor:
+    return torch.zeros(()) if gradient is None else torch.linalg.vector_norm(gradient)
+
+
+class PatchMeans(TokenEncoder):
+    """The sidecar's ``encoder_stand_in``: (mean of each patch of the image in [0, 1] - 0.5) @ matrix."""
+
+    def __init__(self, matrix: Tensor, patch_size: int) -> None:
+        super().__init__()
+        self.matrix, self.patch_size, self.width = matrix, patch_size, matrix.shape[1]
+        self.freeze()
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = F.avg_pool2d((x + 1) / 2, self.patch_size)
+        return (means - 0.5).flatten(2).transpose(1, 2) @ self.matrix
+
+
+class Pixels(StageEncoder):
+    """One stage: the image itself."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+
+class MeanDifference(LPIPS):
+    """The sidecar's ``lpips_stand_in``: const * mean |pred - x|, after whatever resizing ``LPIPS`` does."""
+
+    def __init__(self, constant: float, patch_size: int) -> None:
+        super().__init__(Pixels(), ops=select("eager"), resize_from_patch=patch_size)
+        self.constant = constant
+        self.input_shapes: set[tuple[int, ...]] = set()
+
+    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
+        self.input_shapes |= {tuple(maps[0].shape), tuple(target[0].shape)}
+        return self.constant * (maps[0] - target[0]).abs().mean((1, 2, 3))
+
+
+def proj_dims(vectors: Vectors) -> tuple[int, int, int]:
+    dims = vectors.sidecar["proj_dims"]
+    return dims["proj_denoiser_dim"], dims["proj_hidden_dim"], dims["proj_encoder_dim"]
+
+
+def build_objective(
+    vectors: Vectors, case: dict, model: JiT, kernels: Kernels
+) -> tuple[Objective, MeanDifference]:
+    arguments, sidecar = case["constructor"], vectors.sidecar
+    feature_width, projector_width, _ = proj_dims(vectors)
+    lpips = MeanDifference(sidecar["lpips_stand_in"]["const"], arguments["patch_size"])
+    objective = Objective(
+        feature_width=feature_width,
+        patch_size=model.config.patch_size,
+        image_size=model.config.image_height_width,
+        encoder=PatchMeans(vectors.tensors["encoder_matrix"], sidecar["encoder_stand_in"]["P"]),
+        lpips=lpips,
+        alignment_weight=arguments["feat_loss_weight"],
+        lpips_weight=arguments["lpips_weight"],
+        p_dino_weight=arguments["dino_weight"],
+        perceptual_ratio=arguments["percept_ratio"],
+        projector_width=projector_width,
+        gate_t=arguments["percept_t_threshold"],
+        p_dino_gate="released",
+        t_eps=arguments["t_eps"],
+        balance="released",  # from step 400000 on, every 50 steps
+        kernels=kernels,
+    )
+    prefix = "proj.0."
+    state = {k.removeprefix(prefix): v for k, v in vectors.tensors.items() if k.startswith(prefix)}
+    if objective.uses_alignment:
+        objective.projector.load_state_dict(state, strict=True)
+    return objective, lpips

@@ -1,0 +1,370 @@
+"""Every golden vector of the parity folder against this package; data/parity/README.md says what they are.
+
+PIXELGEN_PARITY_DIR=/some/folder runs the same tests on another set of vectors.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import pytest
+import torch
+from parity import (
+    ADAMS_HIGH_ORDER,
+    FOLDER,
+    FORWARD,
+    Kernels,
+    Vectors,
+    assert_gradients_match,
+    assert_matches,
+    build_objective,
+    find,
+    find_all,
+    proj_dims,
+)
+from torch import Tensor, nn
+
+from pixelgen.data.crop import center_crop
+from pixelgen.flow import interpolate, logit_normal_time, shift_time
+from pixelgen.guidance import GuidedVelocity
+from pixelgen.losses.alignment import Projector
+from pixelgen.models.jit import JiT
+from pixelgen.models.released import (
+    config_from_reference,
+    load_released_checkpoint,
+    load_strictly,
+    read_released_checkpoint,
+)
+from pixelgen.samplers import adams, adams_weights, euler, heun, timesteps
+
+KERNELS = get_args(Kernels)
+
+
+def params(kind: str, *names: str) -> list:
+    """One pytest parameter per file of a kind; with ``names``, per entry of these parts of its sidecar."""
+    found = []
+    for vectors in find(kind):
+        keys: list = [()]
+        for name in names:
+            keys = [(*key, entry) for key in keys for entry in vectors.sidecar[name]]
+        found += [pytest.param(vectors, *key, id="-".join([vectors.name, *map(str, key)])) for key in keys]
+    return found
+
+
+def test_every_file_is_known():
+    """No vector is passed over in silence."""
+    everything = find_all()
+    assert everything, f"no golden vectors in {FOLDER}"
+    unknown = {v.name: v.sidecar.get("kind") for v in everything if v.kind is None}
+    assert not unknown, f"no test for {unknown}"
+    described = {v.name for v in everything}
+    assert {f.name.removesuffix(".safetensors") for f in FOLDER.glob("*.safetensors")} <= described
+
+
+# --- denoiser ---
+
+
+def denoiser(vectors: Vectors, state_file: str, config: dict, kernels: Kernels) -> JiT:
+    model = JiT(config_from_reference(config), kernels)
+    load_strictly(model, vectors.state(state_file), state_file)
+    model.load_state_dict(vectors.state(state_file), strict=True)  # pos_embed included
+    return model
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("vectors", "layer"), params("c2i", "return_layers"))
+def test_denoiser(vectors: Vectors, layer: str, kernels: Kernels):
+    tensors, what = vectors.tensors, f"{vectors.name} rl{layer}"
+    model = denoiser(vectors, vectors.sidecar["state_file"], vectors.sidecar["config"], kernels).eval()
+    x = tensors["x"].clone().requires_grad_()
+    output, features = model(x, tensors["t"], tensors["y"], feature_layer=int(layer))
+    assert_matches(output, tensors["output"], FORWARD, f"{what} output")
+    assert_matches(features, tensors[f"rl{layer}.feat"], FORWARD, f"{what} feat")
+
+    products = torch.cat([(output * tensors["g"]).flatten(), (features * tensors["h"]).flatten()])
+    loss = products.sum()
+    # A sum of thousands of products of both signs: its error scales with them, not with what is left over.
+    scale = max(loss.abs().item(), products.norm().item())
+    assert abs(loss.item() - tensors[f"rl{layer}.loss"].item()) <= FORWARD * scale, f"{what} loss"
+    loss.backward()
+    compared = assert_gradients_match(vectors, f"rl{layer}.", model, {"x": x})
+    assert compared == sum(key.startswith(f"rl{layer}.") for key in tensors) - 2  # all but feat and loss
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("vectors", params("c2i"))
+def test_denoiser_without_features(vectors: Vectors, kernels: Kernels):
+    model = denoiser(vectors, vectors.sidecar["state_file"], vectors.sidecar["config"], kernels).eval()
+    with torch.inference_mode():
+        output = model(*(vectors.tensors[name] for name in ("x", "t", "y")))
+    assert_matches(output, vectors.tensors["output"], FORWARD, vectors.name)
+
+
+@pytest.mark.parametrize("vectors", params("t2i"))
+def test_text_conditional_denoiser(vectors: Vectors):
+    layers = ", ".join(map(str, vectors.sidecar["return_layers"]))
+    pytest.skip(
+        f"text-conditional denoiser: to come ({vectors.name}: output, features, gradients, layers {layers})"
+    )
+
+
+# --- samplers ---
+
+
+def sampler_of(case: dict):
+    """Our solver for a class of the reference, and whether its guidance interval includes the upper end."""
+    name = case["class"].lower()
+    if name.startswith("euler"):
+        return euler, True
+    if name.startswith("heun"):
+        return (lambda *args, **named: heun(*args, exact=case["exact_henu"], **named)), True
+    assert name.startswith("adam"), f"unknown sampler {case['class']}"
+    return (lambda *args, **named: adams(*args, order=case["order"], **named)), False
+
+
+def run_sampler(
+    vectors: Vectors, case: dict
+) -> tuple[list[float], list[Tensor], list[Tensor], list[float], int]:
+    """Our solver on the sidecar's analytic net: times, states, velocities, times of the net's calls, NFE."""
+    tensors, net = vectors.tensors, vectors.sidecar["net"]
+    net_t: list[float] = []
+
+    def model_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        net_t.append(t[0].item())
+        return torch.tanh(net["a"] * x + net["b"] * t.view(-1, 1, 1, 1) + tensors["c"][y].view(-1, 1, 1, 1))
+
+    solver, upper_inclusive = sampler_of(case)
+    velocity = GuidedVelocity(
+        model_fn,
+        tensors["condition"],
+        tensors["uncondition"],
+        scale=case["guidance"],
+        interval=(case["guidance_interval_min"], case["guidance_interval_max"]),
+        rule="released",
+        upper_inclusive=upper_inclusive,
+    )
+    times = timesteps(case["num_steps"], case["timeshift"], case.get("last_step"))
+    states = [tensors["noise"]]
+    velocities: list[Tensor] = []
+
+    def keep(step_index: int, t_next: float, x: Tensor, v: Tensor) -> None:
+        assert (step_index, t_next) == (len(velocities), times[len(velocities) + 1])
+        states.append(x)
+        velocities.append(v)
+
+    final = solver(velocity, tensors["noise"], times, callback=keep)
+    assert torch.equal(final, states[-1])
+    return times, states, velocities, net_t, velocity.nfe
+
+
+@pytest.mark.parametrize(("vectors", "name"), params("samplers", "cases"))
+def test_sampler(vectors: Vectors, name: str):
+    case = vectors.sidecar["cases"][name]
+    expected = {k.removeprefix(f"{name}."): v for k, v in vectors.tensors.items() if k.startswith(f"{name}.")}
+    times, states, velocities, net_t, nfe = run_sampler(vectors, case)
+
+    grid = torch.tensor(times)
+    assert_matches(grid, expected.pop("timesteps"), FORWARD, f"{name} timesteps")
+    if "timedeltas" in expected:
+        assert_matches(grid.diff(), expected.pop("timedeltas"), FORWARD, f"{name} timedeltas")
+    assert len(net_t) == case["net_calls"]
+    assert torch.allclose(torch.tensor(net_t), torch.tensor(case["net_t"]), rtol=0, atol=1e-6)
+    # The reference doubles every batch; we only those that need it, and never more.
+    assert case["net_calls"] <= nfe <= 2 * case["net_calls"]
+    assert nfe == case["net_calls"] or case["guidance"] != 1.0
+
+    coefficients = expected.pop("solver_coeffs", None)
+    tolerance = FORWARD
+    if coefficients is not None and case["order"] > 2:
+        # The reference's fp32 weights lose digits, in long runs more than this tolerance allows for; what the
+        # solver does with them is held to FORWARD in test_adams_with_the_weights_of_the_file.
+        tolerance = max(ADAMS_HIGH_ORDER, case["coeff_error_vs_float64"] / 2)
+    compare_trajectory(name, dict(expected), states, velocities, tolerance)
+    if coefficients is not None:
+        compare_adams_weights(vectors, name, coefficients, times)
+
+
+def compare_trajectory(
+    name: str,
+    expected: dict[str, Tensor],
+    states: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    tolerance: float,
+) -> None:
+    assert_matches(states[-1], expected.pop("final"), tolerance, f"{name} final")
+    assert_matches(torch.stack(list(states)), expected.pop("x_traj"), tolerance, f"{name} x_traj")
+    if "v_traj" in expected:  # ends with a row of zeros
+        padded = torch.stack([*velocities, torch.zeros_like(velocities[0])])
+        assert_matches(padded, expected.pop("v_traj"), tolerance, f"{name} v_traj")
+    assert not expected, f"{name}: no comparison for {sorted(expected)}"
+
+
+def compare_adams_weights(vectors: Vectors, name: str, expected: Tensor, times: Sequence[float]) -> None:
+    """Our float64 weights differ from the reference's fp32 ones by what its sidecar says, and by no more."""
+    order = vectors.sidecar["cases"][name]["order"]
+    actual = torch.zeros_like(expected)
+    for i, row in enumerate(actual):
+        weights = adams_weights(times[max(0, i + 1 - order) : i + 1], times[i + 1])
+        row[order - len(weights) :] = torch.tensor(weights)
+    rounding = vectors.sidecar["cases"][name].get("coeff_error_vs_float64", 0.0)
+    error = (actual - expected).abs().max().item()
+    assert error <= 1.1 * rounding + 1e-6, (
+        f"{name} solver_coeffs: error {error:.3e}, fp32 accounts for {rounding}"
+    )
+
+
+ADAMS = [p for p in params("samplers", "cases") if "order" in p.values[0].sidecar["cases"][p.values[1]]]
+
+
+@pytest.mark.parametrize(("vectors", "name"), ADAMS)
+def test_adams_with_the_weights_of_the_file(vectors: Vectors, name: str, monkeypatch: pytest.MonkeyPatch):
+    """With the reference's own fp32 weights every order matches at full tolerance."""
+    case = vectors.sidecar["cases"][name]
+    rows = iter(vectors.tensors[f"{name}.solver_coeffs"].tolist())
+    monkeypatch.setattr("pixelgen.samplers.adams_weights", lambda past, t_next: next(rows)[-len(past) :])
+    _, states, velocities, _, _ = run_sampler(vectors, case)
+    names = ("final", "x_traj", "v_traj")
+    expected = {key: vectors.tensors[f"{name}.{key}"] for key in names if f"{name}.{key}" in vectors.tensors}
+    compare_trajectory(name, expected, states, velocities, FORWARD)
+
+
+# --- training objective ---
+
+TERMS = {
+    "loss": "loss",
+    "fm_loss": "flow_matching",
+    "cos_loss": "alignment",
+    "lpips_loss": "lpips",
+    "dino_percept_loss": "p_dino",
+    "inter_cos_0": "p_dino",
+    "percept_weight": "balance_weight",
+}
+
+
+def noisy_inputs(tensors: dict[str, Tensor], t: Tensor, noise_scale: float, model: JiT, layout: str):
+    """(what the denoiser gets, the clean images in the layout of its prediction)."""
+    x, noise = tensors["x"], tensors["noise"]
+    if layout == "images":
+        return interpolate(x, noise * noise_scale, t), x
+    return model.ops.noise_patchify(
+        x,
+        t,
+        model.config.patch_size,
+        noise=noise,
+        noise_scale=noise_scale,
+        channel_order="first",
+        return_clean=True,
+        clean_channel_order="last",
+    )
+
+
+@pytest.mark.parametrize(("kernels", "layout"), [("auto", "tokens"), ("eager", "tokens"), ("auto", "images")])
+@pytest.mark.parametrize(("vectors", "name"), params("objective", "cases"))
+def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
+    tensors, sidecar = vectors.tensors, vectors.sidecar
+    case = sidecar["cases"][name]
+    arguments = case["constructor"]
+    uncompared = {key for key in tensors if key.startswith(f"{name}.")}
+
+    draw = tensors[f"{name}.draw"]
+    base_t = (
+        logit_normal_time(draw, arguments["P_mean"], arguments["P_std"]) if arguments["lognorm_t"] else draw
+    )
+    assert_matches(base_t, tensors[f"{name}.base_t"], FORWARD, f"{name} base_t")
+    t = shift_time(base_t, arguments["timeshift"])
+    assert_matches(t, tensors[f"{name}.t"], FORWARD, f"{name} t")
+    uncompared -= {f"{name}.draw", f"{name}.base_t", f"{name}.t"}
+
+    model = denoiser(vectors, sidecar["net"]["state_file"], sidecar["net"]["config"], kernels).train()
+    objective, lpips = build_objective(vectors, case, model, kernels)
+    projector = nn.ModuleList(  # gives the reference's names, 0.0.weight and so on
+        [objective.projector if objective.uses_alignment else Projector(*proj_dims(vectors))]
+    )
+    denoise = model.forward_tokens if layout == "tokens" else model
+    x_t, clean = noisy_inputs(tensors, t, arguments["noise_scale"], model, layout)
+    for step in case["global_steps"]:
+        prefix = f"{name}.step{step}" if f"{name}.step{step}.loss" in tensors else name
+        model.zero_grad(set_to_none=True)
+        projector.zero_grad(set_to_none=True)
+        x_pred, features = denoise(x_t, t, tensors["y"], arguments["align_layer"])
+        weight = model.final_layer.linear.weight
+        terms = objective(x_pred, clean, t, features, step=step, balance_parameter=weight)
+        terms["loss"].backward()
+        values = {**terms_of_weight_zero(vectors, case, model, x_pred, clean, t, features), **terms}
+        for theirs, ours in TERMS.items():
+            if (key := f"{prefix}.{theirs}") in tensors:
+                assert_matches(values[ours].view(1), tensors[key], FORWARD, f"{key} ({layout})")
+                uncompared.discard(key)
+        for module, part in ((model, "net"), (projector, "proj")):
+            assert_gradients_match(vectors, f"{prefix}.{part}.", module)
+            uncompared -= {key for key in uncompared if key.startswith(f"{prefix}.{part}.grad")}
+    assert not uncompared, f"{name}: no comparison for {sorted(uncompared)}"
+    if "gated" in case:
+        assert terms["gated_fraction"].item() == pytest.approx(np.mean(case["gated"]))
+    if objective.uses_lpips and "lpips_input_shape" in case:
+        assert lpips.input_shapes == {tuple(case["lpips_input_shape"])}
+
+
+def terms_of_weight_zero(
+    vectors: Vectors,
+    case: dict,
+    model: JiT,
+    x_pred: Tensor,
+    clean: Tensor,
+    t: Tensor,
+    features: Tensor | None,
+) -> dict[str, Tensor]:
+    """Values of the terms that this case switches off: the reference reports them, ours leaves them out."""
+    names = ("feat_loss_weight", "lpips_weight", "dino_weight", "percept_ratio")
+    weights = {name: case["constructor"][name] for name in names}
+    if all(weights.values()):
+        return {}
+    switched_on = {name: weight or 1.0 for name, weight in weights.items()}
+    objective, _ = build_objective(
+        vectors, {**case, "constructor": {**case["constructor"], **switched_on}}, model, "eager"
+    )
+    with torch.no_grad():
+        terms = objective(x_pred, clean, t, features)
+    return {name: value for name, value in terms.items() if name not in ("loss", "balance_weight")}
+
+
+# --- data and checkpoints ---
+
+
+@pytest.mark.parametrize(("vectors", "name"), params("crop", "images"))
+def test_center_crop(vectors: Vectors, name: str):
+    from PIL import Image
+
+    case, tensors = vectors.sidecar["images"][name], vectors.tensors
+    if case["input"] == "png":
+        image = Image.open(io.BytesIO(tensors[f"{name}.png"].numpy().tobytes())).convert("RGB")
+    else:
+        image = Image.fromarray(tensors[f"{name}.{case['input']}"].numpy())
+    assert image.size == (case["width"], case["height"])
+    outputs = {key for key in tensors if key.startswith(f"{name}.out")}
+    assert outputs == {f"{name}.out{size}" for size in case["resolutions"]}
+    for size in case["resolutions"]:
+        np.testing.assert_array_equal(center_crop(image, size), tensors[f"{name}.out{size}"].numpy())
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize("vectors", params("checkpoint"))
+def test_released_checkpoint(vectors: Vectors, weights: Literal["raw", "ema"], kernels: Kernels):
+    sidecar, tensors = vectors.sidecar, vectors.tensors
+    path = vectors.sibling(sidecar["checkpoint"])
+    model = load_released_checkpoint(path, config_from_reference(sidecar["config"]), weights, kernels)
+    with torch.inference_mode():
+        output = model(tensors["x"], tensors["t"], tensors["y"])
+    assert_matches(output, tensors[f"output_{weights}"], FORWARD, f"{vectors.name} {weights}")
+
+
+@pytest.mark.parametrize("vectors", params("checkpoint"))
+def test_released_checkpoint_is_read_whole(vectors: Vectors):
+    state = read_released_checkpoint(vectors.sibling(vectors.sidecar["checkpoint"]))
+    assert len(state) == vectors.sidecar["state_dict_keys"]
+    for key, shape in vectors.sidecar["proj_keys"].items():
+        assert list(state[key].shape) == shape
