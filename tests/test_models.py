@@ -155,7 +155,9 @@ def test_autocast_and_pure_bfloat16_stay_near_float32():
 
 def test_dropout_acts_in_the_middle_blocks_only():
     config = small(depth=8, proj_dropout=0.5, attn_dropout=0.25)
-    rates = [(block.attn.proj_dropout, block.mlp.dropout, block.attn.attn_dropout) for block in JiT(config).blocks]
+    rates = [
+        (block.attn.proj_dropout, block.mlp.dropout, block.attn.attn_dropout) for block in JiT(config).blocks
+    ]
     assert rates == [(0, 0, 0)] * 2 + [(0.5, 0.5, 0.25)] * 4 + [(0, 0, 0)] * 2
     model = randomized(config)
     batch = inputs(config)

@@ -1,0 +1,75 @@
+// Picks, once, the widest instruction set that was compiled and that this processor runs.
+#include "dispatch.h"
+
+#include "../patchify.h"
+#include "../rms_norm_modulate.h"
+
+namespace pixelgen::cpu {
+namespace {
+
+enum class Isa { kBaseline, kV3, kV4 };
+
+Isa detect() {
+#ifdef PIXELGEN_X86_LEVELS
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  return v4 ? Isa::kV4 : v3 ? Isa::kV3 : Isa::kBaseline;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+const Isa kIsa = detect();
+
+}  // namespace
+
+const char* isa() {
+  switch (kIsa) {
+    case Isa::kV4:
+      return "x86-64-v4";
+    case Isa::kV3:
+      return "x86-64-v3";
+    default:
+      return "baseline";
+  }
+}
+
+#ifdef PIXELGEN_X86_LEVELS
+#define PIXELGEN_DISPATCH(op, Params)           \
+  namespace baseline {                          \
+  Status op(const Params&, int);                \
+  }                                             \
+  namespace x86_64_v3 {                         \
+  Status op(const Params&, int);                \
+  }                                             \
+  namespace x86_64_v4 {                         \
+  Status op(const Params&, int);                \
+  }                                             \
+  Status op(const Params& p, int num_threads) { \
+    switch (kIsa) {                             \
+      case Isa::kV4:                            \
+        return x86_64_v4::op(p, num_threads);   \
+      case Isa::kV3:                            \
+        return x86_64_v3::op(p, num_threads);   \
+      default:                                  \
+        return baseline::op(p, num_threads);    \
+    }                                           \
+  }
+#else
+#define PIXELGEN_DISPATCH(op, Params) \
+  namespace baseline {                \
+  Status op(const Params&, int);      \
+  }                                   \
+  Status op(const Params& p, int num_threads) { return baseline::op(p, num_threads); }
+#endif
+
+PIXELGEN_DISPATCH(patchify, PatchifyParams)
+PIXELGEN_DISPATCH(unpatchify, PatchifyParams)
+PIXELGEN_DISPATCH(rms_norm_modulate_fwd, RmsNormModulateParams)
+PIXELGEN_DISPATCH(rms_norm_modulate_bwd, RmsNormModulateGradParams)
+
+}  // namespace pixelgen::cpu

@@ -1,0 +1,145 @@
+"""What several ops share, above all argument checks: their messages name op, argument, limit and value."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_WIDTH = 8192
+
+
+def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Dtype of statistics and accumulation: float64 when any tensor is float64, else float32."""
+    has_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if has_double else torch.float32
+
+
+def check_float_tensors(op: str, **tensors: Any) -> None:
+    """Raises TypeError for anything that is not a floating tensor, ValueError for tensors on several devices.
+
+    Optional arguments that were left out (None) are for the caller to filter.
+    """
+    device: torch.device | None = None
+    first = ""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        if value.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+        if device is None:
+            device, first = value.device, name
+        elif value.device != device:
+            raise ValueError(f"{op}: {name} must be on the device of {first} ({device}), got {value.device}")
+
+
+def check_ndim(op: str, name: str, tensor: Tensor, letters: str) -> None:
+    """Raises ValueError unless `tensor` has one dimension per letter, for example "B, T, C"."""
+    if tensor.ndim != len(letters.split(",")):
+        raise ValueError(f"{op}: {name} must have shape ({letters}), got {tuple(tensor.shape)}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Raises ValueError unless `tensor` has exactly this shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: {name} must have shape ({letters}) = {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
+
+
+def check_dense_rows(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless the last dimension is contiguous; the others may be strided. Skips None."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{op}: {name} must be contiguous in its last dimension, got strides {tuple(tensor.stride())}"
+            )
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    """Raises TypeError for anything but a number, ValueError unless it is finite and above zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_int(op: str, name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
+    """Raises TypeError for anything but an int, ValueError unless low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")
+
+
+def check_norm_arguments(
+    op: str,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    *,
+    modulation_shapes: dict[str, tuple[int, ...]],
+) -> None:
+    """Checks what the ops that end in a norm with shift and scale share.
+
+    Args:
+        op: name of the op.
+        x: (..., C), already checked to be a floating tensor.
+        shift: of one of `modulation_shapes`, or None.
+        scale: as shift, of its shape and dtype; both or neither.
+        weight: (C,) or None.
+        bias: (C,) in the dtype of weight, or None; needs weight.
+        norm: "rms" or "layer".
+        eps: above 0.
+        modulation_shapes: allowed shapes of shift by their letters, for example {"B, C": (2, 64)}.
+    """
+    C = x.shape[-1]
+    if not 1 <= C <= MAX_WIDTH:
+        raise ValueError(f"{op}: x must have 1 <= C <= {MAX_WIDTH} channels, got {tuple(x.shape)}")
+    check_choice(op, "norm", norm, ("rms", "layer"))
+    check_positive(op, "eps", eps)
+    given = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
+    present = {name: tensor for name, tensor in given.items() if tensor is not None}
+    check_float_tensors(op, x=x, **present)
+    check_dense_rows(op, **present)
+    if (shift is None) != (scale is None):
+        missing, other = ("shift", "scale") if shift is None else ("scale", "shift")
+        raise ValueError(f"{op}: {missing} must be given when {other} is, got None")
+    if bias is not None and weight is None:
+        raise ValueError(f"{op}: weight must be given when bias is, got None")
+    if shift is not None and scale is not None:
+        if tuple(shift.shape) not in modulation_shapes.values():
+            allowed = " or ".join(f"({letters}) = {shape}" for letters, shape in modulation_shapes.items())
+            raise ValueError(f"{op}: shift must have shape {allowed}, got {tuple(shift.shape)}")
+        check_shape(op, "scale", scale, tuple(shift.shape), "the shape of shift")
+        if scale.dtype != shift.dtype:
+            raise TypeError(f"{op}: scale must have the dtype of shift, {shift.dtype}, got {scale.dtype}")
+    for name in ("weight", "bias"):
+        if name in present:
+            check_shape(op, name, present[name], (C,), "C,")
+    if weight is not None and bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"{op}: bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
+
+
+def copy_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """`values` in the dtype and memory layout of `torch.empty_like(tensor)`, which a fake can tell."""
+    return torch.empty_like(tensor).copy_(values)
+
+
+def refuse_double_backward(bwd: Any, op: str) -> None:
+    """Gives a backward op an autograd formula that raises, so that second derivatives are never wrong."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{op}: double backward is not supported; pixelgen_kernels.select('eager') has it")
+
+    bwd.register_autograd(backward)

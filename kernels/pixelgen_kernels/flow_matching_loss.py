@@ -1,0 +1,108 @@
+"""Flow matching loss of an x-prediction, per sample, on tokens: no image has to be put together for it.
+
+    loss_b = mean over tokens and channels of (x_pred - x)^2 / max(1 - t_b, t_eps)^2
+
+It is the squared error of the velocity (x_pred - x_t) / max(1 - t, t_eps), whose target has the same
+denominator (JiT, arXiv 2511.13720; t = 1 is data). Arithmetic in fp32 (fp64 when an input is fp64).
+"""
+
+import torch
+from torch import Tensor
+
+from pixelgen_kernels._checks import (
+    check_float_tensors,
+    check_ndim,
+    check_positive,
+    check_shape,
+    refuse_double_backward,
+    stats_dtype,
+)
+
+__all__ = ["flow_matching_loss", "flow_matching_loss_bwd_ref", "flow_matching_loss_ref"]
+
+
+def _velocity_weight(t: Tensor, t_eps: float, dtype: torch.dtype) -> Tensor:
+    """1 / max(1 - t, t_eps)^2, (B,)."""
+    return (1 - t.to(dtype)).clamp_min(t_eps).square().reciprocal()
+
+
+def flow_matching_loss_ref(x_pred: Tensor, x: Tensor, t: Tensor, *, t_eps: float = 0.05) -> Tensor:
+    """Plain PyTorch definition of `flow_matching_loss`; like it, differentiable in x_pred only."""
+    dtype = stats_dtype(x_pred, x)
+    error = x_pred.to(dtype) - x.detach().to(dtype)
+    return error.square().mean((1, 2)) * _velocity_weight(t.detach(), t_eps, dtype)
+
+
+def flow_matching_loss_bwd_ref(
+    grad_loss: Tensor, x_pred: Tensor, x: Tensor, t: Tensor, t_eps: float
+) -> Tensor:
+    """grad_x_pred = grad_loss_b * 2 (x_pred - x) / (T D max(1 - t_b, t_eps)^2), in the dtype of x_pred."""
+    dtype = stats_dtype(x_pred, x)
+    _, T, D = x_pred.shape
+    factor = grad_loss.to(dtype) * _velocity_weight(t, t_eps, dtype) * (2 / (T * D))
+    grad = (x_pred.to(dtype) - x.to(dtype)) * factor[:, None, None]
+    return grad.to(x_pred.dtype).contiguous()
+
+
+@torch.library.custom_op("pixelgen::flow_matching_loss_fwd", mutates_args=())
+def _fwd(x_pred: Tensor, x: Tensor, t: Tensor, t_eps: float) -> Tensor:
+    return flow_matching_loss_ref(x_pred, x, t, t_eps=t_eps)
+
+
+@torch.library.custom_op("pixelgen::flow_matching_loss_bwd", mutates_args=())
+def _bwd(grad_loss: Tensor, x_pred: Tensor, x: Tensor, t: Tensor, t_eps: float) -> Tensor:
+    return flow_matching_loss_bwd_ref(grad_loss, x_pred, x, t, t_eps)
+
+
+@_fwd.register_fake
+def _(x_pred, x, t, t_eps):
+    return x_pred.new_empty(x_pred.shape[0], dtype=stats_dtype(x_pred, x))
+
+
+@_bwd.register_fake
+def _(grad_loss, x_pred, x, t, t_eps):
+    return x_pred.new_empty(x_pred.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    x_pred, x, t, ctx.t_eps = inputs
+    ctx.save_for_backward(x_pred, x, t)
+
+
+def _backward(ctx, grad_loss):
+    return _bwd(grad_loss, *ctx.saved_tensors, ctx.t_eps), None, None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(_bwd, "flow_matching_loss")
+
+
+def flow_matching_loss(x_pred: Tensor, x: Tensor, t: Tensor, *, t_eps: float = 0.05) -> Tensor:
+    """Squared velocity error of an x-prediction, per sample (JiT, arXiv 2511.13720).
+
+    loss_b = mean over T and D of (x_pred - x)^2 / max(1 - t_b, t_eps)^2, in fp32 (fp64 when an input is
+    fp64).
+
+    Args:
+        x_pred: (B, T, D) predicted clean tokens, any floating dtype, any strides. The only argument with a
+            gradient.
+        x: (B, T, D) clean tokens in the channel order of x_pred, any floating dtype, any strides.
+        t: (B,) time of each sample in [0, 1], any floating dtype; 1 is data.
+        t_eps: lower bound of 1 - t, above 0.
+
+    Returns:
+        (B,) float32 (float64 when x_pred or x is float64).
+
+    Raises:
+        TypeError: an argument is not a tensor, or not of a floating dtype.
+        ValueError: a shape, device or t_eps is not as above, or T * D is 0.
+    """
+    op = "flow_matching_loss"
+    check_float_tensors(op, x_pred=x_pred, x=x, t=t)
+    check_ndim(op, "x_pred", x_pred, "B, T, D")
+    check_shape(op, "x", x, x_pred.shape, "B, T, D")
+    check_shape(op, "t", t, x_pred.shape[:1], "B,")
+    check_positive(op, "t_eps", t_eps)
+    if x_pred.shape[1] * x_pred.shape[2] == 0:
+        raise ValueError(f"{op}: x_pred must have T >= 1 and D >= 1, got {tuple(x_pred.shape)}")
+    return _fwd(x_pred, x.detach(), t.detach(), t_eps)

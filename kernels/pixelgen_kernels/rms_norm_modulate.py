@@ -1,0 +1,395 @@
+"""Root-mean-square or layer norm, affine or not, followed by the shift and scale of AdaLN, in one pass.
+
+    n = x * rstd             rstd = 1 / sqrt(mean(x^2) + eps)            norm="rms"    (arXiv 1910.07467)
+    n = (x - mean) * rstd    rstd = 1 / sqrt(mean((x - mean)^2) + eps)   norm="layer"  (arXiv 1607.06450)
+    y = (n * weight + bias) * (1 + scale) + shift                                      (arXiv 2212.09748)
+
+Statistics and arithmetic in fp32 (fp64 for fp64 `x`); one rounding, to the dtype of `x`, at the end.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixelgen_kernels._checks import check_dense_rows, check_float_tensors, check_norm_arguments
+from pixelgen_kernels.native import (
+    _C,
+    address,
+    double_backward_is_refused,
+    dtype_tag,
+    has_cuda,
+    launch,
+)
+
+__all__ = [
+    "rms_norm_modulate",
+    "rms_norm_modulate_bwd_ref",
+    "rms_norm_modulate_fwd_ref",
+    "rms_norm_modulate_ref",
+]
+
+# Rows that share one partial sum of the gradients that sum over rows: the order of that sum, and so its bits.
+ROWS_PER_CHUNK = {"cpu": 32, "cuda": 16}
+
+
+def _stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _per_row(modulation: Tensor, x: Tensor) -> Tensor:
+    """(B, C) or (B, T, C) -> a shape that broadcasts with x (B, T, C), in the dtype of the arithmetic."""
+    modulation = modulation.to(_stats_dtype(x))
+    return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
+
+
+def rms_norm_modulate_fwd_ref(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, with the statistics: y (..., C), mean (...) or (0,) for the rms norm, rstd (...)."""
+    stats = _stats_dtype(x)
+    n = x.to(stats)
+    if norm == "layer":
+        mean = n.mean(-1)
+        n = n - mean.unsqueeze(-1)
+    else:
+        mean = x.new_empty(0, dtype=stats)
+    rstd = torch.rsqrt(n.square().mean(-1) + eps)
+    y = n * rstd.unsqueeze(-1)
+    if weight is not None:
+        y = y * weight.to(stats)
+    if bias is not None:
+        y = y + bias.to(stats)
+    if shift is not None and scale is not None:
+        y = y * (1 + _per_row(scale, x)) + _per_row(shift, x)
+    return y.to(x.dtype), mean, rstd
+
+
+def rms_norm_modulate_ref(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: Literal["rms", "layer"] = "rms",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Plain PyTorch definition of `rms_norm_modulate`, differentiable any number of times."""
+    return rms_norm_modulate_fwd_ref(x, shift, scale, weight, bias, norm, eps)[0]
+
+
+def rms_norm_modulate_bwd_ref(
+    grad_y: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, shift, scale, weight and bias from grad_y and the statistics; None for what is None.
+
+    With m = n * weight + bias, grad_m = grad_y * (1 + scale) and grad_n = grad_m * weight:
+    grad_x = rstd * (grad_n - n * mean(grad_n * n)), for the layer norm also minus rstd * mean(grad_n).
+    """
+    stats = _stats_dtype(x)
+    gy = grad_y.to(stats)
+    n = x.to(stats)
+    if norm == "layer":
+        n = n - mean.unsqueeze(-1)
+    n = n * rstd.unsqueeze(-1)
+
+    grad_shift = grad_scale = grad_weight = grad_bias = None
+    grad_m = gy
+    if shift is not None and scale is not None:
+        m = n if weight is None else n * weight.to(stats)
+        m = m if bias is None else m + bias.to(stats)
+        # copy=True: an op's output may not alias its input
+        grad_shift = (gy.sum(1) if shift.dim() == 2 else gy).to(shift.dtype, copy=True)
+        grad_scale = ((gy * m).sum(1) if scale.dim() == 2 else gy * m).to(scale.dtype)
+        grad_m = gy * (1 + _per_row(scale, x))
+    rows = list(range(x.dim() - 1))
+    if weight is not None:
+        grad_weight = (grad_m * n).sum(rows).to(weight.dtype)
+    if bias is not None:
+        grad_bias = grad_m.sum(rows).to(bias.dtype)
+
+    grad_n = grad_m if weight is None else grad_m * weight.to(stats)
+    grad_x = grad_n - n * (grad_n * n).mean(-1, keepdim=True)
+    if norm == "layer":
+        grad_x = grad_x - grad_n.mean(-1, keepdim=True)
+    grad_x = (grad_x * rstd.unsqueeze(-1)).to(x.dtype)
+    return grad_x, grad_shift, grad_scale, grad_weight, grad_bias
+
+
+def _empty_outputs(x: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised y, mean and rstd."""
+    stats = _stats_dtype(x)
+    rows = x.shape[:-1]
+    mean = x.new_empty(rows if norm == "layer" else (0,), dtype=stats)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, mean, x.new_empty(rows, dtype=stats)
+
+
+def _empty_grads(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients. An op cannot return None: what has no gradient is of size 0."""
+
+    def like(tensor: Tensor | None) -> Tensor:
+        if tensor is None:
+            return x.new_empty(0)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return like(x), like(shift), like(scale), like(weight), like(bias)
+
+
+def _fwd_by_reference(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = rms_norm_modulate_fwd_ref(x, shift, scale, weight, bias, norm, eps)
+    return y.contiguous(), mean.contiguous(), rstd.contiguous()
+
+
+def _bwd_by_reference(
+    grad_y: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = rms_norm_modulate_bwd_ref(grad_y, x, shift, scale, weight, bias, mean, rstd, norm)
+    grad_x, grad_shift, grad_scale, grad_weight, grad_bias = (
+        x.new_empty(0) if grad is None else grad.contiguous() for grad in grads
+    )
+    return grad_x, grad_shift, grad_scale, grad_weight, grad_bias
+
+
+_fwd = torch.library.custom_op("pixelgen::rms_norm_modulate_fwd", _fwd_by_reference, mutates_args=())
+_bwd = torch.library.custom_op("pixelgen::rms_norm_modulate_bwd", _bwd_by_reference, mutates_args=())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """X as (num_images, rows_per_image, C); a view."""
+    return x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
+
+
+def _rows_collapse(x: Tensor) -> bool:
+    """Whether the leading dimensions of x (..., C) are evenly spaced, so that x is a (rows, C) view."""
+    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    return all(dims[i][1] == dims[i + 1][0] * dims[i + 1][1] for i in range(len(dims) - 1))
+
+
+def _shared_arguments(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+) -> dict[str, int | bool]:
+    """What forward and backward both pass on. Missing tensors have address 0, their strides are unused."""
+    rows = _rows(x)
+    per_token = scale is not None and scale.dim() == 3
+
+    def strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+        if tensor is None:
+            return {f"{name}_image_stride": 0, f"{name}_row_stride": 0}
+        return {
+            f"{name}_image_stride": tensor.stride(0),
+            f"{name}_row_stride": tensor.stride(1) if tensor.dim() == 3 else 0,
+        }
+
+    return {
+        "x": address(x),
+        "shift": address(shift),
+        "scale": address(scale),
+        "weight": address(weight),
+        "bias": address(bias),
+        "num_images": rows.shape[0],
+        "rows_per_image": rows.shape[1],
+        "C": rows.shape[2],
+        **strides("x", rows),
+        **strides("shift", shift),
+        **strides("scale", scale),
+        "x_dtype": dtype_tag(x),
+        "modulation_dtype": dtype_tag(scale),
+        "weight_dtype": dtype_tag(weight),
+        "per_token": per_token,
+        "layer_norm": norm == "layer",
+        **launch(x),
+    }
+
+
+def _compiled_fwd(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.is_cuda and x.dtype == torch.float64:  # not worth compiled code on a GPU
+        return _fwd_by_reference(x, shift, scale, weight, bias, norm, eps)
+    y, mean, rstd = _empty_outputs(x, norm)
+    if x.numel() > 0:
+        _C.rms_norm_modulate_fwd(
+            y=address(y),
+            mean=address(mean),
+            rstd=address(rstd),
+            eps=eps,
+            **_shared_arguments(x, shift, scale, weight, bias, norm),
+        )
+    return y, mean, rstd
+
+
+def _compiled_bwd(
+    grad_y: Tensor,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if x.is_cuda and x.dtype == torch.float64:
+        return _bwd_by_reference(grad_y, x, shift, scale, weight, bias, mean, rstd, norm)
+    grads = _empty_grads(x, shift, scale, weight, bias)
+    if x.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    grad_x, grad_shift, grad_scale, grad_weight, grad_bias = grads
+    if not (grad_y.stride(-1) == 1 and (grad_y.dim() == 3 or _rows_collapse(grad_y))):
+        grad_y = grad_y.contiguous()  # a gradient that was expanded from fewer numbers
+    grad_rows = _rows(grad_y)
+    num_images, rows_per_image, C = grad_rows.shape
+    rows_per_chunk = ROWS_PER_CHUNK[x.device.type]
+    sums_over_rows = weight is not None or (scale is not None and scale.dim() == 2)
+    partials = None
+    if sums_over_rows:
+        chunks = num_images * -(-rows_per_image // rows_per_chunk)
+        partials = x.new_empty(chunks, 2, C, dtype=_stats_dtype(x))
+    _C.rms_norm_modulate_bwd(
+        grad_y=address(grad_y),
+        grad_y_image_stride=grad_rows.stride(0),
+        grad_y_row_stride=grad_rows.stride(1),
+        mean=address(mean),
+        rstd=address(rstd),
+        grad_x=address(grad_x),
+        grad_shift=address(grad_shift),
+        grad_scale=address(grad_scale),
+        grad_weight=address(grad_weight),
+        grad_bias=address(grad_bias),
+        partials=address(partials),
+        rows_per_chunk=rows_per_chunk,
+        **_shared_arguments(x, shift, scale, weight, bias, norm),
+    )
+    return grads
+
+
+for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
+    _fwd.register_kernel(_device, _compiled_fwd)
+    _bwd.register_kernel(_device, _compiled_bwd)
+
+
+@_fwd.register_fake
+def _(x, shift, scale, weight, bias, norm, eps):
+    return _empty_outputs(x, norm)
+
+
+@_bwd.register_fake
+def _(grad_y, x, shift, scale, weight, bias, mean, rstd, norm):
+    return _empty_grads(x, shift, scale, weight, bias)
+
+
+def _setup_context(ctx, inputs, output):
+    x, shift, scale, weight, bias, norm, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
+    ctx.norm = norm
+
+
+def _backward(ctx, grad_y, grad_mean, grad_rstd):
+    x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
+    grad_x, *others = _bwd(grad_y, x, shift, scale, weight, bias, mean, rstd, ctx.norm)
+    parameters = (shift, scale, weight, bias)
+    others = [None if p is None else grad for p, grad in zip(parameters, others, strict=True)]
+    return grad_x, *others, None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+_no_setup, _refuse = double_backward_is_refused("rms_norm_modulate")
+_bwd.register_autograd(_refuse, setup_context=_no_setup)
+
+
+def rms_norm_modulate(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: Literal["rms", "layer"] = "rms",
+    eps: float = 1e-6,
+) -> Tensor:
+    """Normalise the rows of x, apply weight and bias, then `* (1 + scale) + shift` (AdaLN, arXiv 2212.09748).
+
+    y = (norm(x) * weight + bias) * (1 + scale) + shift, in fp32 (fp64 for fp64 x), rounded once.
+
+    Args:
+        x: (B, T, C), any floating dtype, 1 <= C <= 8192; without shift and scale any (..., C). The last
+            dimension is contiguous, the others may have strides (a chunk of a packed projection is read in
+            place).
+        shift: (B, C), one for all tokens of a sample, or (B, T, C); any floating dtype; last dimension
+            contiguous.
+        scale: as shift, of the same shape and dtype. Both or neither.
+        weight: (C,) of any floating dtype, or None for 1.
+        bias: (C,) in the dtype of weight, or None for 0. Needs weight.
+        norm: "rms" (no mean is subtracted) or "layer".
+        eps: added to the mean square (rms) or the variance (layer); positive.
+
+    Returns:
+        y, shape and dtype of x, dense.
+
+    Raises:
+        ValueError: a shape, stride or value is not as above.
+        TypeError: a dtype is not as above.
+    """
+    op = "rms_norm_modulate"
+    check_float_tensors(op, x=x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be (..., C), got shape {tuple(x.shape)}")
+    if (shift is not None or scale is not None) and x.dim() != 3:
+        raise ValueError(f"{op}: x must be (B, T, C) when shift and scale are given, got {tuple(x.shape)}")
+    shapes = {"B, C": (x.shape[0], x.shape[-1]), "B, T, C": tuple(x.shape)}
+    check_norm_arguments(op, x, shift, scale, weight, bias, norm, eps, modulation_shapes=shapes)
+    check_dense_rows(op, x=x)
+    if x.dim() > 3 and not _rows_collapse(x):
+        raise ValueError(
+            f"{op}: x with more than 3 dimensions must be viewable as (rows, C), "
+            f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
+        )
+    return _fwd(x, shift, scale, weight, bias, norm, eps)[0]

@@ -1,0 +1,112 @@
+"""SwiGLU on a packed projection: the first half of the channels, through SiLU, gates the second half.
+
+    y = a * sigmoid(a) * b        (a, b) = the halves of x     (arXiv 2002.05202)
+
+Arithmetic in fp32 (fp64 for fp64), one rounding at the end.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pixelgen_kernels._checks import (
+    check_dense_rows,
+    check_float_tensors,
+    refuse_double_backward,
+    stats_dtype,
+)
+
+__all__ = ["swiglu", "swiglu_bwd_ref", "swiglu_ref"]
+
+
+def swiglu_ref(x: Tensor) -> Tensor:
+    """Plain PyTorch definition of `swiglu`."""
+    a, b = x.to(stats_dtype(x)).chunk(2, -1)
+    return (a * a.sigmoid() * b).to(x.dtype)
+
+
+def swiglu_bwd_ref(grad_y: Tensor, x: Tensor) -> Tensor:
+    """With s = sigmoid(a): grad_a = grad_y * b * s * (1 + a (1 - s)), grad_b = grad_y * a * s, packed."""
+    dtype = stats_dtype(x)
+    a, b = x.to(dtype).chunk(2, -1)
+    g, s = grad_y.to(dtype), a.sigmoid()
+    return torch.cat((g * b * s * (1 + a * (1 - s)), g * a * s), -1).to(x.dtype)
+
+
+@torch.library.custom_op("pixelgen::swiglu_fwd", mutates_args=())
+def _fwd(x: Tensor) -> Tensor:
+    return swiglu_ref(x).contiguous()
+
+
+@torch.library.custom_op("pixelgen::swiglu_bwd", mutates_args=())
+def _bwd(grad_y: Tensor, x: Tensor) -> Tensor:
+    return swiglu_bwd_ref(grad_y, x).contiguous()
+
+
+# The Triton modules are imported when first needed: a machine without a GPU may have no triton.
+@_fwd.register_kernel("cuda")
+def _(x: Tensor) -> Tensor:
+    from pixelgen_kernels.triton_kernels.swiglu import launch_swiglu_fwd
+
+    with torch.cuda.device_of(x):
+        return launch_swiglu_fwd(x)
+
+
+@_bwd.register_kernel("cuda")
+def _(grad_y: Tensor, x: Tensor) -> Tensor:
+    from pixelgen_kernels.triton_kernels.swiglu import launch_swiglu_bwd
+
+    with torch.cuda.device_of(x):
+        return launch_swiglu_bwd(grad_y, x)
+
+
+@_fwd.register_fake
+def _(x):
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@_bwd.register_fake
+def _(grad_y, x):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_y):
+    return _bwd(grad_y, *ctx.saved_tensors)
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(_bwd, "swiglu")
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU of the first half of the channels times the second half (arXiv 2002.05202).
+
+    Args:
+        x: (..., 2 F), at least one dimension, F >= 1, any floating dtype. The last dimension is contiguous;
+            up to three dimensions may have any other strides, of more than three all but the last two must
+            collapse into one.
+
+    Returns:
+        (..., F) in the dtype of x, dense.
+
+    Raises:
+        TypeError: x is not a tensor of a floating dtype.
+        ValueError: the shape or the strides are not as above.
+    """
+    check_float_tensors("swiglu", x=x)
+    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % 2:
+        raise ValueError(f"swiglu: x must have shape (..., 2 F) with F >= 1, got {tuple(x.shape)}")
+    check_dense_rows("swiglu", x=x)
+    if x.numel():
+        leading = [(x.shape[dim], x.stride(dim)) for dim in range(x.ndim - 2) if x.shape[dim] > 1]
+        if any(a[1] != b[0] * b[1] for a, b in pairwise(leading)):
+            raise ValueError(
+                f"swiglu: x must be viewable with all but the last two dimensions as one, "
+                f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
+            )
+    return _fwd(x)

@@ -1,0 +1,154 @@
+import op_testing
+import pytest
+import torch
+from pixelgen_kernels.noise_patchify import _fwd, noise_patchify, noise_patchify_ref
+from pixelgen_kernels.patchify import patchify_ref
+from pixelgen_kernels.philox import philox_normal
+
+SHAPES = [((1, 1, 1, 1), 1), ((3, 3, 10, 15), 5), ((2, 3, 64, 64), 16), ((0, 3, 4, 4), 2)]
+
+
+def make_inputs(shape, patch_size, image_dtype=torch.uint8, device="cpu"):
+    B = shape[0]
+    image = (op_testing.draw(*shape, device=device, seed=1).sigmoid() * 256).byte()
+    return {
+        "image": image if image_dtype == torch.uint8 else (image / 127.5 - 1).to(image_dtype),
+        "t": torch.linspace(0, 1, B, device=device),
+        "patch_size": patch_size,
+        "noise": op_testing.draw(*shape, device=device, seed=2),
+    }
+
+
+def with_philox(inputs, **arguments):
+    B = len(inputs["image"])
+    source = {"noise": None, "seed": 5, "step": 3, "sample_index": torch.arange(B, device=inputs["t"].device)}
+    return {**inputs, **source, **arguments}
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("dtype", op_testing.DTYPES)
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "patch_size"), SHAPES)
+def test_accuracy(shape, patch_size, image_dtype, dtype, device):
+    inputs = make_inputs(shape, patch_size, image_dtype, device) | {"dtype": dtype, "return_clean": True}
+    op_testing.check_accuracy(noise_patchify, noise_patchify_ref, inputs)
+    op_testing.check_accuracy(noise_patchify, noise_patchify_ref, with_philox(inputs))
+    strided = {**inputs, "image": inputs["image"].to(memory_format=torch.channels_last)}
+    op_testing.check_accuracy(noise_patchify, noise_patchify_ref, strided)
+
+
+@pytest.mark.parametrize("channel_order", ["first", "last"])
+@pytest.mark.parametrize("noise_scale", [1.0, 2.0])
+def test_is_interpolation_and_patchify(channel_order, noise_scale):
+    inputs = op_testing.in_float64(make_inputs((3, 3, 4, 6), 2))
+    other = "last" if channel_order == "first" else "first"
+    x_t, clean = noise_patchify(
+        **inputs,
+        noise_scale=noise_scale,
+        channel_order=channel_order,
+        clean_channel_order=other,
+        return_clean=True,
+        dtype=torch.float64,
+    )
+    x = (inputs["image"].double() / 255 - 0.5) / 0.5
+    t = inputs["t"].view(-1, 1, 1, 1)
+    expected = t * x + (1 - t) * inputs["noise"] * noise_scale
+    torch.testing.assert_close(x_t, patchify_ref(expected, 2, channel_order=channel_order))
+    torch.testing.assert_close(clean, patchify_ref(x, 2, channel_order=other))
+
+
+def test_extremes_of_uint8_and_of_time():
+    image = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    t = torch.tensor([1.0, 0.0])
+    tokens = noise_patchify(image, t, 1, noise=torch.full((2, 1, 1, 1), 7.0))
+    assert tokens.flatten().tolist() == [-1.0, 7.0]
+    assert noise_patchify(image, torch.ones(2), 1, noise=torch.zeros(2, 1, 1, 1)).flatten().tolist() == [
+        -1.0,
+        1.0,
+    ]
+
+
+def test_philox_noise_does_not_depend_on_the_batch():
+    inputs = with_philox(make_inputs((4, 3, 4, 4), 2), sample_index=torch.tensor([9, 2, 7, 0]))
+    whole = noise_patchify(**inputs)
+    noise = philox_normal(5, 3, inputs["sample_index"], 48).view(4, 3, 4, 4)
+    given = {"noise": noise, "seed": None, "sample_index": None}
+    assert torch.equal(whole, noise_patchify(**{**inputs, **given}))
+    part = {name: inputs[name][1:3] for name in ("image", "t", "sample_index")}
+    assert torch.equal(whole[1:3], noise_patchify(**{**inputs, **part}))
+    for change in ({"seed": 6}, {"step": 4}, {"sample_index": inputs["sample_index"] + 1}):
+        assert not torch.equal(whole, noise_patchify(**{**inputs, **change}))
+
+
+def test_nothing_has_a_gradient():
+    inputs = make_inputs((2, 3, 4, 4), 2, torch.float32)
+    for name in ("image", "t", "noise"):
+        leaf = {name: inputs[name].clone().requires_grad_()}
+        for fn in (noise_patchify, noise_patchify_ref):
+            assert not fn(**{**inputs, **leaf}).requires_grad
+
+
+@pytest.mark.parametrize(("shape", "patch_size"), [((1, 1, 1, 1), 1), ((2, 3, 4, 4), 2), ((2, 1, 4, 4), 1)])
+def test_outputs_are_fresh(shape, patch_size):
+    inputs = make_inputs(shape, patch_size, torch.float32) | {"return_clean": True}
+    inputs["t"] = torch.ones_like(inputs["t"])
+    for fn in (noise_patchify, noise_patchify_ref):
+        op_testing.check_no_alias(fn, inputs)
+
+
+@pytest.mark.parametrize("return_clean", [True, False])
+def test_opcheck(return_clean):
+    inputs = make_inputs((2, 3, 4, 6), 2)
+    tail = (0.5, "first", return_clean, "last", torch.bfloat16)
+    op_testing.check_opcheck(_fwd, inputs["image"], inputs["t"], 2, inputs["noise"], None, 0, None, *tail)
+    op_testing.check_opcheck(_fwd, inputs["image"], inputs["t"], 2, None, 5, 1, torch.arange(2), *tail)
+
+
+def test_compile():
+    inputs = make_inputs((2, 3, 4, 6), 2) | {"return_clean": True}
+    op_testing.check_compiles(noise_patchify, inputs)
+    op_testing.check_compiles(noise_patchify, with_philox(inputs))
+
+
+GOOD = make_inputs((2, 3, 4, 6), 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changes"),
+    [
+        (TypeError, "noise_patchify: image must be a tensor, got list", {"image": [1]}),
+        (TypeError, "image must be uint8 or floating, got torch.int32", {"image": GOOD["image"].int()}),
+        (ValueError, r"image must have shape \(B, C, H, W\), got \(3, 4, 6\)", {"image": GOOD["image"][0]}),
+        (TypeError, "t must be float32.*, got torch.int64", {"t": torch.arange(2)}),
+        (ValueError, r"t must have shape \(B,\) = \(2,\), got \(\)", {"t": torch.tensor(0.5)}),
+        (ValueError, r"multiples of patch_size 4, got \(4, 6\)", {"patch_size": 4}),
+        (ValueError, "patch_size must be between 1", {"patch_size": 0}),
+        (ValueError, "noise or seed must be given, one of them, got neither", {"noise": None}),
+        (ValueError, "noise or seed must be given, one of them, got both", {"seed": 1}),
+        (ValueError, "sample_index must be given with seed", {"noise": None, "seed": 1}),
+        (ValueError, "sample_index must be given with seed", {"sample_index": torch.arange(2)}),
+        (
+            ValueError,
+            r"noise must have shape \(B, C, H, W\) = .*, got \(2, 72\)",
+            {"noise": torch.ones(2, 72)},
+        ),
+        (TypeError, "sample_index must be int64", {"noise": None, "seed": 1, "sample_index": torch.ones(2)}),
+        (
+            ValueError,
+            r"sample_index must have shape \(B,\) = \(2,\)",
+            {"noise": None, "seed": 1, "sample_index": torch.arange(3)},
+        ),
+        (ValueError, "seed must be between 0", {"noise": None, "seed": -1, "sample_index": torch.arange(2)}),
+        (ValueError, "noise_scale must be a finite number above 0", {"noise_scale": -1.0}),
+        (ValueError, "channel_order must be one of first, last, got 'chw'", {"channel_order": "chw"}),
+        (ValueError, "clean_channel_order must be one of", {"clean_channel_order": "hwc"}),
+        (TypeError, "dtype must be float32.*, got torch.uint8", {"dtype": torch.uint8}),
+        (
+            ValueError,
+            "noise must be on the device of image",
+            {"noise": torch.ones(2, 3, 4, 6, device="meta")},
+        ),
+    ],
+)
+def test_errors(error, match, changes):
+    op_testing.check_refuses(noise_patchify, GOOD, error, match, **changes)

@@ -1,0 +1,125 @@
+import op_testing
+import pytest
+import torch
+from pixelgen_kernels.qk_norm_rope import _bwd, _fwd, qk_norm_rope, qk_norm_rope_ref
+
+# B, T, N, D, in-context tokens
+SHAPES = [(1, 1, 1, 2, 0), (2, 7, 3, 6, 3), (1, 68, 16, 72, 4), (0, 4, 2, 8, 0), (2, 3, 1, 4, 3)]
+GRADS = ["qkv", "q_weight", "k_weight"]
+
+
+def make_inputs(B, T, N, D, prefix, dtype=torch.float32, device="cpu", rope=True):
+    inputs = {
+        "qkv": op_testing.draw(B, T, 3 * N * D, dtype=dtype, device=device, seed=1),
+        "q_weight": 1 + 0.3 * op_testing.draw(D, device=device, seed=2),
+        "k_weight": 1 + 0.3 * op_testing.draw(D, device=device, seed=3),
+        "num_heads": N,
+    }
+    if rope:
+        angle = 3 * op_testing.draw(T - prefix, D // 2, device=device, seed=4)
+        inputs |= {"cos": angle.cos(), "sin": angle.sin(), "num_prefix_tokens": prefix}
+    return inputs
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("dtype", op_testing.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accuracy(shape, dtype, device):
+    inputs = make_inputs(*shape, dtype, device)
+    op_testing.check_accuracy(qk_norm_rope, qk_norm_rope_ref, inputs, GRADS)
+    chunked = {**inputs, "qkv": op_testing.as_chunk(inputs["qkv"])}
+    op_testing.check_accuracy(qk_norm_rope, qk_norm_rope_ref, chunked, GRADS)
+    sliced = {**inputs, "qkv": op_testing.as_chunk(inputs["qkv"], dim=1)}
+    op_testing.check_accuracy(qk_norm_rope, qk_norm_rope_ref, sliced, GRADS)
+
+
+@pytest.mark.parametrize("dtype", op_testing.DTYPES)
+def test_accuracy_without_rotation(dtype):
+    inputs = make_inputs(2, 5, 3, 7, 0, dtype, rope=False)  # an odd head dimension
+    op_testing.check_accuracy(qk_norm_rope, qk_norm_rope_ref, inputs, GRADS)
+
+
+def test_against_complex_rotation_and_torch_rms_norm():
+    B, T, N, D, prefix = 2, 9, 3, 8, 2
+    inputs = op_testing.in_float64(make_inputs(B, T, N, D, prefix))
+    q, k, v = qk_norm_rope(**inputs, eps=1e-5)
+    packed = inputs["qkv"].view(B, T, 3, N, D)
+    turn = torch.complex(inputs["cos"], inputs["sin"])[:, None]
+    for index, (actual, weight) in enumerate(((q, inputs["q_weight"]), (k, inputs["k_weight"]))):
+        u = torch.nn.functional.rms_norm(packed[:, :, index], (D,), weight, 1e-5)
+        rotated = torch.view_as_real(
+            torch.view_as_complex(u[:, prefix:].unflatten(-1, (-1, 2))) * turn
+        ).flatten(-2)
+        expected = torch.cat((u[:, :prefix], rotated), 1).transpose(1, 2)
+        torch.testing.assert_close(actual, expected)
+    assert torch.equal(v, packed[:, :, 2].transpose(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 3, 6, 3), (1, 1, 1, 2, 0), (1, 5, 1, 2, 0)])
+def test_outputs_are_dense_and_fresh(shape):
+    inputs = make_inputs(*shape)
+    for fn in (qk_norm_rope, qk_norm_rope_ref):
+        op_testing.check_no_alias(fn, inputs)
+        assert all(output.is_contiguous() for output in fn(**inputs))
+
+
+def test_opcheck():
+    inputs = make_inputs(2, 5, 2, 6, 1)
+    args = [inputs[name].requires_grad_() for name in GRADS]
+    op_testing.check_opcheck(_fwd, *args, inputs["cos"], inputs["sin"], 2, 1, 1e-6)
+    op_testing.check_opcheck(_fwd, *args, None, None, 2, 0, 1e-6)
+    op_testing.check_opcheck(_fwd, op_testing.transposed(args[0].detach()), *args[1:], None, None, 2, 0, 1e-6)
+    args = [inputs[name].detach().bfloat16() for name in GRADS]
+    heads = op_testing.transposed(op_testing.draw(2, 2, 5, 6, dtype=torch.bfloat16))
+    op_testing.check_opcheck(_bwd, heads, heads, heads, *args, inputs["cos"], inputs["sin"], 2, 1, 1e-6)
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_gradcheck(rope):
+    op_testing.check_gradcheck(qk_norm_rope, make_inputs(2, 3, 2, 4, 1, rope=rope), GRADS)
+
+
+def test_compile():
+    op_testing.check_compiles(qk_norm_rope, make_inputs(2, 5, 2, 6, 1), GRADS)
+
+
+def test_double_backward_is_refused():
+    op_testing.check_double_backward_refused(qk_norm_rope, make_inputs(2, 5, 2, 6, 1), GRADS)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changes"),
+    [
+        (
+            TypeError,
+            "qk_norm_rope: qkv must be float32.*, got torch.int32",
+            {"qkv": torch.ones(2, 5, 36).int()},
+        ),
+        (ValueError, r"qkv must have shape \(B, T, 3 N D\), got \(5, 36\)", {"qkv": torch.ones(5, 36)}),
+        (ValueError, r"with N = 5 and 1 <= D <= 256, got \(2, 5, 36\)", {"num_heads": 5}),
+        (ValueError, "1 <= D <= 256", {"qkv": torch.ones(1, 1, 3 * 2 * 258)}),
+        (ValueError, "num_heads must be between 1 and", {"num_heads": 0}),
+        (TypeError, "num_heads must be an int, got float", {"num_heads": 2.0}),
+        (
+            ValueError,
+            "qkv must be contiguous in its last dimension",
+            {"qkv": torch.ones(2, 36, 5).transpose(1, 2)},
+        ),
+        (ValueError, r"q_weight must have shape \(D,\) = \(6,\), got \(12,\)", {"q_weight": torch.ones(12)}),
+        (ValueError, r"k_weight must have shape \(D,\) = \(6,\), got \(4,\)", {"k_weight": torch.ones(4)}),
+        (ValueError, "cos must be given when sin is", {"cos": None}),
+        (ValueError, "sin must be given when cos is", {"sin": None}),
+        (ValueError, r"cos must have shape .* = \(3, 3\), got \(4, 3\)", {"num_prefix_tokens": 2}),
+        (ValueError, r"sin must have shape .* = \(4, 3\), got \(4, 6\)", {"sin": torch.ones(4, 6)}),
+        (ValueError, "num_prefix_tokens must be between 0 and 5, got 6", {"num_prefix_tokens": 6}),
+        (ValueError, "eps must be a finite number above 0", {"eps": float("nan")}),
+        (ValueError, "sin must be on the device of qkv", {"sin": torch.ones(4, 3, device="meta")}),
+    ],
+)
+def test_errors(error, match, changes):
+    op_testing.check_refuses(qk_norm_rope, make_inputs(2, 5, 2, 6, 1), error, match, **changes)
+
+
+def test_odd_head_dimension_cannot_be_rotated():
+    inputs = make_inputs(1, 4, 2, 5, 0)
+    op_testing.check_refuses(qk_norm_rope, inputs, ValueError, "even head dimension to be rotated, got D = 5")
