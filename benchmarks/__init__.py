@@ -1,0 +1,1 @@
+"""Benchmarks of pixelgen: `python -m benchmarks --help`."""
