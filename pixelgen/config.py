@@ -62,7 +62,7 @@ class TrainConfig(Section):
         device: auto is CUDA where there is one, else the CPU.
         dtype: of matrix products; bfloat16 by autocast, weights and statistics stay float32.
         kernels: auto runs the compiled kernels; eager runs plain PyTorch.
-        compile: torch.compile the denoiser's blocks and the frozen networks.
+        compile: torch.compile the blocks of the denoiser.
         threads: CPU threads; 0 leaves the choice to PyTorch.
         data: what to train on
         model: architecture
