@@ -67,8 +67,7 @@ def save_checkpoint(
     (partial / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
     for path in partial.iterdir():
         _flush(path)
-    if final.exists():  # the same step saved before a resume; it holds the same state
-        shutil.rmtree(final)
+    shutil.rmtree(final, ignore_errors=True)  # without meta.json, or it would have been resumed from
     partial.rename(final)
     _flush(root)
     if keep:
@@ -114,6 +113,8 @@ def find_checkpoint(path: str | Path) -> Path:
     checkpoints = list_checkpoints(path)
     if not checkpoints:
         if not (path / "checkpoints").is_dir():
+            if (path / CONFIG_FILE).is_file():
+                raise UserError(f"{path} has no checkpoint yet; delete it or start under another --name")
             inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             raise UserError(f"{path} is not a run: it has no 'checkpoints' folder (found: {inside})")
         partial = [entry.name for entry in (path / "checkpoints").iterdir()]

@@ -72,7 +72,6 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     prog: str,
-    description: str | None = None,
     values: Mapping[str, object] | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> T:
@@ -82,7 +81,6 @@ def parse(
         cls: a dataclass; ``--help`` shows the ``Args:`` of its docstring and of its sections'.
         argv: arguments after the program's name; None takes ``sys.argv[1:]``.
         prog: the program's name in the usage line.
-        description: first lines of the help; the first line of the class's docstring if None.
         values: dotted key -> value, from ``check_values``; ``--help`` shows them as the defaults.
         extra: option and metavar, such as ``"--config FILE"`` -> help, for options that the caller has
             already taken out of ``argv``.
@@ -93,7 +91,7 @@ def parse(
     argv = sys.argv[1:] if argv is None else list(argv)
     options = {_option(key, cls): key for key in field_types(cls)}
     more = [option.partition(" ")[0] for option in extra or {}]
-    parser = _build_parser(cls, prog, description, extra or {})
+    parser = _build_parser(cls, prog, extra or {})
     if values:
         parser.set_defaults(dict(values))
     argv = _join_negative_numbers([_canonical(argument, options, more) for argument in argv])
@@ -191,7 +189,7 @@ def check_values(cls: type, values: Mapping[str, object], source: str) -> dict[s
     for key, value in values.items():
         nested[key] = value
     try:
-        parsed = _build_parser(cls, "", None, {}).parse_object(nested)
+        parsed = _build_parser(cls, "", {}).parse_object(nested)
     except argparse.ArgumentError as error:
         raise UserError(f"{source}: {_explain(str(error), cls, values, str)}") from None
     # Text stays as it is: the parser would read the path "null" as no path.
@@ -239,13 +237,11 @@ def _is_optional(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
-def _build_parser(
-    cls: type, prog: str, description: str | None, extra: Mapping[str, str]
-) -> jsonargparse.ArgumentParser:
+def _build_parser(cls: type, prog: str, extra: Mapping[str, str]) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage=f"python -m {prog} [OPTION VALUE ...]",  # argparse would print every option here, unreadably
-        description=description or docstring_parser.parse(cls.__doc__ or "").short_description,
+        description=docstring_parser.parse(cls.__doc__ or "").short_description,
         exit_on_error=False,
         allow_abbrev=False,
     )

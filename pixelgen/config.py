@@ -95,7 +95,7 @@ class TrainConfig(Section):
         self._require_choices()
         is_folder_name = self.name is None or (self.name not in ("", ".", "..") and "/" not in self.name)
         self._require("name", is_folder_name, "be the name of a folder, without /")
-        self._require("seed", self.seed >= 0, "be 0 or more")
+        self._require("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)")
         self._require("threads", self.threads >= 0, "be 0 or more")
         depth = self.model_config().depth
         if self.loss.alignment_weight and not 1 <= self.loss.alignment_layer < depth:
@@ -171,6 +171,9 @@ def load_config(
         raise UserError(describe_error(error)) from None
     if known.resume and known.config:
         raise UserError("--resume takes the configuration of the run; leave out --config")
+    fixed = [arg for arg in rest if arg.partition("=")[0] in ("--name", "--out_dir", "--out-dir")]
+    if known.resume and fixed:
+        raise UserError(f"--resume continues in the run's own folder; leave out {fixed[0].partition('=')[0]}")
     values: dict[str, object] = {}
     stem = DEFAULT_PRESET
     for path in (

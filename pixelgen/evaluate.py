@@ -40,6 +40,12 @@ class EvaluateOptions:
     device: str = "auto"
     out: str | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must lie in [0, 2^63), got {self.seed}")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, samples and prints the figures."""
@@ -52,11 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     if out is not None and out.exists():
         raise UserError(f"{out} exists; choose another --out")
 
+    import torch
+
     from pixelgen.data.digits import Digits
     from pixelgen.metrics import evaluate_digits
     from pixelgen.pipeline import load_pipeline
     from pixelgen.progress import ImageBar
 
+    torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(options.model, weights=options.weights, device=options.device)
     config = pipeline.model.config
     if (config.num_classes, config.channels, config.image_height_width) != (10, 1, (8, 8)):

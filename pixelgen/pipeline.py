@@ -22,6 +22,8 @@ from pixelgen.plots import to_uint8
 from pixelgen.samplers import SAMPLERS, timesteps
 
 NOISE_STREAM = 16  # apart from the streams of training
+# Whose sampling settings a released checkpoint takes; the others take those of PixelGen-XL/16.
+PRESET_OF_SIZE = {"PixelGen-L/16": "pixelgen-l-256", "JiT-B/16": "jit-b-256", "JiT-L/16": "jit-l-256"}
 
 
 class Pipeline:
@@ -33,7 +35,6 @@ class Pipeline:
         t_eps: floor of 1 - t in the velocity.
         noise_scale: standard deviation of the starting noise, as in training.
         dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
-        class_names: names of the labels, where the data set has any.
     """
 
     def __init__(
@@ -44,10 +45,9 @@ class Pipeline:
         t_eps: float = 0.05,
         noise_scale: float = 1.0,
         dtype: Literal["float32", "bfloat16"] = "float32",
-        class_names: Sequence[str] = (),
     ) -> None:
         self.model, self.settings, self.t_eps, self.noise_scale = model, sample, t_eps, noise_scale
-        self.dtype, self.class_names = dtype, list(class_names)
+        self.dtype = dtype
         self.nfe = 0  # network evaluations per image of the last call
 
     @classmethod
@@ -96,6 +96,7 @@ class Pipeline:
         *,
         weights: Literal["ema", "raw"] = "ema",
         device: str | torch.device = "cpu",
+        dtype: Literal["float32", "bfloat16"] = "float32",
         kernels: Literal["auto", "eager"] = "auto",
     ) -> Pipeline:
         """Loads a ``.ckpt`` of the public PixelGen code.
@@ -106,9 +107,10 @@ class Pipeline:
             sample: sampling settings.
             weights: the averaged or the raw weights.
             device: where to sample.
+            dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
             kernels: as in ``JiT``.
         """
-        return cls(load_released_checkpoint(path, config, weights, kernels).to(device), sample)
+        return cls(load_released_checkpoint(path, config, weights, kernels).to(device), sample, dtype=dtype)
 
     @torch.inference_mode()
     def sample(
@@ -118,6 +120,7 @@ class Pipeline:
         guidance: float | None = None,
         guidance_low: float | None = None,
         guidance_high: float | None = None,
+        guidance_rule: Literal["paper", "released"] | None = None,
         steps: int | None = None,
         sampler: str | None = None,
         timeshift: float | None = None,
@@ -136,6 +139,7 @@ class Pipeline:
             guidance: scale of classifier-free guidance; 1 is none.
             guidance_low: guidance acts from this t on.
             guidance_high: guidance acts up to this t.
+            guidance_rule: how a time is tested against the interval; see ``GuidedVelocity``.
             steps: solver steps.
             sampler: a key of ``pixelgen.samplers.SAMPLERS``.
             timeshift: moves the steps towards the noise for values above 1.
@@ -154,6 +158,7 @@ class Pipeline:
             "guidance": guidance,
             "guidance_low": guidance_low,
             "guidance_high": guidance_high,
+            "guidance_rule": guidance_rule,
             "steps": steps,
             "sampler": sampler,
             "timeshift": timeshift,
@@ -161,6 +166,8 @@ class Pipeline:
         settings = replace(self.settings, **{key: value for key, value in given.items() if value is not None})
         config = self.model.config
         device = self.model.pos_embed.device
+        if batch_size < 1:
+            raise UserError(f"sample: batch_size must be at least 1, got {batch_size}")
         labels = torch.as_tensor(labels, dtype=torch.int64)
         if ((labels < 0) | (labels > config.num_classes)).any():
             wrong = next(int(label) for label in labels if not 0 <= label <= config.num_classes)
@@ -200,11 +207,13 @@ def pick_device(name: str) -> torch.device:
     """``"auto"`` is CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: CUDA asked for where there is none.
+        UserError: another name, or CUDA asked for where there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' was asked for but PyTorch sees no CUDA device; use --device cpu")
     return torch.device(name)
 
@@ -245,8 +254,14 @@ def load_pipeline(
     target = pick_device(device)
     if size is None:
         return Pipeline.from_run(path, weights=weights, device=target, kernels=kernels)
-    preset = "pixelgen-l-256" if size == "PixelGen-L/16" else "pixelgen-xl-256"
-    sample = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset).sample
+    preset = PRESET_OF_SIZE.get(size, "pixelgen-xl-256")
+    config = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset)
     return Pipeline.from_released(
-        path, model_config(size), sample, weights=weights, device=target, kernels=kernels
+        path,
+        model_config(size),
+        config.sample,
+        weights=weights,
+        device=target,
+        dtype=config.dtype,
+        kernels=kernels,
     )

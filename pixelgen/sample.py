@@ -26,6 +26,7 @@ class SampleOptions:
         guidance: scale of classifier-free guidance, 1 for none; null takes the run's setting.
         guidance_low: guidance acts from this t on; null takes the run's setting.
         guidance_high: guidance acts up to this t; null takes the run's setting.
+        guidance_rule: how a time is tested, paper or released; null takes the run's setting.
         steps: solver steps; null takes the run's setting.
         sampler: euler, heun, heun-reuse or adams; null takes the run's setting.
         timeshift: moves the steps towards the noise for values above 1; null takes the run's setting.
@@ -44,6 +45,7 @@ class SampleOptions:
     guidance: float | None = None
     guidance_low: float | None = None
     guidance_high: float | None = None
+    guidance_rule: Literal["paper", "released"] | None = None
     steps: int | None = None
     sampler: Literal["euler", "heun", "heun-reuse", "adams"] | None = None
     timeshift: float | None = None
@@ -58,8 +60,8 @@ class SampleOptions:
         for name in ("samples_per_label", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise UserError(f"--seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must lie in [0, 2^63), got {self.seed}")
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
@@ -99,12 +101,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(SampleOptions, argv, prog="pixelgen.sample")
 
     import numpy as np
+    import torch
     from PIL import Image
 
     from pixelgen.pipeline import load_pipeline
     from pixelgen.plots import save_grid
     from pixelgen.progress import ImageBar
 
+    torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(
         options.model,
         size=options.size,
@@ -124,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             guidance=options.guidance,
             guidance_low=options.guidance_low,
             guidance_high=options.guidance_high,
+            guidance_rule=options.guidance_rule,
             steps=options.steps,
             sampler=options.sampler,
             timeshift=options.timeshift,

@@ -9,8 +9,14 @@ from pixelgen.config import load_config
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, trains, returns the exit code."""
     config, resume = load_config(argv)
-    from pixelgen.trainer import Trainer  # imports torch: only after the command line has been checked
+    # torch is imported only after the command line has been checked.
+    import torch
 
+    from pixelgen.trainer import Trainer
+
+    torch.set_float32_matmul_precision("high")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     trainer = Trainer.start(config) if resume is None else Trainer.resume(resume, config)
     return trainer.train()
 

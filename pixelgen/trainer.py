@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -65,11 +66,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, run_dir: Path, dataset: ImageDataset) -> None:
         self.config, self.run_dir = config, run_dir
         self.device = pick_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        torch.set_float32_matmul_precision("high")
         torch.manual_seed(config.seed)  # initialisation
         self.step = 0
+        self._saved_step: int | None = None
         self.stop_signal: int | None = None
         self.dataset = dataset
         self.model = JiT(config.model_config(), config.kernels).to(self.device)
@@ -118,8 +117,11 @@ class Trainer:
             )
         dataset = _build_dataset(config)  # a wrong path must not leave an empty run behind
         run_dir.mkdir(parents=True)
-        (run_dir / checkpoints.CONFIG_FILE).write_text(config_to_yaml(config))
-        return cls(config, run_dir, dataset)
+        try:
+            return cls(config, run_dir, dataset)
+        except BaseException:  # whatever it was, also Ctrl-C: a folder without a run would block its name
+            shutil.rmtree(run_dir)
+            raise
 
     @classmethod
     def resume(cls, path: str, config: TrainConfig) -> Trainer:
@@ -128,12 +130,23 @@ class Trainer:
         Args:
             path: ``runs/NAME`` or one of its checkpoints.
             config: the run's configuration, with or without changes such as a larger ``train.max_steps``.
+
+        Raises:
+            FileNotFoundError: nothing at ``path``.
+            UserError: no checkpoint there, or not the newest one of its run.
         """
         checkpoint = checkpoints.find_checkpoint(path)
-        trainer = cls(config, checkpoint.parent.parent, _build_dataset(config))
+        run_dir = checkpoint.resolve().parent.parent
+        found = checkpoints.list_checkpoints(run_dir)
+        if checkpoint.resolve() not in found:
+            raise UserError(f"{checkpoint} is not inside a run (runs/NAME/checkpoints); put it into one")
+        if checkpoint.resolve() != found[-1]:
+            raise UserError(
+                f"{checkpoint} is not the newest checkpoint of its run, {found[-1].name} is: remove the "
+                f"later ones first, or work on a copy of the run's folder"
+            )
+        trainer = cls(config, run_dir, _build_dataset(config))
         trainer._load(checkpoint)
-        # What --resume reads next time: the configuration with the changes of this time.
-        (trainer.run_dir / checkpoints.CONFIG_FILE).write_text(config_to_yaml(config))
         return trainer
 
     def _state(self) -> dict[str, Any]:
@@ -147,6 +160,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
+        self._saved_step = self.step
         return checkpoints.save_checkpoint(
             self.run_dir,
             self.step,
@@ -163,7 +177,7 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.ema.load_state_dict(state["ema"])
         set_optimizer_state_dict(self.trained, self.optimizer, state["optimizer"])
-        self.step = state["step"]
+        self.step = self._saved_step = state["step"]
         truncate_metrics(self.run_dir / METRICS_FILE, self.step)
 
     # --- one step ---
@@ -251,6 +265,8 @@ class Trainer:
         if self.step >= config.train.max_steps:
             print(f"nothing to do: train.max_steps is {config.train.max_steps}")
             return 0
+        # Again after a resume: what the next one reads is the configuration with the changes of this one.
+        (self.run_dir / checkpoints.CONFIG_FILE).write_text(config_to_yaml(config))
         batches = build_loader(
             self.dataset,
             config.train.batch_size,
@@ -282,16 +298,29 @@ class Trainer:
                 images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             )
             log.add(terms)
-            is_last = self.step == train.max_steps or self.stop_signal is not None
-            is_saving = is_last or (train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0)
-            if is_saving or self.step % train.log_every == 0:
-                log.write(self.step, learning_rate(self.config, self.step - 1))  # refuses a non-finite loss
-            if is_saving:
-                with log.paused():
-                    self.save()
-            if is_last or (train.sample_every and self.step % train.sample_every == 0):
-                with log.paused():
-                    log.image(self.step, self.sample_grid(), GRID_COLUMNS)
+            if self.step % train.log_every == 0:
+                log.write(self.step, learning_rate(self.config, self.step - 1))
+            if train.checkpoint_every and self.step % train.checkpoint_every == 0:
+                self._save(log)
+            if train.sample_every and self.step % train.sample_every == 0:
+                self._draw(log)
+        # Here and not in the loop: a signal may have arrived at any point of the last iteration.
+        self._save(log)
+        if self.stop_signal is None and train.sample_every and self.step % train.sample_every:
+            self._draw(log)
+
+    def _save(self, log: TrainLog) -> None:
+        """A checkpoint of this step, unless there is one; refuses a loss that is not finite."""
+        if self._saved_step == self.step:
+            return
+        log.write(self.step, learning_rate(self.config, self.step - 1))
+        with log.paused():
+            self.save()
+            log.curves()
+
+    def _draw(self, log: TrainLog) -> None:
+        with log.paused():
+            log.image(self.step, self.sample_grid(), GRID_COLUMNS)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -313,7 +342,7 @@ class Trainer:
                 signal.signal(which, handler)
 
     def sample_grid(self) -> Tensor:
-        """EMA samples from fixed noise, one row per class: (rows * columns, C, H, W) uint8."""
+        """EMA samples from fixed noise, (N, C, H, W) uint8: a row for each of up to ten classes."""
         pipeline = Pipeline(
             self.ema.model,
             self.config.sample,

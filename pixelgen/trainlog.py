@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from pixelgen.checkpoint import list_checkpoints
 from pixelgen.config import TrainConfig
 from pixelgen.errors import UserError
 from pixelgen.plots import save_grid, save_loss_curves
@@ -54,7 +55,7 @@ class TrainLog:
         self._since = time.perf_counter()
         self._paused = 0.0
         self._file = (run_dir / METRICS_FILE).open("a")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step or None)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._is_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=config.train.max_steps,
@@ -98,9 +99,8 @@ class TrainLog:
         if bad:
             first = step - self._count + 1
             raise UserError(
-                f"training stopped between steps {first} and {step}: not finite: {', '.join(bad)}; the last "
-                f"checkpoint in {self.run_dir / 'checkpoints'} is good. Lower optimizer.lr or set "
-                f"optimizer.max_grad_norm"
+                f"training stopped between steps {first} and {step}: not finite: {', '.join(bad)}. "
+                f"{self._last_good()}. Lower optimizer.lr or set optimizer.max_grad_norm"
             )
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -126,7 +126,15 @@ class TrainLog:
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
         save_grid(images, folder / f"step_{step:08d}.png", columns=columns)
+        self.curves()
+
+    def curves(self) -> None:
+        """Draws the loss curves anew."""
         save_loss_curves(self.run_dir / METRICS_FILE, self.run_dir / "loss.png")
+
+    def _last_good(self) -> str:
+        checkpoints = list_checkpoints(self.run_dir)
+        return f"{checkpoints[-1]} is good" if checkpoints else "There is no checkpoint yet"
 
     def close(self) -> None:
         """Closes files and the progress bar."""

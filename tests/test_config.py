@@ -197,9 +197,9 @@ def test_missing_files_are_said_to_be_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--config: no such file: nowhere\.yaml"):
         load("--config", "nowhere.yaml")
     with pytest.raises(FileNotFoundError, match="--resume: no run at"):
-        load("--resume", str(tmp_path / "nothing"))
+        load_config(["--resume", str(tmp_path / "nothing")])
     with pytest.raises(UserError, match=r"--resume: .* has no config\.yaml"):
-        load("--resume", str(tmp_path))
+        load_config(["--resume", str(tmp_path)])
     with pytest.raises(UserError, match="is a folder; give a preset or a YAML file"):
         load("--config", str(tmp_path))
 

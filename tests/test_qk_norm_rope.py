@@ -1,10 +1,20 @@
+import itertools
+
 import op_testing
 import pytest
 import torch
 from pixelgen_kernels.qk_norm_rope import _bwd, _fwd, qk_norm_rope, qk_norm_rope_ref
 
-# B, T, N, D, in-context tokens
-SHAPES = [(1, 1, 1, 2, 0), (2, 7, 3, 6, 3), (1, 68, 16, 72, 4), (0, 4, 2, 8, 0), (2, 3, 1, 4, 3)]
+# B, T, N, D, in-context tokens; D = 16 and 64 have kernels of their own
+SHAPES = [
+    (1, 1, 1, 2, 0),
+    (2, 7, 3, 6, 3),
+    (1, 68, 16, 72, 4),
+    (0, 4, 2, 8, 0),
+    (2, 3, 1, 4, 3),
+    (3, 20, 4, 16, 4),
+    (1, 9, 3, 64, 0),
+]
 GRADS = ["qkv", "q_weight", "k_weight"]
 
 
@@ -37,6 +47,76 @@ def test_accuracy(shape, dtype, device):
 def test_accuracy_without_rotation(dtype):
     inputs = make_inputs(2, 5, 3, 7, 0, dtype, rope=False)  # an odd head dimension
     op_testing.check_accuracy(qk_norm_rope, qk_norm_rope_ref, inputs, GRADS)
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_mixed_dtypes(rope):
+    """Weights and angles may have any dtype, whatever that of qkv, and any strides."""
+    for dtypes in itertools.product((*op_testing.DTYPES, torch.float64), repeat=2):
+        inputs = make_inputs(2, 7, 3, 6, 3, dtypes[0], rope=rope)
+        for name in inputs.keys() & {"q_weight", "k_weight", "cos", "sin"}:
+            values = inputs[name].to(torch.bfloat16 if name in ("k_weight", "sin") else dtypes[1])
+            inputs[name] = torch.stack((values, values * float("nan")), -1)[..., 0]
+        outputs, grads = op_testing.run(qk_norm_rope, inputs, GRADS)
+        expected, expected_grads = op_testing.run(qk_norm_rope_ref, inputs, GRADS)
+        torch.testing.assert_close(outputs, expected)
+        for name in GRADS:
+            assert grads[name].dtype == inputs[name].dtype
+            # fp64 gradients of fp32 arithmetic have its accuracy
+            coarse = torch.float32 if dtypes[0] != torch.float64 else inputs[name].dtype
+            actual, wanted = grads[name], expected_grads[name]
+            if actual.dtype == torch.float64:
+                actual, wanted = actual.to(coarse), wanted.to(coarse)
+            torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", [*op_testing.DTYPES, torch.float64])
+def test_gradients_of_any_layout(dtype):
+    """Attention gives back gradients with tokens in front of heads; others are expanded."""
+    inputs = make_inputs(2, 7, 3, 6, 3, dtype)
+    leaves = [inputs[name].requires_grad_() for name in GRADS]
+    base = op_testing.draw(2, 3, 7, 6, dtype=dtype, seed=5)
+    layouts = [
+        base,
+        base.transpose(1, 2).contiguous().transpose(1, 2),
+        op_testing.as_chunk(base),
+        base[:1, :1, :1, :1].expand_as(base),
+        base[:, :, :1].expand_as(base),
+    ]
+    for which in range(3):
+        grads_out = [layouts[which], *layouts[which + 1 : which + 3]]
+        grads = torch.autograd.grad(qk_norm_rope(**inputs), leaves, grads_out)
+        expected = torch.autograd.grad(qk_norm_rope_ref(**inputs), leaves, grads_out)
+        torch.testing.assert_close(grads, expected)
+
+
+def test_bits_do_not_depend_on_the_thread_count():
+    inputs = make_inputs(3, 37, 2, 16, 4)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(op_testing.run(qk_norm_rope, inputs, GRADS))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, grads in results[1:]:
+        assert all(map(torch.equal, outputs, results[0][0]))
+        assert all(torch.equal(grads[name], results[0][1][name]) for name in GRADS)
+
+
+@pytest.mark.parametrize("dtype", op_testing.DTYPES)
+@pytest.mark.parametrize("token", [1, 4])
+def test_non_finite_values_stay_in_their_head(token, dtype):
+    """Of tokens that are rotated, and of those that are not."""
+    inputs = make_inputs(1, 6, 3, 16, 2, dtype)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        inputs["qkv"] = op_testing.draw(1, 6, 3 * 3 * 16, dtype=dtype, seed=1)
+        inputs["qkv"][0, token, 16 + 5] = value  # q of head 1
+        for actual, expected in zip(qk_norm_rope(**inputs), qk_norm_rope_ref(**inputs), strict=True):
+            assert torch.equal(actual.isnan(), expected.isnan())
+            assert torch.equal(actual.isinf(), expected.isinf())
+            assert actual.isfinite().sum() >= actual.numel() - 16
 
 
 def test_against_complex_rotation_and_torch_rms_norm():

@@ -14,8 +14,10 @@ from pixelgen import evaluate, sample, train
 from pixelgen.cli import run
 from pixelgen.config import SampleConfig
 from pixelgen.data.digits import Digits
+from pixelgen.errors import UserError
 from pixelgen.metrics import evaluate_digits
 from pixelgen.models import JiT, model_config
+from pixelgen.models.released import load_strictly
 from pixelgen.pipeline import Pipeline
 
 PARITY = Path(__file__).parent / "data" / "parity"
@@ -81,6 +83,8 @@ def test_settings_come_from_the_run_unless_given(run_dir):
         assert not torch.equal(images, default)
     pipeline.sample([0, 1], steps=10, sampler="euler", guidance_low=0.25, guidance_high=0.55)
     assert pipeline.nfe == 10 + 3  # t = 0.3, 0.4, 0.5 are guided
+    pipeline.sample([0, 1], steps=10, sampler="euler", guidance_rule="released")
+    assert pipeline.nfe == 2 * 10 - 1  # all but the first step
 
 
 def test_raw_and_averaged_weights_differ(run_dir):
@@ -142,6 +146,13 @@ def test_user_errors(run_dir, tmp_path, capsys):
     assert "not an empty folder" in fails_with(capsys, sample.main, [*model, "--out", str(tmp_path / "full")])
     assert "sampler" in fails_with(capsys, sample.main, [*model, "--sampler", "rk45"])
     assert "--steps" in fails_with(capsys, sample.main, [*model, "--step", "3"])
+    assert "auto, cpu or cuda" in fails_with(capsys, sample.main, [*model, "--device", "tpu"])
+    assert "--batch-size" in fails_with(capsys, sample.main, [*model, "--batch-size", "0"])
+    assert "--batch-size" in fails_with(capsys, evaluate.main, [*model, "--batch-size", "-5"])
+    with pytest.raises(UserError, match="batch_size"):
+        Pipeline.from_run(run_dir).sample([0], batch_size=0)
+    assert "--seed" in fails_with(capsys, sample.main, [*model, "--seed", str(2**63)])
+    assert "--seed" in fails_with(capsys, evaluate.main, [*model, "--seed", "-1"])
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails_with(capsys, sample.main, [*model, "--device", "cuda"])
 
@@ -149,8 +160,5 @@ def test_user_errors(run_dir, tmp_path, capsys):
 def test_weights_that_do_not_fit_are_listed(run_dir, tmp_path):
     weights = checkpoints.load_ema_weights(checkpoints.find_checkpoint(run_dir))
     weights["extra"] = weights.pop("final_layer.linear.bias")
-    from pixelgen.errors import UserError
-    from pixelgen.models.released import load_strictly
-
     with pytest.raises(UserError, match=r"missing final_layer.linear.bias.*unexpected extra"):
         load_strictly(JiT(model_config("tiny/2")), weights, "file")

@@ -3,7 +3,8 @@ import pytest
 import torch
 from pixelgen_kernels.swiglu import _bwd, _fwd, swiglu, swiglu_ref
 
-SHAPES = [(2,), (1, 1, 2), (3, 7, 26), (2, 256, 4096), (2, 3, 5, 6), (0, 4, 8)]
+SHAPES = [(2,), (1, 1, 2), (3, 7, 26), (2, 5, 600), (2, 256, 4096), (2, 3, 5, 6), (0, 4, 8)]
+SPECIAL = [0.0, -0.0, 1e-30, 20.0, -20.0, 88.5, -88.5, 104.0, -104.0, 1e4, -1e4, 1e30, -1e30]
 
 
 @pytest.mark.parametrize("device", op_testing.DEVICES)
@@ -18,6 +19,64 @@ def test_accuracy(shape, dtype, device):
     if x.ndim == 3:
         op_testing.check_accuracy(swiglu, swiglu_ref, {"x": op_testing.as_chunk(x, dim=1)}, ["x"])
         op_testing.check_accuracy(swiglu, swiglu_ref, {"x": op_testing.transposed(x)}, ["x"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relative_accuracy_in_the_whole_range(dtype):
+    """Also where y is tiny: a sigmoid that lost its relative accuracy would pass `test_accuracy`."""
+    a = torch.linspace(-87, 89, 2**16 + 1, dtype=dtype)
+    x = torch.stack((a, torch.ones_like(a)), -1)
+    oracle = torch.nn.functional.silu(a.double())
+    ours, eager = (
+        ((fn(x)[:, 0].double() - oracle) / oracle).nan_to_num().abs().max().item()
+        for fn in (swiglu, swiglu_ref)
+    )
+    assert ours <= 2 * eager + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [*op_testing.DTYPES, torch.float64])
+def test_special_values(dtype):
+    """Large and non-finite values, in a vector of them and in the rest of a row, as in eager."""
+    values = torch.tensor([*SPECIAL, float("inf"), float("-inf"), float("nan")]).to(dtype)
+    for a in (values, values[:, None], values.repeat(5)):
+        x = torch.cat((a, torch.full_like(a, 0.5)), -1)
+        outputs, grads = op_testing.run(swiglu, {"x": x}, ["x"])
+        expected, expected_grads = op_testing.run(swiglu_ref, {"x": x}, ["x"])
+        torch.testing.assert_close(outputs, expected, equal_nan=True)
+        torch.testing.assert_close(grads, expected_grads, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [*op_testing.DTYPES, torch.float64])
+def test_gradients_of_any_layout(dtype):
+    x, base = op_testing.draw(2, 3, 5, 8, dtype=dtype), op_testing.draw(2, 3, 5, 4, dtype=dtype, seed=1)
+    x.requires_grad_()
+    layouts = [
+        base[:1, :1, :1, :1].expand_as(base),
+        base[:, :1].expand_as(base),
+        op_testing.as_chunk(base),
+        op_testing.as_chunk(base, dim=1),
+        op_testing.transposed(base),
+        base.mT.contiguous().mT,
+    ]
+    for grad_y in layouts:
+        (grad,) = torch.autograd.grad(swiglu(x), x, grad_y)
+        (expected,) = torch.autograd.grad(swiglu_ref(x), x, grad_y)
+        torch.testing.assert_close(grad, expected)
+
+
+def test_bits_do_not_depend_on_the_thread_count():
+    x = op_testing.draw(3, 37, 70)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(op_testing.run(swiglu, {"x": x}, ["x"]))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, grads in results[1:]:
+        assert torch.equal(outputs[0], results[0][0][0])
+        assert torch.equal(grads["x"], results[0][1]["x"])
 
 
 @pytest.mark.gpu

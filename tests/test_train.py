@@ -20,12 +20,13 @@ from pixelgen import checkpoint as checkpoints
 from pixelgen.cli import run
 from pixelgen.config import load_config
 from pixelgen.data.digits import Digits
+from pixelgen.ema import Ema
 from pixelgen.encoders.embedded import FILE_NAME, EmbeddedConfig, embedded_features
 from pixelgen.errors import UserError
 from pixelgen.pipeline import Pipeline
 from pixelgen.train import main
 from pixelgen.trainer import Trainer, learning_rate
-from pixelgen.trainlog import truncate_metrics
+from pixelgen.trainlog import TrainLog, truncate_metrics
 
 FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
 QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]
@@ -217,18 +218,128 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_pa
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
     more = ["--train.checkpoint_every", "4", "--train.log_every", "2", *FLOW_ONLY]
-    with pytest.raises(UserError, match=r"between steps 5 and 6: not finite: loss; .*checkpoints is good"):
+    with pytest.raises(UserError, match=r"between steps 5 and 6: not finite: loss\. .*step_00000004 is good"):
         main(options(tmp_path, "run", 8, *more))
     assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000004"
 
 
-def test_flips_and_uniform_times_change_the_run(tmp_path):
-    runs = {"plain": [], "flip": ["--data.flip", "true"], "uniform": ["--time.distribution", "uniform"]}
+def final_weights(tmp_path: Path, name: str, *more: str) -> dict[str, torch.Tensor]:
+    """Averaged weights after a few steps of flow matching, at a learning rate at which every option shows."""
+    rate = ["--optimizer.lr", "0.01", "--optimizer.warmup_steps", "0", "--optimizer.schedule", "constant"]
+    assert main(options(tmp_path, name, 4, *FLOW_ONLY, *rate, *more)) == 0
+    return checkpoints.load_ema_weights(checkpoints.find_checkpoint(tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def plain_weights(tmp_path_factory) -> dict[str, torch.Tensor]:
+    return final_weights(tmp_path_factory.mktemp("plain"), "plain")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--data.flip", "true"),
+        ("--time.distribution", "uniform"),
+        ("--time.mean", "0.5"),
+        ("--time.std", "0.2"),
+        ("--time.timeshift", "3"),
+        ("--time.t_eps", "0.5"),
+        ("--time.noise_scale", "2"),
+        ("--optimizer.betas", "[0.5,0.95]"),
+        ("--optimizer.weight_decay", "10"),
+        ("--optimizer.max_grad_norm", "0.01"),
+        ("--optimizer.schedule", "cosine"),
+        ("--optimizer.warmup_steps", "4"),
+        ("--optimizer.label_drop", "0.9"),
+        ("--ema.decay", "0.1"),
+        ("--ema.warmup", "false"),
+        ("--seed", "1"),
+        ("--dtype", "bfloat16"),
+    ],
+    ids=lambda option: option[0][2:],
+)
+def test_every_option_of_a_step_changes_the_weights(tmp_path, plain_weights, option):
+    changed = final_weights(tmp_path, "changed", *option)
+    distance = sum(float((changed[key] - value).square().sum()) for key, value in plain_weights.items())
+    assert math.isfinite(distance) and distance > 1e-8
+
+
+def test_ema_follows_its_equation():
+    model = torch.nn.Linear(2, 2)
+    for decay, warmup, expected in ((0.9, False, 0.9), (0.9, True, 2 / 11)):
+        ema = Ema(model, decay, warmup)
+        before = ema.model.weight.clone()
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        ema.update(model)
+        assert torch.allclose(ema.model.weight, expected * before + (1 - expected) * model.weight)
+        assert not ema.model.weight.requires_grad
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_like_plain_ones(tmp_path):
     losses = {}
-    for name, more in runs.items():
-        assert main(options(tmp_path, name, 3, "--train.log_every", "3", *FLOW_ONLY, *more)) == 0
+    for name, more in {"plain": (), "compiled": ("--compile", "true")}.items():
+        small = ("--model.depth", "2", "--train.log_every", "3")
+        assert main(options(tmp_path, name, 3, *FLOW_ONLY, *small, *more)) == 0
         losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"]
-    assert len(set(losses.values())) == 3
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-4)
+    Pipeline.from_run(tmp_path / "compiled").sample([0], steps=2)
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_gpu_never_waits_for_it(tmp_path, with_embedded):
+    config, _ = load_config(["--out_dir", str(tmp_path), "--name", "run", "--device", "cuda"])
+    trainer = Trainer.start(config)
+    images, labels = (tensor.cuda() for tensor in trainer.dataset.batch(range(16)))
+    trainer.train_step(images, labels)  # the first one fills caches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", ["write", "curves", "image"])
+def test_a_signal_while_logging_saves_too(tmp_path, monkeypatch, method):
+    original = getattr(TrainLog, method)
+
+    def interrupted(self, *args):
+        if not hasattr(self, "was_interrupted"):
+            self.was_interrupted = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(TrainLog, method, interrupted)
+    more = [
+        "--train.log_every",
+        "2",
+        "--train.sample_every",
+        "2",
+        "--train.checkpoint_every",
+        "4",
+        *FLOW_ONLY,
+    ]
+    assert main([*options(tmp_path, "run", 50), *more]) == 128 + signal.SIGTERM
+    assert checkpoints.read_meta(checkpoints.find_checkpoint(tmp_path / "run"))["step"] == 2
+
+
+def test_a_signal_to_the_process_group_saves_with_workers(tmp_path):
+    more = [*FLOW_ONLY, "--train.log_every", "5", "--data.workers", "1"]
+    command = [sys.executable, "-m", "pixelgen.train", *options(tmp_path, "run", 100_000, *more)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("step 5 "):
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert checkpoints.list_checkpoints(tmp_path / "run")
 
 
 def test_a_folder_of_images(tmp_path):
@@ -292,7 +403,25 @@ def test_user_errors_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
         capsys, [*out, "--data.name", "folder", "--data.path", str(tmp_path / "empty")]
     )
     assert "digits" in fails_with(capsys, [*out, "--data.num_classes", "7"])
+    assert "mlp_ratio" in fails_with(capsys, [*out, "--model.mlp_ratio", "0"])
+    assert "at most 256" in fails_with(capsys, [*out, "--model.width", "520", "--model.heads", "2"])
+    assert "seed" in fails_with(capsys, [*out, "--seed", str(2**63)])
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_start_that_fails_leaves_its_name_free(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no_weights_here"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
+    name = ["--out_dir", str(tmp_path), "--name", "run"]
+    error = fails_with(capsys, [*name, "--loss.stages", "vgg16"])
+    assert "loss.stages_weights" in error and "vgg16" in error
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in fails_with(capsys, [*name, "--device", "cuda"])
+    assert not (tmp_path / "run").exists()
+
+
+def _no_network(*args, **kwargs):
+    raise OSError("no network")
 
 
 def test_an_existing_run_is_never_reused(tmp_path, capsys):
@@ -309,6 +438,9 @@ def test_resume_paths_that_hold_no_checkpoint(tmp_path, capsys):
     folder = tmp_path / "other"
     folder.mkdir()
     assert "not the folder of a run" in fails_with(capsys, ["--resume", str(folder)])
+    run_ = ["--resume", str(tmp_path / "run")]
+    assert "leave out --name" in fails_with(capsys, [*run_, "--name", "other"])
+    assert "leave out --config" in fails_with(capsys, [*run_, "--config", "digits"])
     text = (checkpoint / "meta.json").read_text()
     (checkpoint / "meta.json").write_text(text.replace('"format": 1', '"format": 0'))
     assert "format 0; this version reads format 1" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
@@ -320,6 +452,19 @@ def test_resume_paths_that_hold_no_checkpoint(tmp_path, capsys):
     )
     shutil.rmtree(checkpoint)
     assert "no complete checkpoint" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
+
+
+def test_resume_goes_on_from_the_newest_checkpoint_only(tmp_path, capsys):
+    more = ["--train.checkpoint_every", "2", *FLOW_ONLY]
+    assert main(options(tmp_path, "run", 4, *more)) == 0
+    older = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert "step_00000004 is" in fails_with(capsys, ["--resume", str(older), "--train.max_steps", "6"])
+    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    assert main(["--resume", str(newest), "--train.max_steps", "3"]) == 0  # nothing to do
+    assert "max_steps: 4" in (tmp_path / "run" / "config.yaml").read_text()
+    assert main(["--resume", str(newest), "--train.max_steps", "5"]) == 0
+    assert "max_steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000005"
 
 
 def test_the_package_imports_quickly_and_without_torch():

@@ -139,8 +139,8 @@ def build_loader(
     """Returns an endless iterator of batches, beginning with that of ``start_step``.
 
     The number of worker processes changes nothing but speed. The global random state is neither read nor
-    advanced. ``close()`` ends the workers early; they ignore Ctrl-C, so that the trainer can finish its step
-    and save.
+    advanced. ``close()`` ends the workers early; they ignore SIGINT and SIGTERM, so that the trainer can
+    finish its step and save.
 
     Args:
         dataset: images and labels.
@@ -233,4 +233,6 @@ def _as_is(batch: Any) -> Any:
 
 
 def _ignore_interrupts(worker: int) -> None:
+    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

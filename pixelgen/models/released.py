@@ -15,7 +15,6 @@ from pixelgen.models.layers import sincos_position_table
 from pixelgen.models.sizes import ModelConfig
 
 PREFIX = {"raw": "denoiser.", "ema": "ema_denoiser."}
-PROJECTOR_PREFIX = "diffusion_trainer.proj.0."
 
 
 def config_from_reference(config: dict) -> ModelConfig:

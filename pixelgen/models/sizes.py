@@ -55,6 +55,13 @@ class ModelConfig:
             raise UserError(
                 f"ModelConfig: width / heads must be a multiple of 4, got {self.width} / {self.heads}"
             )
+        if self.width > 8192 or self.head_dim > 256:
+            raise UserError(
+                f"ModelConfig: width must be at most 8192 and width / heads at most 256, "
+                f"got {self.width} and {self.head_dim}"
+            )
+        if self.mlp_width < 1:
+            raise UserError(f"ModelConfig: mlp_ratio {self.mlp_ratio} leaves the MLP no width")
         if self.bottleneck_dim < 0 or self.in_context_len < 0:
             raise UserError("ModelConfig: bottleneck_dim and in_context_len must not be negative")
         if self.in_context_len and not 0 <= self.in_context_start < self.depth:
