@@ -14,11 +14,11 @@ from pixelgen_kernels import build_info
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import bench_patchify, bench_rms_norm_modulate, report
+from benchmarks import bench_patchify, bench_rms_norm_modulate, bench_swiglu, report
 from benchmarks.case import DTYPES, MODELS, Case
 from benchmarks.measure import ColdTimer, copy_gbps, errors_against_oracle
 
-SUITES = (bench_rms_norm_modulate, bench_patchify)
+SUITES = (bench_rms_norm_modulate, bench_patchify, bench_swiglu)
 PROVIDERS = ("eager", "compile", "ours")
 MODES = ("fwd", "bwd", "fwd_bwd")
 # Error that a provider may have, in units of eager's. torch.compile adds the rows of a batch up one by one

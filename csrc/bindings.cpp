@@ -10,7 +10,9 @@
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "patchify.h"
+#include "qk_norm_rope.h"
 #include "rms_norm_modulate.h"
+#include "swiglu.h"
 
 namespace py = pybind11;
 
@@ -50,6 +52,11 @@ struct Launch {
   if (launch.device >= 0) check(#op, "this build of pixelgen_kernels has no CUDA kernels"); \
   check(#op, cpu::op(params, launch.num_threads < 1 ? 1 : launch.num_threads))
 #endif
+
+// Calls the CPU function of an op that has no CUDA function in this module, whatever was built.
+#define PIXELGEN_CALL_CPU(op, params, launch)                                              \
+  if (launch.device >= 0) check(#op, "the compiled module has this op for the CPU alone"); \
+  check(#op, cpu::op(params, launch.num_threads < 1 ? 1 : launch.num_threads))
 
 // --- patchify, unpatchify
 
@@ -173,6 +180,104 @@ void rms_norm_modulate_bwd_binding(uintptr_t grad_y, uintptr_t x, uintptr_t shif
   PIXELGEN_CALL(rms_norm_modulate_bwd, p, launch);
 }
 
+// --- swiglu, on the CPU alone
+
+void swiglu_fwd_binding(uintptr_t x, uintptr_t y, int64_t num_outer, int64_t num_inner, int64_t F,
+                        int64_t x_outer_stride, int64_t x_inner_stride, int dtype, int device,
+                        uintptr_t stream, int num_threads) {
+  const SwigluParams p{pointer(x), pointer(y),     num_outer,      num_inner,
+                       F,          x_outer_stride, x_inner_stride, DType(dtype)};
+  const Launch launch{device, num_threads, stream};
+  PIXELGEN_CALL_CPU(swiglu_fwd, p, launch);
+}
+
+void swiglu_bwd_binding(uintptr_t grad_y, uintptr_t x, uintptr_t grad_x, int64_t num_outer,
+                        int64_t num_inner, int64_t F, int64_t grad_y_outer_stride,
+                        int64_t grad_y_inner_stride, int64_t x_outer_stride, int64_t x_inner_stride,
+                        int dtype, int device, uintptr_t stream, int num_threads) {
+  const SwigluGradParams p{
+      {pointer(x), nullptr, num_outer, num_inner, F, x_outer_stride, x_inner_stride, DType(dtype)},
+      pointer(grad_y),
+      grad_y_outer_stride,
+      grad_y_inner_stride,
+      pointer(grad_x)};
+  const Launch launch{device, num_threads, stream};
+  PIXELGEN_CALL_CPU(swiglu_bwd, p, launch);
+}
+
+// --- qk_norm_rope, on the CPU alone
+
+QkNormRopeParams qk_norm_rope_params(uintptr_t qkv, uintptr_t q_weight, uintptr_t k_weight,
+                                     uintptr_t cos, uintptr_t sin, uintptr_t q, uintptr_t k,
+                                     uintptr_t v, int64_t B, int64_t T, int64_t N, int64_t D,
+                                     int64_t qkv_batch_stride, int64_t qkv_token_stride,
+                                     int64_t num_prefix_tokens, int qkv_dtype, int q_weight_dtype,
+                                     int k_weight_dtype, int cos_dtype, int sin_dtype, double eps) {
+  return {pointer(qkv),
+          pointer(q_weight),
+          pointer(k_weight),
+          pointer(cos),
+          pointer(sin),
+          pointer(q),
+          pointer(k),
+          pointer(v),
+          B,
+          T,
+          N,
+          D,
+          qkv_batch_stride,
+          qkv_token_stride,
+          num_prefix_tokens,
+          DType(qkv_dtype),
+          DType(q_weight_dtype),
+          DType(k_weight_dtype),
+          DType(cos_dtype),
+          DType(sin_dtype),
+          eps};
+}
+
+void qk_norm_rope_fwd_binding(uintptr_t qkv, uintptr_t q_weight, uintptr_t k_weight, uintptr_t cos,
+                              uintptr_t sin, uintptr_t q, uintptr_t k, uintptr_t v, int64_t B,
+                              int64_t T, int64_t N, int64_t D, int64_t qkv_batch_stride,
+                              int64_t qkv_token_stride, int64_t num_prefix_tokens, int qkv_dtype,
+                              int q_weight_dtype, int k_weight_dtype, int cos_dtype, int sin_dtype,
+                              double eps, int device, uintptr_t stream, int num_threads) {
+  const QkNormRopeParams p = qk_norm_rope_params(
+      qkv, q_weight, k_weight, cos, sin, q, k, v, B, T, N, D, qkv_batch_stride, qkv_token_stride,
+      num_prefix_tokens, qkv_dtype, q_weight_dtype, k_weight_dtype, cos_dtype, sin_dtype, eps);
+  const Launch launch{device, num_threads, stream};
+  PIXELGEN_CALL_CPU(qk_norm_rope_fwd, p, launch);
+}
+
+void qk_norm_rope_bwd_binding(
+    uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v, uintptr_t qkv, uintptr_t q_weight,
+    uintptr_t k_weight, uintptr_t cos, uintptr_t sin, uintptr_t grad_qkv, uintptr_t grad_q_weight,
+    uintptr_t grad_k_weight, uintptr_t partials, int64_t tokens_per_chunk, int64_t B, int64_t T,
+    int64_t N, int64_t D, int64_t grad_q_batch_stride, int64_t grad_q_head_stride,
+    int64_t grad_q_token_stride, int64_t grad_k_batch_stride, int64_t grad_k_head_stride,
+    int64_t grad_k_token_stride, int64_t grad_v_batch_stride, int64_t grad_v_head_stride,
+    int64_t grad_v_token_stride, int64_t qkv_batch_stride, int64_t qkv_token_stride,
+    int64_t num_prefix_tokens, int qkv_dtype, int q_weight_dtype, int k_weight_dtype, int cos_dtype,
+    int sin_dtype, double eps, int device, uintptr_t stream, int num_threads) {
+  const QkNormRopeGradParams p{
+      qk_norm_rope_params(qkv, q_weight, k_weight, cos, sin, 0, 0, 0, B, T, N, D, qkv_batch_stride,
+                          qkv_token_stride, num_prefix_tokens, qkv_dtype, q_weight_dtype,
+                          k_weight_dtype, cos_dtype, sin_dtype, eps),
+      pointer(grad_q),
+      pointer(grad_k),
+      pointer(grad_v),
+      {grad_q_batch_stride, grad_q_head_stride, grad_q_token_stride},
+      {grad_k_batch_stride, grad_k_head_stride, grad_k_token_stride},
+      {grad_v_batch_stride, grad_v_head_stride, grad_v_token_stride},
+      pointer(grad_qkv),
+      pointer(grad_q_weight),
+      pointer(grad_k_weight),
+      pointer(partials),
+      tokens_per_chunk};
+  const Launch launch{device, num_threads, stream};
+  PIXELGEN_CALL_CPU(qk_norm_rope_bwd, p, launch);
+}
+
 // --- what was built
 
 py::dict build_info() {
@@ -233,4 +338,36 @@ PYBIND11_MODULE(_C, m) {
         py::arg("scale_row_stride"), py::arg("x_dtype"), py::arg("modulation_dtype"),
         py::arg("weight_dtype"), py::arg("per_token"), py::arg("layer_norm"), py::arg("device"),
         py::arg("stream"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("swiglu_fwd", &swiglu_fwd_binding, "y, on the CPU.", py::kw_only(), py::arg("x"),
+        py::arg("y"), py::arg("num_outer"), py::arg("num_inner"), py::arg("F"),
+        py::arg("x_outer_stride"), py::arg("x_inner_stride"), py::arg("dtype"), py::arg("device"),
+        py::arg("stream"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("swiglu_bwd", &swiglu_bwd_binding, "grad_x, on the CPU.", py::kw_only(), py::arg("grad_y"),
+        py::arg("x"), py::arg("grad_x"), py::arg("num_outer"), py::arg("num_inner"), py::arg("F"),
+        py::arg("grad_y_outer_stride"), py::arg("grad_y_inner_stride"), py::arg("x_outer_stride"),
+        py::arg("x_inner_stride"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
+        py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("qk_norm_rope_fwd", &qk_norm_rope_fwd_binding, "q, k and v, on the CPU.", py::kw_only(),
+        py::arg("qkv"), py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("B"), py::arg("T"), py::arg("N"),
+        py::arg("D"), py::arg("qkv_batch_stride"), py::arg("qkv_token_stride"),
+        py::arg("num_prefix_tokens"), py::arg("qkv_dtype"), py::arg("q_weight_dtype"),
+        py::arg("k_weight_dtype"), py::arg("cos_dtype"), py::arg("sin_dtype"), py::arg("eps"),
+        py::arg("device"), py::arg("stream"), py::arg("num_threads"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "qk_norm_rope_bwd", &qk_norm_rope_bwd_binding,
+      "Gradients of qkv and of both weights, on the CPU.", py::kw_only(), py::arg("grad_q"),
+      py::arg("grad_k"), py::arg("grad_v"), py::arg("qkv"), py::arg("q_weight"),
+      py::arg("k_weight"), py::arg("cos"), py::arg("sin"), py::arg("grad_qkv"),
+      py::arg("grad_q_weight"), py::arg("grad_k_weight"), py::arg("partials"),
+      py::arg("tokens_per_chunk"), py::arg("B"), py::arg("T"), py::arg("N"), py::arg("D"),
+      py::arg("grad_q_batch_stride"), py::arg("grad_q_head_stride"), py::arg("grad_q_token_stride"),
+      py::arg("grad_k_batch_stride"), py::arg("grad_k_head_stride"), py::arg("grad_k_token_stride"),
+      py::arg("grad_v_batch_stride"), py::arg("grad_v_head_stride"), py::arg("grad_v_token_stride"),
+      py::arg("qkv_batch_stride"), py::arg("qkv_token_stride"), py::arg("num_prefix_tokens"),
+      py::arg("qkv_dtype"), py::arg("q_weight_dtype"), py::arg("k_weight_dtype"),
+      py::arg("cos_dtype"), py::arg("sin_dtype"), py::arg("eps"), py::arg("device"),
+      py::arg("stream"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
 }

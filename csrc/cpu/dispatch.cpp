@@ -2,7 +2,9 @@
 #include "dispatch.h"
 
 #include "../patchify.h"
+#include "../qk_norm_rope.h"
 #include "../rms_norm_modulate.h"
+#include "../swiglu.h"
 
 namespace pixelgen::cpu {
 namespace {
@@ -71,5 +73,9 @@ PIXELGEN_DISPATCH(patchify, PatchifyParams)
 PIXELGEN_DISPATCH(unpatchify, PatchifyParams)
 PIXELGEN_DISPATCH(rms_norm_modulate_fwd, RmsNormModulateParams)
 PIXELGEN_DISPATCH(rms_norm_modulate_bwd, RmsNormModulateGradParams)
+PIXELGEN_DISPATCH(swiglu_fwd, SwigluParams)
+PIXELGEN_DISPATCH(swiglu_bwd, SwigluGradParams)
+PIXELGEN_DISPATCH(qk_norm_rope_fwd, QkNormRopeParams)
+PIXELGEN_DISPATCH(qk_norm_rope_bwd, QkNormRopeGradParams)
 
 }  // namespace pixelgen::cpu

@@ -36,6 +36,7 @@ inline const Real* as_real(const T* row, Real* buffer, int64_t n) {
   if constexpr (IsSame<Real, T>::value) {
     return row;
   } else {
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) buffer[i] = math::to_real<Real>(row[i]);
     return buffer;
   }
@@ -43,12 +44,29 @@ inline const Real* as_real(const T* row, Real* buffer, int64_t n) {
 
 template <typename Real, typename T>
 inline void load_row(const T* row, Real* out, int64_t n) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = math::to_real<Real>(row[i]);
 }
 
 template <typename Real, typename T>
 inline void store_row(const Real* values, T* row, int64_t n) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) math::from_real(values[i], &row[i]);
+}
+
+// Where to compute a row of T: in place where T is Real, else in `buffer`; `finish_row` then
+// converts.
+template <typename Real, typename T>
+inline Real* real_target(T* row, Real* buffer) {
+  if constexpr (IsSame<Real, T>::value)
+    return row;
+  else
+    return buffer;
+}
+
+template <typename Real, typename T>
+inline void finish_row(const Real* values, T* row, int64_t n) {
+  if constexpr (!IsSame<Real, T>::value) store_row(values, row, n);
 }
 
 // Elements [offset, offset + n) of a buffer whose dtype is known at run time; `otherwise` n times

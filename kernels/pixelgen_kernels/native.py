@@ -1,6 +1,5 @@
 """The compiled module, and what every op needs to call it: dtype tags, addresses, where to run."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch  # before _C: both then share Torch's OpenMP runtime and its thread pool
@@ -19,7 +18,6 @@ __all__ = [
     "_C",
     "address",
     "build_info",
-    "double_backward_is_refused",
     "dtype_tag",
     "has_cuda",
     "launch",
@@ -63,18 +61,3 @@ def launch(tensor: Tensor) -> dict[str, int]:
         device = tensor.get_device()
         return {"device": device, "stream": torch.cuda.current_stream(device).cuda_stream, "num_threads": 0}
     return {"device": -1, "stream": 0, "num_threads": torch.get_num_threads()}
-
-
-def double_backward_is_refused(op: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """(setup_context, backward) for a `<op>_bwd` op, whose backward says that there is none."""
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            f"{op}: double backward is not supported; "
-            "pixelgen_kernels.select('eager') has an op that supports it"
-        )
-
-    return setup_context, backward

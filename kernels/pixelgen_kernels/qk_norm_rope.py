@@ -7,6 +7,8 @@
 Arithmetic in fp32 (fp64 for fp64), one rounding at the end.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,13 @@ from pixelgen_kernels._checks import (
     refuse_double_backward,
     stats_dtype,
 )
+from pixelgen_kernels.native import _C, address, dtype_tag, launch
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_bwd_ref", "qk_norm_rope_ref"]
 
 MAX_HEAD_DIM = 256
+# Tokens that share one partial sum of the weights' gradients: the order of that sum, and so its bits.
+TOKENS_PER_CHUNK = 16
 
 
 def _rotate(u: Tensor, cos: Tensor, sin: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -137,6 +142,122 @@ def _bwd(
     return qk_norm_rope_bwd_ref(
         grad_q, grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, num_heads, num_prefix_tokens, eps
     )
+
+
+def _dense(
+    q_weight: Tensor, k_weight: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Weights and angles, small beside qkv, as the compiled code reads them: copied if they are strided."""
+    return (
+        q_weight.contiguous(),
+        k_weight.contiguous(),
+        None if cos is None else cos.contiguous(),
+        None if sin is None else sin.contiguous(),
+    )
+
+
+def _shared_arguments(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_prefix_tokens: int,
+    eps: float,
+) -> dict[str, Any]:
+    """What forward and backward both pass on. Missing tensors have address 0."""
+    B, T, channels = qkv.shape
+    return {
+        "qkv": address(qkv),
+        "q_weight": address(q_weight),
+        "k_weight": address(k_weight),
+        "cos": address(cos),
+        "sin": address(sin),
+        "B": B,
+        "T": T,
+        "N": num_heads,
+        "D": channels // (3 * num_heads),
+        "qkv_batch_stride": qkv.stride(0),
+        "qkv_token_stride": qkv.stride(1),
+        "num_prefix_tokens": num_prefix_tokens,
+        "qkv_dtype": dtype_tag(qkv),
+        "q_weight_dtype": dtype_tag(q_weight),
+        "k_weight_dtype": dtype_tag(k_weight),
+        "cos_dtype": dtype_tag(cos),
+        "sin_dtype": dtype_tag(sin),
+        "eps": eps,
+        **launch(qkv),
+    }
+
+
+@_fwd.register_kernel("cpu")
+def _(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_prefix_tokens: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, channels = qkv.shape
+    q, k, v = (qkv.new_empty(B, num_heads, T, channels // (3 * num_heads)) for _ in range(3))
+    if qkv.numel() > 0:
+        tables = _dense(q_weight, k_weight, cos, sin)
+        _C.qk_norm_rope_fwd(
+            q=address(q),
+            k=address(k),
+            v=address(v),
+            **_shared_arguments(qkv, *tables, num_heads, num_prefix_tokens, eps),
+        )
+    return q, k, v
+
+
+@_bwd.register_kernel("cpu")
+def _(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_prefix_tokens: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_q_weight, grad_k_weight = q_weight.new_zeros(q_weight.shape), k_weight.new_zeros(k_weight.shape)
+    if qkv.numel() == 0:
+        return grad_qkv, grad_q_weight, grad_k_weight
+    grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
+    strides: dict[str, int] = {}
+    for name, grad in grads.items():
+        if grad.stride(-1) != 1:
+            grads[name] = grad = grad.contiguous()  # a gradient that was expanded from fewer numbers
+        batch, head, token, _ = grad.stride()
+        strides |= {
+            f"{name}_batch_stride": batch,
+            f"{name}_head_stride": head,
+            f"{name}_token_stride": token,
+        }
+    chunks = -(-qkv.shape[0] * qkv.shape[1] // TOKENS_PER_CHUNK)
+    partials = qkv.new_empty(chunks, 2, grad_q.shape[-1], dtype=stats_dtype(qkv))
+    tables = _dense(q_weight, k_weight, cos, sin)
+    _C.qk_norm_rope_bwd(
+        **{name: address(grad) for name, grad in grads.items()},
+        **strides,
+        grad_qkv=address(grad_qkv),
+        grad_q_weight=address(grad_q_weight),
+        grad_k_weight=address(grad_k_weight),
+        partials=address(partials),
+        tokens_per_chunk=TOKENS_PER_CHUNK,
+        **_shared_arguments(qkv, *tables, num_heads, num_prefix_tokens, eps),
+    )
+    return grad_qkv, grad_q_weight, grad_k_weight
 
 
 @_fwd.register_fake

@@ -12,11 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pixelgen_kernels._checks import check_dense_rows, check_float_tensors, check_norm_arguments
+from pixelgen_kernels._checks import (
+    check_dense_rows,
+    check_float_tensors,
+    check_norm_arguments,
+    refuse_double_backward,
+    stats_dtype,
+)
 from pixelgen_kernels.native import (
     _C,
     address,
-    double_backward_is_refused,
     dtype_tag,
     has_cuda,
     launch,
@@ -33,13 +38,9 @@ __all__ = [
 ROWS_PER_CHUNK = {"cpu": 32, "cuda": 16}
 
 
-def _stats_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _per_row(modulation: Tensor, x: Tensor) -> Tensor:
     """(B, C) or (B, T, C) -> a shape that broadcasts with x (B, T, C), in the dtype of the arithmetic."""
-    modulation = modulation.to(_stats_dtype(x))
+    modulation = modulation.to(stats_dtype(x))
     return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
 
 
@@ -53,7 +54,7 @@ def rms_norm_modulate_fwd_ref(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, with the statistics: y (..., C), mean (...) or (0,) for the rms norm, rstd (...)."""
-    stats = _stats_dtype(x)
+    stats = stats_dtype(x)
     n = x.to(stats)
     if norm == "layer":
         mean = n.mean(-1)
@@ -101,7 +102,7 @@ def rms_norm_modulate_bwd_ref(
     With m = n * weight + bias, grad_m = grad_y * (1 + scale) and grad_n = grad_m * weight:
     grad_x = rstd * (grad_n - n * mean(grad_n * n)), for the layer norm also minus rstd * mean(grad_n).
     """
-    stats = _stats_dtype(x)
+    stats = stats_dtype(x)
     gy = grad_y.to(stats)
     n = x.to(stats)
     if norm == "layer":
@@ -133,7 +134,7 @@ def rms_norm_modulate_bwd_ref(
 
 def _empty_outputs(x: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised y, mean and rstd."""
-    stats = _stats_dtype(x)
+    stats = stats_dtype(x)
     rows = x.shape[:-1]
     mean = x.new_empty(rows if norm == "layer" else (0,), dtype=stats)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -291,7 +292,7 @@ def _compiled_bwd(
     partials = None
     if sums_over_rows:
         chunks = num_images * -(-rows_per_image // rows_per_chunk)
-        partials = x.new_empty(chunks, 2, C, dtype=_stats_dtype(x))
+        partials = x.new_empty(chunks, 2, C, dtype=stats_dtype(x))
     _C.rms_norm_modulate_bwd(
         grad_y=address(grad_y),
         grad_y_image_stride=grad_rows.stride(0),
@@ -341,8 +342,7 @@ def _backward(ctx, grad_y, grad_mean, grad_rstd):
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)
-_no_setup, _refuse = double_backward_is_refused("rms_norm_modulate")
-_bwd.register_autograd(_refuse, setup_context=_no_setup)
+refuse_double_backward(_bwd, "rms_norm_modulate")
 
 
 def rms_norm_modulate(

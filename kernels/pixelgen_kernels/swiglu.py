@@ -16,6 +16,7 @@ from pixelgen_kernels._checks import (
     refuse_double_backward,
     stats_dtype,
 )
+from pixelgen_kernels.native import _C, address, dtype_tag, launch
 
 __all__ = ["swiglu", "swiglu_bwd_ref", "swiglu_ref"]
 
@@ -42,6 +43,62 @@ def _fwd(x: Tensor) -> Tensor:
 @torch.library.custom_op("pixelgen::swiglu_bwd", mutates_args=())
 def _bwd(grad_y: Tensor, x: Tensor) -> Tensor:
     return swiglu_bwd_ref(grad_y, x).contiguous()
+
+
+def _leading_collapse(x: Tensor) -> bool:
+    """Whether the dimensions of x before the last two are evenly spaced: x is an (outer, inner, C) view."""
+    leading = [(x.shape[dim], x.stride(dim)) for dim in range(x.ndim - 2) if x.shape[dim] > 1]
+    return all(a[1] == b[0] * b[1] for a, b in pairwise(leading))
+
+
+def _three_dims(x: Tensor) -> Tensor:
+    """X, whose leading dimensions collapse and which is not empty, as (outer, inner, C); a view."""
+    inner = x.shape[-2] if x.ndim > 1 else 1
+    return x.view(-1, inner, x.shape[-1])
+
+
+@_fwd.register_kernel("cpu")
+def _(x: Tensor) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    if y.numel() > 0:
+        rows = _three_dims(x)
+        _C.swiglu_fwd(
+            x=address(x),
+            y=address(y),
+            num_outer=rows.shape[0],
+            num_inner=rows.shape[1],
+            F=y.shape[-1],
+            x_outer_stride=rows.stride(0),
+            x_inner_stride=rows.stride(1),
+            dtype=dtype_tag(x),
+            **launch(x),
+        )
+    return y
+
+
+@_bwd.register_kernel("cpu")
+def _(grad_y: Tensor, x: Tensor) -> Tensor:
+    grad_x = x.new_empty(x.shape)
+    if grad_x.numel() == 0:
+        return grad_x
+    if not (grad_y.stride(-1) == 1 and _leading_collapse(grad_y)):
+        grad_y = grad_y.contiguous()  # a gradient that was expanded from fewer numbers
+    rows, grad_rows = _three_dims(x), _three_dims(grad_y)
+    _C.swiglu_bwd(
+        grad_y=address(grad_y),
+        x=address(x),
+        grad_x=address(grad_x),
+        num_outer=rows.shape[0],
+        num_inner=rows.shape[1],
+        F=grad_y.shape[-1],
+        grad_y_outer_stride=grad_rows.stride(0),
+        grad_y_inner_stride=grad_rows.stride(1),
+        x_outer_stride=rows.stride(0),
+        x_inner_stride=rows.stride(1),
+        dtype=dtype_tag(x),
+        **launch(x),
+    )
+    return grad_x
 
 
 # The Triton modules are imported when first needed: a machine without a GPU may have no triton.
@@ -102,11 +159,9 @@ def swiglu(x: Tensor) -> Tensor:
     if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % 2:
         raise ValueError(f"swiglu: x must have shape (..., 2 F) with F >= 1, got {tuple(x.shape)}")
     check_dense_rows("swiglu", x=x)
-    if x.numel():
-        leading = [(x.shape[dim], x.stride(dim)) for dim in range(x.ndim - 2) if x.shape[dim] > 1]
-        if any(a[1] != b[0] * b[1] for a, b in pairwise(leading)):
-            raise ValueError(
-                f"swiglu: x must be viewable with all but the last two dimensions as one, "
-                f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
-            )
+    if x.numel() and not _leading_collapse(x):
+        raise ValueError(
+            f"swiglu: x must be viewable with all but the last two dimensions as one, "
+            f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
+        )
     return _fwd(x)
