@@ -251,7 +251,7 @@ class LoopConfig(Section):
     SECTION = "train."
 
     batch_size: int = 64
-    max_steps: int = 4000
+    max_steps: int = 3000
     log_every: int = 50
     sample_every: int = 1000
     checkpoint_every: int = 1000
