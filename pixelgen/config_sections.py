@@ -154,7 +154,7 @@ class LossConfig(Section):
 
     alignment_weight: float = 0.5
     alignment_layer: int = 2
-    projector_width: int = 128
+    projector_width: int = 64
     lpips_weight: float = 0.1
     p_dino_weight: float = 0.01
     gate_t: float = 0.3
@@ -250,8 +250,8 @@ class LoopConfig(Section):
 
     SECTION = "train."
 
-    batch_size: int = 64
-    max_steps: int = 3000
+    batch_size: int = 48
+    max_steps: int = 3200
     log_every: int = 50
     sample_every: int = 1000
     checkpoint_every: int = 1000

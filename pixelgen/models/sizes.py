@@ -135,7 +135,7 @@ SIZES: dict[str, ModelConfig] = {
         channels=1,
         num_classes=10,
         bottleneck_dim=0,
-        in_context_len=4,
+        in_context_len=2,
         in_context_start=1,
     ),
     "tiny/4": ModelConfig(
