@@ -1,6 +1,8 @@
 """Settings of the whole test run: threads, and what happens to tests that need a GPU."""
 
 import os
+import shutil
+from pathlib import Path
 
 # libgomp spins while it waits: with busy cores a 12 ms step takes 2 s. It reads this when torch is first
 # imported.
@@ -29,3 +31,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _fixed_seed() -> None:
     """Draws without a generator are the same in every run and in every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def embedded_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of the digits, trained once: they depend on data, patch size and seed only."""
+    from pixelgen.data.digits import Digits
+    from pixelgen.encoders.embedded import FILE_NAME, EmbeddedConfig, embedded_features
+
+    folder = tmp_path_factory.mktemp("embedded")
+    digits = Digits()
+    config = EmbeddedConfig(channels=1, patch_size=2, num_classes=10, seed=0)
+    embedded_features(folder, config, lambda: (digits.images, digits.labels))
+    return folder / FILE_NAME
+
+
+@pytest.fixture
+def with_embedded(embedded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New runs find the features in their folder, as a resumed run does."""
+    from pixelgen.trainer import Trainer
+
+    start = Trainer.__init__
+
+    def init(self, config, run_dir, dataset):
+        if not (run_dir / embedded_file.name).exists():
+            shutil.copy(embedded_file, run_dir)
+        start(self, config, run_dir, dataset)
+
+    monkeypatch.setattr(Trainer, "__init__", init)

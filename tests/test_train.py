@@ -1,10 +1,7 @@
-"""The training command: exact resume, signals, user errors, every part of a run's folder."""
+"""The training command: what a run writes, that every option acts, user errors."""
 
 import json
 import math
-import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,110 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from training import FLOW_ONLY, fails_with, options
 
 from pixelgen import checkpoint as checkpoints
-from pixelgen.cli import run
 from pixelgen.config import load_config
-from pixelgen.data.digits import Digits
 from pixelgen.ema import Ema
-from pixelgen.encoders.embedded import FILE_NAME, EmbeddedConfig, embedded_features
+from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
 from pixelgen.pipeline import Pipeline
 from pixelgen.train import main
 from pixelgen.trainer import Trainer, learning_rate
-from pixelgen.trainlog import TrainLog, truncate_metrics
-
-FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
-QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]
-
-
-@pytest.fixture(scope="session")
-def embedded_file(tmp_path_factory) -> Path:
-    """Trained once: the features depend on data, patch size and seed only."""
-    folder = tmp_path_factory.mktemp("embedded")
-    digits = Digits()
-    embedded_features(
-        folder,
-        EmbeddedConfig(channels=1, patch_size=2, num_classes=10, seed=0),
-        lambda: (digits.images, digits.labels),
-    )
-    return folder / FILE_NAME
-
-
-@pytest.fixture
-def with_embedded(embedded_file, monkeypatch):
-    """New runs find the features in their folder, as a resumed run does."""
-    start = Trainer.__init__
-
-    def init(self, config, run_dir, dataset):
-        if not (run_dir / FILE_NAME).exists():
-            shutil.copy(embedded_file, run_dir / FILE_NAME)
-        start(self, config, run_dir, dataset)
-
-    monkeypatch.setattr(Trainer, "__init__", init)
-
-
-def options(tmp_path: Path, name: str, steps: int, *more: str) -> list[str]:
-    return ["--out_dir", str(tmp_path), "--name", name, "--train.max_steps", str(steps), *QUICK, *more]
-
-
-def full_state(run_dir: Path, scratch: Path) -> dict:
-    """Everything in the newest checkpoint, flat."""
-    dcp_to_torch_save(checkpoints.find_checkpoint(run_dir), scratch)
-
-    def flatten(node, prefix=""):
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(flatten(torch.load(scratch, weights_only=False)))
-
-
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
-        assert same, key
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    train_step = Trainer.train_step
-
-    def stopping(self, images, labels):
-        terms = train_step(self, images, labels)
-        if self.step == step:
-            self.stop_signal = signal.SIGTERM
-        return terms
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
-
-
-def test_resume_in_another_process_is_bit_equal(tmp_path, monkeypatch, with_embedded):
-    # All terms, dropout and the balance weight, so that every kind of state takes part.
-    more = ["--loss.balance", "released", "--loss.balance_start_step", "4", "--loss.balance_every", "4"]
-    more += ["--model.proj_dropout", "0.1", "--model.depth", "4", "--train.log_every", "5"]
-    assert main(options(tmp_path, "straight", 20, *more)) == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 10)
-        assert main(options(tmp_path, "stopped", 20, *more)) == 128 + signal.SIGTERM
-    assert checkpoints.find_checkpoint(tmp_path / "stopped").name == "step_00000010"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", "pixelgen.train", "--resume", str(tmp_path / "stopped")]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
-    straight, resumed = (
-        full_state(tmp_path / name, tmp_path / "state.pt") for name in ("straight", "stopped")
-    )
-    assert straight["step"] == 20
-    assert straight["objective.balance.weight"] != 1.0
-    assert_same(straight, resumed)
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("straight", "stopped")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 def test_a_run_folder_holds_everything(tmp_path, with_embedded):
@@ -177,37 +80,6 @@ def test_bfloat16_and_eager_kernels_train_alike(tmp_path, with_embedded):
         losses[name] = json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"]
     assert losses["eager"] == pytest.approx(losses["float32"], rel=1e-3)
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=3e-2)
-
-
-def test_interrupt_saves_and_the_run_continues(tmp_path):
-    arguments = options(tmp_path, "run", 100_000, *FLOW_ONLY, "--train.log_every", "5", "--threads", "1")
-    command = [sys.executable, "-m", "pixelgen.train", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout:
-            if line.startswith("step 10 "):
-                break
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGINT, err
-    assert "Traceback" not in err
-    assert f"--resume {tmp_path / 'run'}" in out
-    step = checkpoints.read_meta(checkpoints.find_checkpoint(tmp_path / "run"))["step"]
-    assert main(["--resume", str(tmp_path / "run"), "--train.max_steps", str(step + 3)]) == 0
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == step + 3
-
-
-def test_old_checkpoints_are_removed_and_partial_ones_never_found(tmp_path):
-    more = ["--train.checkpoint_every", "2", "--train.keep_checkpoints", "2", *FLOW_ONLY]
-    assert main(options(tmp_path, "run", 7, *more)) == 0
-    found = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
-    assert found == ["step_00000006", "step_00000007"]
-    (tmp_path / "run" / "checkpoints" / ".step_00000009.partial").mkdir()
-    (tmp_path / "run" / "checkpoints" / "step_00000008").mkdir()  # no meta.json: not complete
-    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000007"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_path, monkeypatch):
@@ -301,48 +173,6 @@ def test_a_step_on_the_gpu_never_waits_for_it(tmp_path, with_embedded):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", ["write", "curves", "image"])
-def test_a_signal_while_logging_saves_too(tmp_path, monkeypatch, method):
-    original = getattr(TrainLog, method)
-
-    def interrupted(self, *args):
-        if not hasattr(self, "was_interrupted"):
-            self.was_interrupted = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *args)
-
-    monkeypatch.setattr(TrainLog, method, interrupted)
-    more = [
-        "--train.log_every",
-        "2",
-        "--train.sample_every",
-        "2",
-        "--train.checkpoint_every",
-        "4",
-        *FLOW_ONLY,
-    ]
-    assert main([*options(tmp_path, "run", 50), *more]) == 128 + signal.SIGTERM
-    assert checkpoints.read_meta(checkpoints.find_checkpoint(tmp_path / "run"))["step"] == 2
-
-
-def test_a_signal_to_the_process_group_saves_with_workers(tmp_path):
-    more = [*FLOW_ONLY, "--train.log_every", "5", "--data.workers", "1"]
-    command = [sys.executable, "-m", "pixelgen.train", *options(tmp_path, "run", 100_000, *more)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        for line in process.stdout:
-            if line.startswith("step 5 "):
-                break
-        os.killpg(process.pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert checkpoints.list_checkpoints(tmp_path / "run")
-
-
 def test_a_folder_of_images(tmp_path):
     generator = np.random.default_rng(0)
     for label in ("cat", "dog"):
@@ -374,23 +204,6 @@ def test_learning_rate_schedules(tmp_path):
     assert learning_rate(cosine, 299) < 1e-3
     constant, _ = load_config(["--optimizer.schedule", "constant", "--optimizer.lr", "1.0"])
     assert learning_rate(constant, 3000) == 1.0
-
-
-def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 5, "loss": 1}\n{"step": 10, "loss": 1}\n{"step": 15, "lo')
-    truncate_metrics(path, 5)
-    assert path.read_text() == '{"step": 5, "loss": 1}\n'
-
-
-def fails_with(capsys, argv: list[str]) -> str:
-    """The one line that a user error prints; exit code 2, no traceback."""
-    with pytest.raises(SystemExit) as exit_:
-        run(main, "pixelgen.train", argv)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("pixelgen.train: error: ") and error.count("\n") == 1, error
-    return error
 
 
 def test_user_errors_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
@@ -431,41 +244,6 @@ def test_an_existing_run_is_never_reused(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     assert f"--resume {tmp_path / 'run'}" in fails_with(capsys, arguments)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-
-
-def test_resume_paths_that_hold_no_checkpoint(tmp_path, capsys):
-    assert main(options(tmp_path, "run", 2, *FLOW_ONLY)) == 0
-    checkpoint = checkpoints.find_checkpoint(tmp_path / "run")
-    folder = tmp_path / "other"
-    folder.mkdir()
-    assert "not the folder of a run" in fails_with(capsys, ["--resume", str(folder)])
-    run_ = ["--resume", str(tmp_path / "run")]
-    assert "leave out --name" in fails_with(capsys, [*run_, "--name", "other"])
-    assert "leave out --config" in fails_with(capsys, [*run_, "--config", "digits"])
-    text = (checkpoint / "meta.json").read_text()
-    (checkpoint / "meta.json").write_text(text.replace('"format": 1', '"format": 0'))
-    assert "format 0; this version reads format 1" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
-    (checkpoint / "meta.json").write_text(text)
-    shard = next(checkpoint.glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    assert "cannot be restored" in fails_with(
-        capsys, ["--resume", str(tmp_path / "run"), "--train.max_steps", "4"]
-    )
-    shutil.rmtree(checkpoint)
-    assert "no complete checkpoint" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
-
-
-def test_resume_goes_on_from_the_newest_checkpoint_only(tmp_path, capsys):
-    more = ["--train.checkpoint_every", "2", *FLOW_ONLY]
-    assert main(options(tmp_path, "run", 4, *more)) == 0
-    older = tmp_path / "run" / "checkpoints" / "step_00000002"
-    assert "step_00000004 is" in fails_with(capsys, ["--resume", str(older), "--train.max_steps", "6"])
-    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
-    assert main(["--resume", str(newest), "--train.max_steps", "3"]) == 0  # nothing to do
-    assert "max_steps: 4" in (tmp_path / "run" / "config.yaml").read_text()
-    assert main(["--resume", str(newest), "--train.max_steps", "5"]) == 0
-    assert "max_steps: 5" in (tmp_path / "run" / "config.yaml").read_text()
-    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000005"
 
 
 def test_the_package_imports_quickly_and_without_torch():

@@ -1,0 +1,25 @@
+"""What the tests of the training command share: short runs and one-line errors."""
+
+from pathlib import Path
+
+import pytest
+
+from pixelgen.cli import run
+from pixelgen.train import main
+
+FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
+QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]
+
+
+def options(tmp_path: Path, name: str, steps: int, *more: str) -> list[str]:
+    return ["--out_dir", str(tmp_path), "--name", name, "--train.max_steps", str(steps), *QUICK, *more]
+
+
+def fails_with(capsys, argv: list[str]) -> str:
+    """The one line that a user error prints; exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as exit_:
+        run(main, "pixelgen.train", argv)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pixelgen.train: error: ") and error.count("\n") == 1, error
+    return error
