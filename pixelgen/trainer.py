@@ -160,8 +160,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
-        self._saved_step = self.step
-        return checkpoints.save_checkpoint(
+        folder = checkpoints.save_checkpoint(
             self.run_dir,
             self.step,
             self._state(),
@@ -169,6 +168,8 @@ class Trainer:
             config_to_yaml(self.config),
             self.config.train.keep_checkpoints,
         )
+        self._saved_step = self.step
+        return folder
 
     def _load(self, checkpoint: Path) -> None:
         state = self._state()
