@@ -175,7 +175,7 @@ def load_config(
     if known.resume and fixed:
         raise UserError(f"--resume continues in the run's own folder; leave out {fixed[0].partition('=')[0]}")
     values: dict[str, object] = {}
-    stem = DEFAULT_PRESET
+    stem = None
     for path in (
         [_run_config(known.resume)] if known.resume else [_find_config(name) for name in known.config]
     ):
@@ -192,7 +192,8 @@ def load_config(
         print(config_to_yaml(config), end="")
         raise SystemExit(0)
     if config.name is None:
-        config = replace(config, name=f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        # Without a preset or file the data say best what the run is: digits, or folder.
+        config = replace(config, name=f"{stem or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     return config, known.resume
 
 

@@ -92,6 +92,7 @@ def test_later_files_win_over_earlier_and_the_command_line_over_all(tmp_path):
 
 def test_a_run_without_a_name_is_named_after_its_configuration_and_the_time(tmp_path):
     assert load_config([])[0].name.startswith("digits-20")
+    assert load_config(["--data.name", "folder"])[0].name.startswith("folder-20")
     assert load_config(["--config", "jit-b-256"])[0].name.startswith("jit-b-256-20")
     mine = write(tmp_path / "mine.yaml", "seed: 4")
     assert load_config(["--config", mine])[0].name.startswith("mine-20")
