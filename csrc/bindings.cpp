@@ -1,11 +1,16 @@
-// The only C++ file that knows Python. Every function takes device addresses (0 for a missing
-// buffer), sizes, strides in elements and dtype tags, all by keyword; `device` is a CUDA device
-// index and -1 the CPU. Shapes are the Python side's.
+// The only C++ file that knows Python. Every function takes the fields of its op's struct by
+// keyword: device addresses (0 for a missing buffer), sizes, strides in elements and dtype tags;
+// and where it runs: `device`, a CUDA device index or -1 for the CPU, `stream` and `num_threads`.
+// Shapes are the Python side's.
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
@@ -21,261 +26,258 @@ namespace {
 
 #ifdef PIXELGEN_HAS_CUDA
 constexpr bool kHasCuda = true;
+#define PIXELGEN_CUDA_FUNCTION(op) &cuda::op
 #else
 constexpr bool kHasCuda = false;
+#define PIXELGEN_CUDA_FUNCTION(op) nullptr
 #endif
 
-void check(const char* op, Status status) {
-  if (status != nullptr) throw std::runtime_error(std::string(op) + ": " + status);
+// --- keywords to fields
+
+enum class Kind { kPointer, kInt64, kInt, kBool, kDouble };
+
+// A member of a struct, by its offset.
+struct Field {
+  const char* name;
+  Kind kind;
+  size_t offset;
+};
+using Fields = std::vector<Field>;
+
+template <typename T>
+constexpr Kind kind_of() {
+  if constexpr (std::is_pointer_v<T>) return Kind::kPointer;
+  if constexpr (std::is_same_v<T, int64_t>) return Kind::kInt64;
+  if constexpr (std::is_same_v<T, int> || std::is_same_v<T, DType>) return Kind::kInt;
+  if constexpr (std::is_same_v<T, bool>) return Kind::kBool;
+  if constexpr (std::is_same_v<T, double>) return Kind::kDouble;
 }
 
-void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+#define NAMED_FIELD(Params, member, name) \
+  Field { name, kind_of<decltype(std::declval<Params>().member)>(), offsetof(Params, member) }
+#define FIELD(Params, member) NAMED_FIELD(Params, member, #member)
 
-// Where a call runs.
-struct Launch {
-  int device, num_threads;
-  uintptr_t stream;
-};
+// Both lists; `inner` belongs to the struct that lies at `offset` of the one of `outer`.
+Fields with_nested(Fields outer, const Fields& inner, size_t offset) {
+  for (const Field& field : inner) outer.push_back({field.name, field.kind, field.offset + offset});
+  return outer;
+}
 
-// Calls the op's CPU or CUDA function; a macro, since a build without CUDA has no cuda:: functions
-// to name.
-#ifdef PIXELGEN_HAS_CUDA
-#define PIXELGEN_CALL(op, params, launch)                        \
-  if (launch.device >= 0) {                                      \
-    const cuda::DeviceGuard guard(launch.device);                \
-    check(#op, guard.status());                                  \
-    return check(#op, cuda::op(params, pointer(launch.stream))); \
-  }                                                              \
-  check(#op, cpu::op(params, launch.num_threads < 1 ? 1 : launch.num_threads))
-#else
-#define PIXELGEN_CALL(op, params, launch)                                                   \
-  if (launch.device >= 0) check(#op, "this build of pixelgen_kernels has no CUDA kernels"); \
-  check(#op, cpu::op(params, launch.num_threads < 1 ? 1 : launch.num_threads))
-#endif
+Fields operator+(Fields fields, const Fields& more) {
+  return with_nested(std::move(fields), more, 0);
+}
 
-// Calls the CPU function of an op that has no CUDA function in this module, whatever was built.
-#define PIXELGEN_CALL_CPU(op, params, launch)                                              \
-  if (launch.device >= 0) check(#op, "the compiled module has this op for the CPU alone"); \
-  check(#op, cpu::op(params, launch.num_threads < 1 ? 1 : launch.num_threads))
-
-// --- patchify, unpatchify
-
-template <bool kToTokens>
-void patchify_binding(uintptr_t image, uintptr_t tokens, int64_t B, int64_t C, int64_t H, int64_t W,
-                      int64_t patch_size, int64_t image_stride_b, int64_t image_stride_c,
-                      int64_t image_stride_h, int64_t image_stride_w, int64_t tokens_stride_b,
-                      int64_t tokens_stride_t, int element_size, bool channel_last, int device,
-                      uintptr_t stream, int num_threads) {
-  const PatchifyParams p{pointer(image),
-                         pointer(tokens),
-                         B,
-                         C,
-                         H,
-                         W,
-                         patch_size,
-                         image_stride_b,
-                         image_stride_c,
-                         image_stride_h,
-                         image_stride_w,
-                         tokens_stride_b,
-                         tokens_stride_t,
-                         element_size,
-                         channel_last};
-  const Launch launch{device, num_threads, stream};
-  if constexpr (kToTokens) {
-    PIXELGEN_CALL(patchify, p, launch);
-  } else {
-    PIXELGEN_CALL(unpatchify, p, launch);
+void assign(PyObject* value, Kind kind, void* member) {
+  switch (kind) {
+    case Kind::kPointer:
+      *static_cast<void**>(member) =
+          reinterpret_cast<void*>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(value)));
+      return;
+    case Kind::kInt64:
+      *static_cast<int64_t*>(member) = PyLong_AsLongLong(value);
+      return;
+    case Kind::kInt:
+      *static_cast<int*>(member) = static_cast<int>(PyLong_AsLong(value));
+      return;
+    case Kind::kBool:
+      *static_cast<bool*>(member) = PyObject_IsTrue(value) == 1;
+      return;
+    case Kind::kDouble:
+      *static_cast<double*>(member) = PyFloat_AsDouble(value);
+      return;
   }
 }
 
-template <typename Function>
-void define_patchify(py::module_& m, const char* name, const char* doc, Function function) {
-  m.def(name, function, doc, py::kw_only(), py::arg("image"), py::arg("tokens"), py::arg("B"),
-        py::arg("C"), py::arg("H"), py::arg("W"), py::arg("patch_size"), py::arg("image_stride_b"),
-        py::arg("image_stride_c"), py::arg("image_stride_h"), py::arg("image_stride_w"),
-        py::arg("tokens_stride_b"), py::arg("tokens_stride_t"), py::arg("element_size"),
-        py::arg("channel_last"), py::arg("device"), py::arg("stream"), py::arg("num_threads"),
-        py::call_guard<py::gil_scoped_release>());
+// Where a call runs.
+struct Launch {
+  int device;
+  void* stream;
+  int num_threads;
+};
+
+const Fields& launch_fields() {
+  static const Fields fields{FIELD(Launch, device), FIELD(Launch, stream),
+                             FIELD(Launch, num_threads)};
+  return fields;
 }
 
-// --- rms_norm_modulate
-
-RmsNormModulateParams rms_norm_modulate_params(
-    uintptr_t x, uintptr_t shift, uintptr_t scale, uintptr_t weight, uintptr_t bias, uintptr_t y,
-    uintptr_t mean, uintptr_t rstd, int64_t num_images, int64_t rows_per_image, int64_t C,
-    int64_t x_image_stride, int64_t x_row_stride, int64_t shift_image_stride,
-    int64_t shift_row_stride, int64_t scale_image_stride, int64_t scale_row_stride, int x_dtype,
-    int modulation_dtype, int weight_dtype, bool per_token, bool layer_norm, double eps) {
-  return {pointer(x),
-          pointer(shift),
-          pointer(scale),
-          pointer(weight),
-          pointer(bias),
-          pointer(y),
-          pointer(mean),
-          pointer(rstd),
-          num_images,
-          rows_per_image,
-          C,
-          x_image_stride,
-          x_row_stride,
-          shift_image_stride,
-          shift_row_stride,
-          scale_image_stride,
-          scale_row_stride,
-          DType(x_dtype),
-          DType(modulation_dtype),
-          DType(weight_dtype),
-          per_token,
-          layer_norm,
-          eps};
+// The names of a list as Python strings, made once.
+std::vector<py::object> names_of(const Fields& fields) {
+  std::vector<py::object> names;
+  for (const Field& field : fields) names.emplace_back(py::str(field.name));
+  return names;
 }
 
-void rms_norm_modulate_fwd_binding(uintptr_t x, uintptr_t shift, uintptr_t scale, uintptr_t weight,
-                                   uintptr_t bias, uintptr_t y, uintptr_t mean, uintptr_t rstd,
-                                   int64_t num_images, int64_t rows_per_image, int64_t C,
-                                   int64_t x_image_stride, int64_t x_row_stride,
-                                   int64_t shift_image_stride, int64_t shift_row_stride,
-                                   int64_t scale_image_stride, int64_t scale_row_stride,
-                                   int x_dtype, int modulation_dtype, int weight_dtype,
-                                   bool per_token, bool layer_norm, double eps, int device,
-                                   uintptr_t stream, int num_threads) {
-  const RmsNormModulateParams p = rms_norm_modulate_params(
-      x, shift, scale, weight, bias, y, mean, rstd, num_images, rows_per_image, C, x_image_stride,
-      x_row_stride, shift_image_stride, shift_row_stride, scale_image_stride, scale_row_stride,
-      x_dtype, modulation_dtype, weight_dtype, per_token, layer_norm, eps);
-  const Launch launch{device, num_threads, stream};
-  PIXELGEN_CALL(rms_norm_modulate_fwd, p, launch);
+void read(const char* op, const py::kwargs& arguments, const Fields& fields,
+          const std::vector<py::object>& names, void* target) {
+  for (size_t i = 0; i < fields.size(); ++i) {
+    PyObject* value = PyDict_GetItemWithError(arguments.ptr(), names[i].ptr());
+    if (value == nullptr) {
+      if (PyErr_Occurred()) throw py::error_already_set();
+      throw py::type_error(std::string(op) + ": argument " + fields[i].name + " is missing");
+    }
+    assign(value, fields[i].kind, static_cast<char*>(target) + fields[i].offset);
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();  // a value of another type, or out of range
 }
 
-void rms_norm_modulate_bwd_binding(uintptr_t grad_y, uintptr_t x, uintptr_t shift, uintptr_t scale,
-                                   uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd,
-                                   uintptr_t grad_x, uintptr_t grad_shift, uintptr_t grad_scale,
-                                   uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t partials,
-                                   int64_t rows_per_chunk, int64_t num_images,
-                                   int64_t rows_per_image, int64_t C, int64_t grad_y_image_stride,
-                                   int64_t grad_y_row_stride, int64_t x_image_stride,
-                                   int64_t x_row_stride, int64_t shift_image_stride,
-                                   int64_t shift_row_stride, int64_t scale_image_stride,
-                                   int64_t scale_row_stride, int x_dtype, int modulation_dtype,
-                                   int weight_dtype, bool per_token, bool layer_norm, int device,
-                                   uintptr_t stream, int num_threads) {
-  const RmsNormModulateGradParams p{
-      rms_norm_modulate_params(x, shift, scale, weight, bias, 0, mean, rstd, num_images,
-                               rows_per_image, C, x_image_stride, x_row_stride, shift_image_stride,
-                               shift_row_stride, scale_image_stride, scale_row_stride, x_dtype,
-                               modulation_dtype, weight_dtype, per_token, layer_norm, 0.0),
-      pointer(grad_y),
-      grad_y_image_stride,
-      grad_y_row_stride,
-      pointer(grad_x),
-      pointer(grad_shift),
-      pointer(grad_scale),
-      pointer(grad_weight),
-      pointer(grad_bias),
-      pointer(partials),
-      rows_per_chunk};
-  const Launch launch{device, num_threads, stream};
-  PIXELGEN_CALL(rms_norm_modulate_bwd, p, launch);
+// --- ops
+
+template <typename Params>
+using CpuFunction = Status (*)(const Params&, int num_threads);
+template <typename Params>
+using CudaFunction = Status (*)(const Params&, void* stream);
+
+// Runs the op with the GIL released. `on_cuda` is null where this module has no such function.
+template <typename Params>
+Status run(const Params& params, const Launch& launch, CpuFunction<Params> on_cpu,
+           CudaFunction<Params> on_cuda) {
+  const py::gil_scoped_release released;
+  if (launch.device < 0) return on_cpu(params, launch.num_threads < 1 ? 1 : launch.num_threads);
+#ifdef PIXELGEN_HAS_CUDA
+  if (on_cuda != nullptr) {
+    const cuda::DeviceGuard guard(launch.device);
+    return guard.status() != nullptr ? guard.status() : on_cuda(params, launch.stream);
+  }
+#endif
+  return kHasCuda ? "the compiled module has this op for the CPU alone"
+                  : "this build of pixelgen_kernels has no CUDA kernels";
 }
 
-// --- swiglu, on the CPU alone
-
-void swiglu_fwd_binding(uintptr_t x, uintptr_t y, int64_t num_outer, int64_t num_inner, int64_t F,
-                        int64_t x_outer_stride, int64_t x_inner_stride, int dtype, int device,
-                        uintptr_t stream, int num_threads) {
-  const SwigluParams p{pointer(x), pointer(y),     num_outer,      num_inner,
-                       F,          x_outer_stride, x_inner_stride, DType(dtype)};
-  const Launch launch{device, num_threads, stream};
-  PIXELGEN_CALL_CPU(swiglu_fwd, p, launch);
+template <typename Params>
+void define(py::module_& m, const char* op, const char* doc, const Fields& fields,
+            CpuFunction<Params> on_cpu, CudaFunction<Params> on_cuda = nullptr) {
+  static_assert(std::is_standard_layout_v<Params>, "fields are found by their offsets");
+  const auto function = [=, names = names_of(fields),
+                         launch_names = names_of(launch_fields())](const py::kwargs& arguments) {
+    Params params{};
+    Launch launch{};
+    read(op, arguments, fields, names, &params);
+    read(op, arguments, launch_fields(), launch_names, &launch);
+    if (size_t(py::len(arguments)) != names.size() + launch_names.size()) {
+      throw py::type_error(std::string(op) + ": there is an argument of an unknown name");
+    }
+    const Status status = run(params, launch, on_cpu, on_cuda);
+    if (status != nullptr) throw std::runtime_error(std::string(op) + ": " + status);
+  };
+  m.def(op, function, doc);
 }
 
-void swiglu_bwd_binding(uintptr_t grad_y, uintptr_t x, uintptr_t grad_x, int64_t num_outer,
-                        int64_t num_inner, int64_t F, int64_t grad_y_outer_stride,
-                        int64_t grad_y_inner_stride, int64_t x_outer_stride, int64_t x_inner_stride,
-                        int dtype, int device, uintptr_t stream, int num_threads) {
-  const SwigluGradParams p{
-      {pointer(x), nullptr, num_outer, num_inner, F, x_outer_stride, x_inner_stride, DType(dtype)},
-      pointer(grad_y),
-      grad_y_outer_stride,
-      grad_y_inner_stride,
-      pointer(grad_x)};
-  const Launch launch{device, num_threads, stream};
-  PIXELGEN_CALL_CPU(swiglu_bwd, p, launch);
+void define_patchify(py::module_& m) {
+  using P = PatchifyParams;
+  const Fields fields{FIELD(P, image),
+                      FIELD(P, tokens),
+                      FIELD(P, B),
+                      FIELD(P, C),
+                      FIELD(P, H),
+                      FIELD(P, W),
+                      NAMED_FIELD(P, P, "patch_size"),
+                      FIELD(P, image_stride_b),
+                      FIELD(P, image_stride_c),
+                      FIELD(P, image_stride_h),
+                      FIELD(P, image_stride_w),
+                      FIELD(P, tokens_stride_b),
+                      FIELD(P, tokens_stride_t),
+                      FIELD(P, element_size),
+                      FIELD(P, channel_last)};
+  define<P>(m, "patchify", "Image to tokens.", fields, &cpu::patchify,
+            PIXELGEN_CUDA_FUNCTION(patchify));
+  define<P>(m, "unpatchify", "Tokens to image.", fields, &cpu::unpatchify,
+            PIXELGEN_CUDA_FUNCTION(unpatchify));
 }
 
-// --- qk_norm_rope, on the CPU alone
-
-QkNormRopeParams qk_norm_rope_params(uintptr_t qkv, uintptr_t q_weight, uintptr_t k_weight,
-                                     uintptr_t cos, uintptr_t sin, uintptr_t q, uintptr_t k,
-                                     uintptr_t v, int64_t B, int64_t T, int64_t N, int64_t D,
-                                     int64_t qkv_batch_stride, int64_t qkv_token_stride,
-                                     int64_t num_prefix_tokens, int qkv_dtype, int q_weight_dtype,
-                                     int k_weight_dtype, int cos_dtype, int sin_dtype, double eps) {
-  return {pointer(qkv),
-          pointer(q_weight),
-          pointer(k_weight),
-          pointer(cos),
-          pointer(sin),
-          pointer(q),
-          pointer(k),
-          pointer(v),
-          B,
-          T,
-          N,
-          D,
-          qkv_batch_stride,
-          qkv_token_stride,
-          num_prefix_tokens,
-          DType(qkv_dtype),
-          DType(q_weight_dtype),
-          DType(k_weight_dtype),
-          DType(cos_dtype),
-          DType(sin_dtype),
-          eps};
+void define_rms_norm_modulate(py::module_& m) {
+  using P = RmsNormModulateParams;
+  using G = RmsNormModulateGradParams;
+  const Fields shared{FIELD(P, x),
+                      FIELD(P, shift),
+                      FIELD(P, scale),
+                      FIELD(P, weight),
+                      FIELD(P, bias),
+                      FIELD(P, mean),
+                      FIELD(P, rstd),
+                      FIELD(P, num_images),
+                      FIELD(P, rows_per_image),
+                      FIELD(P, C),
+                      FIELD(P, x_image_stride),
+                      FIELD(P, x_row_stride),
+                      FIELD(P, shift_image_stride),
+                      FIELD(P, shift_row_stride),
+                      FIELD(P, scale_image_stride),
+                      FIELD(P, scale_row_stride),
+                      FIELD(P, x_dtype),
+                      FIELD(P, modulation_dtype),
+                      FIELD(P, weight_dtype),
+                      FIELD(P, per_token),
+                      FIELD(P, layer_norm)};
+  const Fields grads{
+      FIELD(G, grad_y),        FIELD(G, grad_y_image_stride), FIELD(G, grad_y_row_stride),
+      FIELD(G, grad_x),        FIELD(G, grad_shift),          FIELD(G, grad_scale),
+      FIELD(G, grad_weight),   FIELD(G, grad_bias),           FIELD(G, partials),
+      FIELD(G, rows_per_chunk)};
+  define<P>(m, "rms_norm_modulate_fwd", "y, mean and rstd.",
+            shared + Fields{FIELD(P, y), FIELD(P, eps)}, &cpu::rms_norm_modulate_fwd,
+            PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_fwd));
+  define<G>(m, "rms_norm_modulate_bwd", "Gradients of every input.",
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::rms_norm_modulate_bwd,
+            PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_bwd));
 }
 
-void qk_norm_rope_fwd_binding(uintptr_t qkv, uintptr_t q_weight, uintptr_t k_weight, uintptr_t cos,
-                              uintptr_t sin, uintptr_t q, uintptr_t k, uintptr_t v, int64_t B,
-                              int64_t T, int64_t N, int64_t D, int64_t qkv_batch_stride,
-                              int64_t qkv_token_stride, int64_t num_prefix_tokens, int qkv_dtype,
-                              int q_weight_dtype, int k_weight_dtype, int cos_dtype, int sin_dtype,
-                              double eps, int device, uintptr_t stream, int num_threads) {
-  const QkNormRopeParams p = qk_norm_rope_params(
-      qkv, q_weight, k_weight, cos, sin, q, k, v, B, T, N, D, qkv_batch_stride, qkv_token_stride,
-      num_prefix_tokens, qkv_dtype, q_weight_dtype, k_weight_dtype, cos_dtype, sin_dtype, eps);
-  const Launch launch{device, num_threads, stream};
-  PIXELGEN_CALL_CPU(qk_norm_rope_fwd, p, launch);
+void define_swiglu(py::module_& m) {
+  using P = SwigluParams;
+  using G = SwigluGradParams;
+  const Fields shared{FIELD(P, x),    FIELD(P, num_outer),      FIELD(P, num_inner),
+                      FIELD(P, F),    FIELD(P, x_outer_stride), FIELD(P, x_inner_stride),
+                      FIELD(P, dtype)};
+  const Fields grads{FIELD(G, grad_y), FIELD(G, grad_y_outer_stride), FIELD(G, grad_y_inner_stride),
+                     FIELD(G, grad_x)};
+  define<P>(m, "swiglu_fwd", "y, on the CPU.", shared + Fields{FIELD(P, y)}, &cpu::swiglu_fwd);
+  define<G>(m, "swiglu_bwd", "grad_x, on the CPU.",
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::swiglu_bwd);
 }
 
-void qk_norm_rope_bwd_binding(
-    uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v, uintptr_t qkv, uintptr_t q_weight,
-    uintptr_t k_weight, uintptr_t cos, uintptr_t sin, uintptr_t grad_qkv, uintptr_t grad_q_weight,
-    uintptr_t grad_k_weight, uintptr_t partials, int64_t tokens_per_chunk, int64_t B, int64_t T,
-    int64_t N, int64_t D, int64_t grad_q_batch_stride, int64_t grad_q_head_stride,
-    int64_t grad_q_token_stride, int64_t grad_k_batch_stride, int64_t grad_k_head_stride,
-    int64_t grad_k_token_stride, int64_t grad_v_batch_stride, int64_t grad_v_head_stride,
-    int64_t grad_v_token_stride, int64_t qkv_batch_stride, int64_t qkv_token_stride,
-    int64_t num_prefix_tokens, int qkv_dtype, int q_weight_dtype, int k_weight_dtype, int cos_dtype,
-    int sin_dtype, double eps, int device, uintptr_t stream, int num_threads) {
-  const QkNormRopeGradParams p{
-      qk_norm_rope_params(qkv, q_weight, k_weight, cos, sin, 0, 0, 0, B, T, N, D, qkv_batch_stride,
-                          qkv_token_stride, num_prefix_tokens, qkv_dtype, q_weight_dtype,
-                          k_weight_dtype, cos_dtype, sin_dtype, eps),
-      pointer(grad_q),
-      pointer(grad_k),
-      pointer(grad_v),
-      {grad_q_batch_stride, grad_q_head_stride, grad_q_token_stride},
-      {grad_k_batch_stride, grad_k_head_stride, grad_k_token_stride},
-      {grad_v_batch_stride, grad_v_head_stride, grad_v_token_stride},
-      pointer(grad_qkv),
-      pointer(grad_q_weight),
-      pointer(grad_k_weight),
-      pointer(partials),
-      tokens_per_chunk};
-  const Launch launch{device, num_threads, stream};
-  PIXELGEN_CALL_CPU(qk_norm_rope_bwd, p, launch);
+void define_qk_norm_rope(py::module_& m) {
+  using P = QkNormRopeParams;
+  using G = QkNormRopeGradParams;
+  const Fields shared{FIELD(P, qkv),
+                      FIELD(P, q_weight),
+                      FIELD(P, k_weight),
+                      FIELD(P, cos),
+                      FIELD(P, sin),
+                      FIELD(P, B),
+                      FIELD(P, T),
+                      FIELD(P, N),
+                      FIELD(P, D),
+                      FIELD(P, qkv_batch_stride),
+                      FIELD(P, qkv_token_stride),
+                      FIELD(P, num_prefix_tokens),
+                      FIELD(P, qkv_dtype),
+                      FIELD(P, q_weight_dtype),
+                      FIELD(P, k_weight_dtype),
+                      FIELD(P, cos_dtype),
+                      FIELD(P, sin_dtype),
+                      FIELD(P, eps)};
+  const Fields grads{FIELD(G, grad_q),
+                     FIELD(G, grad_k),
+                     FIELD(G, grad_v),
+                     NAMED_FIELD(G, grad_q_strides.batch, "grad_q_batch_stride"),
+                     NAMED_FIELD(G, grad_q_strides.head, "grad_q_head_stride"),
+                     NAMED_FIELD(G, grad_q_strides.token, "grad_q_token_stride"),
+                     NAMED_FIELD(G, grad_k_strides.batch, "grad_k_batch_stride"),
+                     NAMED_FIELD(G, grad_k_strides.head, "grad_k_head_stride"),
+                     NAMED_FIELD(G, grad_k_strides.token, "grad_k_token_stride"),
+                     NAMED_FIELD(G, grad_v_strides.batch, "grad_v_batch_stride"),
+                     NAMED_FIELD(G, grad_v_strides.head, "grad_v_head_stride"),
+                     NAMED_FIELD(G, grad_v_strides.token, "grad_v_token_stride"),
+                     FIELD(G, grad_qkv),
+                     FIELD(G, grad_q_weight),
+                     FIELD(G, grad_k_weight),
+                     FIELD(G, partials),
+                     FIELD(G, tokens_per_chunk)};
+  define<P>(m, "qk_norm_rope_fwd", "q, k and v, on the CPU.",
+            shared + Fields{FIELD(P, q), FIELD(P, k), FIELD(P, v)}, &cpu::qk_norm_rope_fwd);
+  define<G>(m, "qk_norm_rope_bwd", "Gradients of qkv and of both weights, on the CPU.",
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::qk_norm_rope_bwd);
 }
 
 // --- what was built
@@ -314,60 +316,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pixelgen_kernels: raw addresses in, nothing checked.";
   m.attr("has_cuda") = kHasCuda;
   m.def("build_info", &build_info, "What was built, and the instruction set in use.");
-
-  define_patchify(m, "patchify", "Image to tokens.", &patchify_binding<true>);
-  define_patchify(m, "unpatchify", "Tokens to image.", &patchify_binding<false>);
-
-  m.def("rms_norm_modulate_fwd", &rms_norm_modulate_fwd_binding, "y, mean and rstd.", py::kw_only(),
-        py::arg("x"), py::arg("shift"), py::arg("scale"), py::arg("weight"), py::arg("bias"),
-        py::arg("y"), py::arg("mean"), py::arg("rstd"), py::arg("num_images"),
-        py::arg("rows_per_image"), py::arg("C"), py::arg("x_image_stride"), py::arg("x_row_stride"),
-        py::arg("shift_image_stride"), py::arg("shift_row_stride"), py::arg("scale_image_stride"),
-        py::arg("scale_row_stride"), py::arg("x_dtype"), py::arg("modulation_dtype"),
-        py::arg("weight_dtype"), py::arg("per_token"), py::arg("layer_norm"), py::arg("eps"),
-        py::arg("device"), py::arg("stream"), py::arg("num_threads"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def("rms_norm_modulate_bwd", &rms_norm_modulate_bwd_binding, "Gradients of every input.",
-        py::kw_only(), py::arg("grad_y"), py::arg("x"), py::arg("shift"), py::arg("scale"),
-        py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"),
-        py::arg("grad_shift"), py::arg("grad_scale"), py::arg("grad_weight"), py::arg("grad_bias"),
-        py::arg("partials"), py::arg("rows_per_chunk"), py::arg("num_images"),
-        py::arg("rows_per_image"), py::arg("C"), py::arg("grad_y_image_stride"),
-        py::arg("grad_y_row_stride"), py::arg("x_image_stride"), py::arg("x_row_stride"),
-        py::arg("shift_image_stride"), py::arg("shift_row_stride"), py::arg("scale_image_stride"),
-        py::arg("scale_row_stride"), py::arg("x_dtype"), py::arg("modulation_dtype"),
-        py::arg("weight_dtype"), py::arg("per_token"), py::arg("layer_norm"), py::arg("device"),
-        py::arg("stream"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
-
-  m.def("swiglu_fwd", &swiglu_fwd_binding, "y, on the CPU.", py::kw_only(), py::arg("x"),
-        py::arg("y"), py::arg("num_outer"), py::arg("num_inner"), py::arg("F"),
-        py::arg("x_outer_stride"), py::arg("x_inner_stride"), py::arg("dtype"), py::arg("device"),
-        py::arg("stream"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
-  m.def("swiglu_bwd", &swiglu_bwd_binding, "grad_x, on the CPU.", py::kw_only(), py::arg("grad_y"),
-        py::arg("x"), py::arg("grad_x"), py::arg("num_outer"), py::arg("num_inner"), py::arg("F"),
-        py::arg("grad_y_outer_stride"), py::arg("grad_y_inner_stride"), py::arg("x_outer_stride"),
-        py::arg("x_inner_stride"), py::arg("dtype"), py::arg("device"), py::arg("stream"),
-        py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
-  m.def("qk_norm_rope_fwd", &qk_norm_rope_fwd_binding, "q, k and v, on the CPU.", py::kw_only(),
-        py::arg("qkv"), py::arg("q_weight"), py::arg("k_weight"), py::arg("cos"), py::arg("sin"),
-        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("B"), py::arg("T"), py::arg("N"),
-        py::arg("D"), py::arg("qkv_batch_stride"), py::arg("qkv_token_stride"),
-        py::arg("num_prefix_tokens"), py::arg("qkv_dtype"), py::arg("q_weight_dtype"),
-        py::arg("k_weight_dtype"), py::arg("cos_dtype"), py::arg("sin_dtype"), py::arg("eps"),
-        py::arg("device"), py::arg("stream"), py::arg("num_threads"),
-        py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "qk_norm_rope_bwd", &qk_norm_rope_bwd_binding,
-      "Gradients of qkv and of both weights, on the CPU.", py::kw_only(), py::arg("grad_q"),
-      py::arg("grad_k"), py::arg("grad_v"), py::arg("qkv"), py::arg("q_weight"),
-      py::arg("k_weight"), py::arg("cos"), py::arg("sin"), py::arg("grad_qkv"),
-      py::arg("grad_q_weight"), py::arg("grad_k_weight"), py::arg("partials"),
-      py::arg("tokens_per_chunk"), py::arg("B"), py::arg("T"), py::arg("N"), py::arg("D"),
-      py::arg("grad_q_batch_stride"), py::arg("grad_q_head_stride"), py::arg("grad_q_token_stride"),
-      py::arg("grad_k_batch_stride"), py::arg("grad_k_head_stride"), py::arg("grad_k_token_stride"),
-      py::arg("grad_v_batch_stride"), py::arg("grad_v_head_stride"), py::arg("grad_v_token_stride"),
-      py::arg("qkv_batch_stride"), py::arg("qkv_token_stride"), py::arg("num_prefix_tokens"),
-      py::arg("qkv_dtype"), py::arg("q_weight_dtype"), py::arg("k_weight_dtype"),
-      py::arg("cos_dtype"), py::arg("sin_dtype"), py::arg("eps"), py::arg("device"),
-      py::arg("stream"), py::arg("num_threads"), py::call_guard<py::gil_scoped_release>());
+  define_patchify(m);
+  define_rms_norm_modulate(m);
+  define_swiglu(m);
+  define_qk_norm_rope(m);
 }

@@ -59,16 +59,16 @@ __global__ void __launch_bounds__(kThreadsPerRow* kRowsPerBlock)
 }
 
 template <typename E, int kPixels, bool kPackTokens, bool kToTokens>
-Status launch(const PatchifyParams& p, cudaStream_t stream) {
+Status launch_all(const PatchifyParams& p, cudaStream_t stream) {
   const int64_t rows = p.B * p.H;
   // one launch unless there are more than 2^31 blocks
   for (int64_t first = 0; first < rows; first += kMaxBlocks * kRowsPerBlock) {
     const int64_t left = rows - first;
     const int64_t count = left < kMaxBlocks * kRowsPerBlock ? left : kMaxBlocks * kRowsPerBlock;
-    patchify_kernel<E, kPixels, kPackTokens, kToTokens>
-        <<<unsigned(ceil_div(count, kRowsPerBlock)), dim3(kThreadsPerRow, kRowsPerBlock), 0,
-           stream>>>(p, first, count);
-    if (const Status status = last_error()) return status;
+    const Status status = launch(patchify_kernel<E, kPixels, kPackTokens, kToTokens>,
+                                 unsigned(ceil_div(count, kRowsPerBlock)),
+                                 dim3(kThreadsPerRow, kRowsPerBlock), stream, p, first, count);
+    if (status != nullptr) return status;
   }
   return nullptr;
 }
@@ -86,13 +86,13 @@ Status launch_sized(const PatchifyParams& p, cudaStream_t stream) {
   const bool pack_image =
       p.P % kPixels == 0 && p.image_stride_w == 1 &&
       aligned(p.image, sizeof(E), 16, p.image_stride_b, p.image_stride_c, p.image_stride_h);
-  if (!pack_image) return launch<E, 1, false, kToTokens>(p, stream);
+  if (!pack_image) return launch_all<E, 1, false, kToTokens>(p, stream);
   // P % kPixels == 0, so rows of a patch start at multiples of a pack
   const bool pack_tokens =
       (!p.channel_last || p.C == 1) &&
       aligned(p.tokens, sizeof(E), 16, p.tokens_stride_b, p.tokens_stride_t, 0);
-  if (!pack_tokens) return launch<E, kPixels, false, kToTokens>(p, stream);
-  return launch<E, kPixels, true, kToTokens>(p, stream);
+  if (!pack_tokens) return launch_all<E, kPixels, false, kToTokens>(p, stream);
+  return launch_all<E, kPixels, true, kToTokens>(p, stream);
 }
 
 template <bool kToTokens>

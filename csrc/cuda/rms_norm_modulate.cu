@@ -303,9 +303,8 @@ Status launch_fwd(const RmsNormModulateParams& p, cudaStream_t stream) {
   const int rows = threads < kForwardThreads ? kForwardThreads / threads : 1;
   const int64_t blocks = ceil_div(p.num_images * p.rows_per_image, rows);
   if (blocks > kMaxBlocks) return "more rows than a grid holds";
-  rms_norm_modulate_fwd_kernel<T, kPack, kAligned>
-      <<<unsigned(blocks), dim3(threads, rows), 0, stream>>>(p);
-  return last_error();
+  return launch(rms_norm_modulate_fwd_kernel<T, kPack, kAligned>, unsigned(blocks),
+                dim3(threads, rows), stream, p);
 }
 
 template <typename T>
@@ -321,14 +320,10 @@ Status launch_bwd_rows(const RmsNormModulateGradParams& g, int64_t chunks_per_im
   const int64_t blocks = g.forward.num_images * chunks_per_image;
   if (blocks > kMaxBlocks) return "more chunks of rows than a grid holds";
   const int threads = threads_per_row(g.forward.C, kElements);
-  if (g.forward.per_token) {
-    rms_norm_modulate_bwd_kernel<T, kPack, kAligned, kElements, true>
-        <<<unsigned(blocks), threads, 0, stream>>>(g, chunks_per_image);
-  } else {
-    rms_norm_modulate_bwd_kernel<T, kPack, kAligned, kElements, false>
-        <<<unsigned(blocks), threads, 0, stream>>>(g, chunks_per_image);
-  }
-  return last_error();
+  return launch(g.forward.per_token
+                    ? rms_norm_modulate_bwd_kernel<T, kPack, kAligned, kElements, true>
+                    : rms_norm_modulate_bwd_kernel<T, kPack, kAligned, kElements, false>,
+                unsigned(blocks), threads, stream, g, chunks_per_image);
 }
 
 template <typename T, int kPack, bool kAligned>
@@ -345,14 +340,13 @@ Status launch_bwd(const RmsNormModulateGradParams& g, cudaStream_t stream) {
   if (p.scale != nullptr && !p.per_token) {
     const unsigned images =
         unsigned(p.num_images < 65535 ? p.num_images : 65535);  // grid limit in y
-    modulation_grads_kernel<<<dim3(column_blocks, images), dim3(kColumns, kModulationLanes), 0,
-                              stream>>>(g, chunks_per_image);
-    if (const Status status = last_error()) return status;
+    const Status status = launch(modulation_grads_kernel, dim3(column_blocks, images),
+                                 dim3(kColumns, kModulationLanes), stream, g, chunks_per_image);
+    if (status != nullptr) return status;
   }
   if (g.grad_weight != nullptr || g.grad_bias != nullptr) {
-    weight_grads_kernel<<<column_blocks, dim3(kColumns, kWeightLanes), 0, stream>>>(
-        g, chunks_per_image);
-    return last_error();
+    return launch(weight_grads_kernel, column_blocks, dim3(kColumns, kWeightLanes), stream, g,
+                  chunks_per_image);
   }
   return nullptr;
 }

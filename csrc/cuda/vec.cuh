@@ -167,7 +167,12 @@ inline bool packs_are_aligned(const void* base, DType dtype, int count, int64_t 
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid's x dimension
 
-inline Status last_error() {
+// Starts a kernel: the one place that does, so that the same source runs where `<<<>>>` is no
+// syntax.
+template <typename... Parameters, typename... Arguments>
+Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+              const Arguments&... arguments) {
+  kernel<<<grid, block, 0, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
