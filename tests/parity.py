@@ -6,6 +6,7 @@ The folder is tests/data/parity, or the one named by PIXELGEN_PARITY_DIR. What a
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -114,15 +115,15 @@ def assert_gradients_match(
     Args:
         vectors: has ``row_stride`` for the sampled rows and ``grad_l2_order`` for the norms.
         prefix: for example ``"rl2."`` or ``"mixed.net."``.
-        module: its parameters carry the reference's names.
+        module: its state dict carries the reference's names.
         inputs: further tensors with gradients, such as ``{"x": x}``.
 
     Returns:
         How many tensors were compared.
     """
     sidecar = vectors.sidecar
-    leaves = dict(module.named_parameters())
-    named = {**leaves, **(inputs or {})}
+    gradients = gradients_by_published_name(module)
+    of_inputs = {name: value.grad for name, value in (inputs or {}).items()}
     compared = 0
     for key, expected in vectors.tensors.items():
         if not key.startswith(f"{prefix}grad"):
@@ -130,15 +131,13 @@ def assert_gradients_match(
         kind, _, name = key.removeprefix(prefix).partition(".")
         if kind == "grad_l2":
             order = sidecar["grad_l2_order"]
-            assert sorted(order) == sorted(n for n, p in leaves.items() if p.requires_grad), (
-                "trainable parameters"
-            )
-            actual: Tensor | None = torch.stack([_norm(leaves[n].grad) for n in order])
+            assert sorted(order) == sorted(gradients), "trainable parameters"
+            norms = [torch.linalg.vector_norm(gradients[name]) for name in order]
+            actual: Tensor | None = torch.stack(norms)
         elif kind == "grad":
-            actual = named[name].grad
+            actual = {**gradients, **of_inputs}[name]
         elif kind == "grad_rows":
-            gradient = leaves[name].grad
-            actual = None if gradient is None else gradient[:: sidecar["row_stride"][name]]
+            actual = gradients[name][:: sidecar["row_stride"][name]]
         else:
             raise AssertionError(f"{vectors.name}: no comparison for {key}")
         assert_matches(actual, expected, GRADIENT, f"{vectors.name} {key}")
@@ -146,8 +145,15 @@ def assert_gradients_match(
     return compared
 
 
-def _norm(gradient: Tensor | None) -> Tensor:
-    return torch.zeros(()) if gradient is None else torch.linalg.vector_norm(gradient)
+def gradients_by_published_name(module: nn.Module) -> dict[str, Tensor]:
+    """The gradients of the trainable parameters, zeros where there is none, named as the state dict is."""
+    holder = copy.deepcopy(module)
+    for parameter, of_holder in zip(module.parameters(), holder.parameters(), strict=True):
+        gradient = parameter.grad
+        of_holder.data = torch.zeros_like(parameter) if gradient is None else gradient.detach().clone()
+    fixed = {name for name, _ in module.named_buffers()}
+    fixed |= {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in holder.state_dict().items() if name not in fixed}
 
 
 class PatchMeans(TokenEncoder):

@@ -216,3 +216,53 @@ def test_wrong_inputs():
         model(x[:, :, :16], t, y)
     with pytest.raises(ValueError, match=r"feature_layer must lie in \[0, 3\), got 3"):
         model(x, t, y, feature_layer=3)
+
+
+def test_modulations_are_one_matrix_under_published_names():
+    config = small(depth=3)
+    model = randomized(config)
+    state = model.state_dict()
+    assert not any("modulations" in key for key in state)
+    rows = [state[f"blocks.{index}.adaLN_modulation.1.weight"] for index in range(3)]
+    rows.append(state["final_layer.adaLN_modulation.1.weight"])
+    assert torch.equal(torch.cat(rows), model.modulations.linear.weight)
+
+    calls = []
+    model.modulations.linear.register_forward_hook(lambda *_: calls.append(1))
+    model(*inputs(config))
+    assert len(calls) == 1
+
+    # through the same names into another model, and into a copy of it, which has hooks of its own
+    other = copy.deepcopy(JiT(config))
+    other.load_state_dict(state)
+    assert torch.equal(other(*inputs(config)), model(*inputs(config)))
+
+
+def test_wrong_modulations_are_named_when_loading():
+    config = small(depth=2)
+    model, state = randomized(config), JiT(config).state_dict()
+    before = model.modulations.linear.weight.clone()
+    del state["blocks.1.adaLN_modulation.1.weight"]
+    state["final_layer.adaLN_modulation.1.bias"] = torch.zeros(3)
+    with pytest.raises(RuntimeError) as error:
+        model.load_state_dict(state)
+    assert 'Missing key(s) in state_dict: "blocks.1.adaLN_modulation.1.weight"' in str(error.value)
+    assert "size mismatch for final_layer.adaLN_modulation.1.bias: (3,)" in str(error.value)
+
+    state["final_layer.adaLN_modulation.1.bias"] = torch.zeros(2 * config.width)
+    result = model.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["blocks.1.adaLN_modulation.1.weight"]
+    rows = slice(6 * config.width, 12 * config.width)
+    assert torch.equal(model.modulations.linear.weight[rows], before[rows])
+    assert not model.modulations.linear.weight[: 6 * config.width].any()
+
+
+def test_pending_branches_are_added_where_the_sum_is_needed():
+    """Taking the features adds what the block before has left, and must change nothing else."""
+    config = small(depth=3, in_context_start=1)
+    model = randomized(config)
+    x, t, y = inputs(config)
+    expected = model(x, t, y)
+    for layer in range(3):
+        x_pred, _ = model(x, t, y, feature_layer=layer)
+        assert torch.allclose(x_pred, expected, atol=1e-5)

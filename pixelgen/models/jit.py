@@ -12,10 +12,14 @@ from pixelgen.models.layers import (
     Block,
     FinalLayer,
     LabelEmbedder,
+    Modulations,
     PatchEmbed,
+    Pending,
     PositionTable,
     RMSNorm,
     TimestepEmbedder,
+    add_pending,
+    keep_published_names,
     sincos_position_table,
 )
 from pixelgen.models.sizes import ModelConfig
@@ -24,7 +28,8 @@ from pixelgen.models.sizes import ModelConfig
 class JiT(nn.Module):
     """A plain transformer on pixel patches with AdaLN and in-context class tokens.
 
-    State-dict keys equal those of the published PixelGen code. A fresh model predicts exact zeros: every
+    State-dict keys equal those of the published PixelGen code, although the AdaLN modulations of all blocks
+    are rows of one matrix here. A fresh model predicts exact zeros: every
     AdaLN output and the final projection start at zero.
 
     Args:
@@ -61,6 +66,9 @@ class JiT(nn.Module):
             for index in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch_dim, self.ops)
+        self.modulations = Modulations(config.width, [6 * config.width] * config.depth + [2 * config.width])
+        layers = [*(f"blocks.{index}" for index in range(config.depth)), "final_layer"]
+        keep_published_names(self, "modulations", [f"{layer}.adaLN_modulation.1" for layer in layers])
         self.reset_parameters()
 
     @torch.no_grad()
@@ -78,10 +86,9 @@ class JiT(nn.Module):
         self.y_embedder.reset_parameters()
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        zeroed = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
-        for layer in (*zeroed, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.modulations.reset_parameters()
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_position_table(self.config.width, *self.config.grid))
 
@@ -137,12 +144,20 @@ class JiT(nn.Module):
         # The stream keeps the embedding's dtype (bf16 under autocast) from the first block to the last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
+        *block_modulations, final_modulation = self.modulations(condition, x.dtype)
         prefix, features = 0, None
-        for index, block in enumerate(self.blocks):
+        pending: Pending | None = None
+        for index, (block, modulation) in enumerate(zip(self.blocks, block_modulations, strict=True)):
+            is_start = config.in_context_len > 0 and index == config.in_context_start
+            if is_start or index == feature_layer:  # both need the sum itself
+                x, pending = add_pending(x, pending), None
             if index == feature_layer:
                 features = x[:, prefix:]
-            if config.in_context_len and index == config.in_context_start:
+            if is_start:
                 prefix = config.in_context_len
                 x = torch.cat([(label[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
-            x = block(x, condition, rope, prefix)
-        return self.final_layer(x[:, prefix:], condition), features
+            x, pending = block(x, pending, modulation, rope, prefix)
+        if pending is not None:
+            branch, gate = pending
+            pending = branch[:, prefix:], gate
+        return self.final_layer(x[:, prefix:], pending, final_modulation), features

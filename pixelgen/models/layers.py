@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -221,8 +221,104 @@ class SwiGLU(nn.Module):
         return self.w3(F.dropout(self.ops.swiglu(self.w12(x)), self.dropout, self.training))
 
 
+class Modulations(nn.Module):
+    """Shift, scale and gate of every AdaLN layer from one matrix product: they all read the same condition.
+
+    The packed matrix holds the layers' rows one after the other. `keep_published_names` gives each layer's
+    rows the name they have in the published checkpoints.
+    """
+
+    def __init__(self, width: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.linear = nn.Linear(width, sum(sizes))
+
+    def reset_parameters(self) -> None:
+        """Zeros: a fresh block is the identity (AdaLN-zero, arXiv 2212.09748)."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, condition: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Condition (B, C) to one (B, size) per layer in ``dtype``, views of one (B, sum of sizes)."""
+        return self.linear(F.silu(condition)).to(dtype).split(self.sizes, dim=1)
+
+
+def keep_published_names(model: nn.Module, modulations: str, layers: list[str]) -> None:
+    """Makes the model's state dict read and write packed modulations under one name per layer.
+
+    Args:
+        model: the module that holds both.
+        modulations: name of its `Modulations`, for example "modulations".
+        layers: published name of each part, for example "blocks.0.adaLN_modulation.1".
+    """
+
+    def packed(module: nn.Module, name: str) -> tuple[str, Tensor, list[int]]:
+        part = module.get_submodule(modulations)
+        assert isinstance(part, Modulations)
+        return f"{modulations}.linear.{name}", getattr(part.linear, name), part.sizes
+
+    def split(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict) -> None:
+        for name in ("weight", "bias"):
+            key, _, sizes = packed(module, name)
+            parts = state.pop(prefix + key).split(sizes)
+            state.update({f"{prefix}{layer}.{name}": part for layer, part in zip(layers, parts, strict=True)})
+
+    def join(
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        _metadata: dict,
+        _strict: bool,
+        missing: list[str],
+        _unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        for name in ("weight", "bias"):
+            key, own, sizes = packed(module, name)
+            parts = []
+            for layer, kept in zip(layers, own.detach().split(sizes), strict=True):
+                source = f"{prefix}{layer}.{name}"
+                part = state.pop(source, None)
+                if part is None:
+                    missing.append(source)
+                elif part.shape != kept.shape:
+                    errors.append(f"size mismatch for {source}: {tuple(part.shape)}, not {tuple(kept.shape)}")
+                is_usable = part is not None and part.shape == kept.shape
+                parts.append(part if is_usable else kept)
+            state[prefix + key] = torch.cat(parts)
+
+    model.register_state_dict_post_hook(split)
+    model.register_load_state_dict_pre_hook(join)
+
+
+# The output of a block's last branch and its gate (B, C), not yet added to the residual stream: the norm that
+# follows adds it in the pass that it makes anyway.
+Pending = tuple[Tensor, Tensor]
+
+
+def add_pending(x: Tensor, pending: Pending | None) -> Tensor:
+    """X + gate * branch, for the places where no norm follows."""
+    if pending is None:
+        return x
+    branch, gate = pending
+    return torch.addcmul(x, gate[:, None], branch)
+
+
+def norm_after_pending(
+    x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, norm: RMSNorm, ops: Ops
+) -> tuple[Tensor, Tensor]:
+    """The stream with the pending branch added, and its norm with shift and scale."""
+    if pending is None:
+        return x, ops.rms_norm_modulate(x, shift, scale, norm.weight, eps=norm.eps)
+    branch, gate = pending
+    return ops.gate_residual_norm_modulate(x, branch, gate, shift, scale, norm.weight, eps=norm.eps)
+
+
 class Block(nn.Module):
-    """AdaLN transformer block: x + gate * f(norm(x) * (1 + scale) + shift), attention then MLP."""
+    """AdaLN transformer block: x + gate * f(norm(x) * (1 + scale) + shift), attention then MLP.
+
+    The sum with the MLP's branch is left to whoever norms the stream next, usually the next block.
+    """
 
     def __init__(
         self,
@@ -240,20 +336,32 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, attn_dropout, proj_dropout, ops)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_width, proj_dropout, ops)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor], num_prefix_tokens: int = 0
-    ) -> Tensor:
-        """x (B, T, C), condition (B, C) to (B, T, C) in x's dtype."""
-        modulation = self.adaLN_modulation(condition).to(x.dtype)
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        num_prefix_tokens: int = 0,
+    ) -> tuple[Tensor, Pending]:
+        """One block on the residual stream.
+
+        Args:
+            x: (B, T, C).
+            pending: what the previous block left to be added: branch (B, T, C) and gate (B, C), or None.
+            modulation: (B, 6C) in the dtype of x: shift, scale, gate of attention, then of the MLP.
+            rope: cos and sin of the image tokens.
+            num_prefix_tokens: in-context tokens at the front.
+
+        Returns:
+            The stream (B, T, C) and the MLP's branch with its gate, in x's dtype.
+        """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        h = self.ops.rms_norm_modulate(x, shift_attn, scale_attn, self.norm1.weight, eps=RMSNorm.eps)
-        h = self.attn(h, rope, num_prefix_tokens).to(x.dtype)
-        x, h = self.ops.gate_residual_norm_modulate(
-            x, h, gate_attn, shift_mlp, scale_mlp, self.norm2.weight, eps=RMSNorm.eps
-        )
-        return torch.addcmul(x, gate_mlp[:, None], self.mlp(h).to(x.dtype))
+        x, h = norm_after_pending(x, pending, shift_attn, scale_attn, self.norm1, self.ops)
+        attended = self.attn(h, rope, num_prefix_tokens).to(x.dtype), gate_attn
+        x, h = norm_after_pending(x, attended, shift_mlp, scale_mlp, self.norm2, self.ops)
+        return x, (self.mlp(h).to(x.dtype), gate_mlp)
 
 
 class FinalLayer(nn.Module):
@@ -264,10 +372,9 @@ class FinalLayer(nn.Module):
         self.ops = ops
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, patch_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, T, C), condition (B, C) to (B, T, P*P*channels)."""
-        shift, scale = self.adaLN_modulation(condition).to(x.dtype).chunk(2, dim=1)
-        x = self.ops.rms_norm_modulate(x, shift, scale, self.norm_final.weight, eps=RMSNorm.eps)
+    def forward(self, x: Tensor, pending: Pending | None, modulation: Tensor) -> Tensor:
+        """x (B, T, C), what is left to be added to it, modulation (B, 2C) to (B, T, P*P*channels)."""
+        shift, scale = modulation.chunk(2, dim=1)
+        _, x = norm_after_pending(x, pending, shift, scale, self.norm_final, self.ops)
         return self.linear(x)
