@@ -50,7 +50,7 @@ def test_a_run_folder_holds_everything(tmp_path, with_embedded):
 
 
 def test_the_first_losses_are_the_recorded_ones(tmp_path):
-    # Any change of data order, random draws, initialisation, flow matching or optimizer moves this curve.
+    # Any change of data order, random draws, flow matching or optimizer moves this curve.
     # Without the embedded features: their training would carry a machine's rounding into the curve.
     assert main(options(tmp_path, "run", 20, "--train.log_every", "1", *FLOW_ONLY)) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
