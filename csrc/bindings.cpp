@@ -14,7 +14,10 @@
 
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
+#include "flow_matching_loss.h"
+#include "noise_patchify.h"
 #include "patchify.h"
+#include "philox.h"
 #include "qk_norm_rope.h"
 #include "rms_norm_modulate.h"
 #include "swiglu.h"
@@ -280,6 +283,85 @@ void define_qk_norm_rope(py::module_& m) {
             with_nested(grads, shared, offsetof(G, forward)), &cpu::qk_norm_rope_bwd);
 }
 
+void define_philox(py::module_& m) {
+  using P = PhiloxParams;
+  const Fields fields{
+      FIELD(P, sample_index),        FIELD(P, out),  FIELD(P, B),    FIELD(P, count),
+      FIELD(P, sample_index_stride), FIELD(P, seed), FIELD(P, step), FIELD(P, stream_index)};
+  define<P>(m, "philox_uniform", "Uniform numbers.", fields, &cpu::philox_uniform,
+            PIXELGEN_CUDA_FUNCTION(philox_uniform));
+  define<P>(m, "philox_normal", "Standard normal numbers.", fields, &cpu::philox_normal,
+            PIXELGEN_CUDA_FUNCTION(philox_normal));
+}
+
+void define_noise_patchify(py::module_& m) {
+  using P = NoisePatchifyParams;
+  const Fields fields{FIELD(P, image),
+                      FIELD(P, noise),
+                      FIELD(P, t),
+                      FIELD(P, sample_index),
+                      FIELD(P, tokens),
+                      FIELD(P, clean),
+                      FIELD(P, B),
+                      FIELD(P, C),
+                      FIELD(P, H),
+                      FIELD(P, W),
+                      NAMED_FIELD(P, P, "patch_size"),
+                      FIELD(P, image_stride_b),
+                      FIELD(P, image_stride_c),
+                      FIELD(P, image_stride_h),
+                      FIELD(P, image_stride_w),
+                      FIELD(P, noise_stride_b),
+                      FIELD(P, noise_stride_c),
+                      FIELD(P, noise_stride_h),
+                      FIELD(P, noise_stride_w),
+                      FIELD(P, t_stride),
+                      FIELD(P, sample_index_stride),
+                      FIELD(P, seed),
+                      FIELD(P, step),
+                      FIELD(P, noise_scale),
+                      FIELD(P, image_is_uint8),
+                      FIELD(P, image_dtype),
+                      FIELD(P, noise_dtype),
+                      FIELD(P, t_dtype),
+                      FIELD(P, out_dtype),
+                      FIELD(P, channel_last),
+                      FIELD(P, clean_channel_last)};
+  define<P>(m, "noise_patchify", "Tokens of x_t, and of x where `clean` is not 0.", fields,
+            &cpu::noise_patchify, PIXELGEN_CUDA_FUNCTION(noise_patchify));
+}
+
+void define_flow_matching_loss(py::module_& m) {
+  using P = FlowMatchingLossParams;
+  using G = FlowMatchingLossGradParams;
+  const Fields shared{FIELD(P, x_pred),
+                      FIELD(P, x),
+                      FIELD(P, t),
+                      FIELD(P, elements_per_chunk),
+                      FIELD(P, B),
+                      FIELD(P, T),
+                      FIELD(P, D),
+                      FIELD(P, x_pred_stride_b),
+                      FIELD(P, x_pred_stride_t),
+                      FIELD(P, x_pred_stride_d),
+                      FIELD(P, x_stride_b),
+                      FIELD(P, x_stride_t),
+                      FIELD(P, x_stride_d),
+                      FIELD(P, t_stride),
+                      FIELD(P, t_eps),
+                      FIELD(P, x_pred_dtype),
+                      FIELD(P, x_dtype),
+                      FIELD(P, t_dtype)};
+  const Fields grads{FIELD(G, grad_loss), FIELD(G, grad_loss_stride), FIELD(G, grad_loss_dtype),
+                     FIELD(G, grad_x_pred)};
+  define<P>(m, "flow_matching_loss_fwd", "The loss of each sample.",
+            shared + Fields{FIELD(P, loss), FIELD(P, partials)}, &cpu::flow_matching_loss_fwd,
+            PIXELGEN_CUDA_FUNCTION(flow_matching_loss_fwd));
+  define<G>(m, "flow_matching_loss_bwd", "grad_x_pred.",
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::flow_matching_loss_bwd,
+            PIXELGEN_CUDA_FUNCTION(flow_matching_loss_bwd));
+}
+
 // --- what was built
 
 py::dict build_info() {
@@ -320,4 +402,7 @@ PYBIND11_MODULE(_C, m) {
   define_rms_norm_modulate(m);
   define_swiglu(m);
   define_qk_norm_rope(m);
+  define_philox(m);
+  define_noise_patchify(m);
+  define_flow_matching_loss(m);
 }

@@ -1,7 +1,10 @@
 // Picks, once, the widest instruction set that was compiled and that this processor runs.
 #include "dispatch.h"
 
+#include "../flow_matching_loss.h"
+#include "../noise_patchify.h"
 #include "../patchify.h"
+#include "../philox.h"
 #include "../qk_norm_rope.h"
 #include "../rms_norm_modulate.h"
 #include "../swiglu.h"
@@ -77,5 +80,10 @@ PIXELGEN_DISPATCH(swiglu_fwd, SwigluParams)
 PIXELGEN_DISPATCH(swiglu_bwd, SwigluGradParams)
 PIXELGEN_DISPATCH(qk_norm_rope_fwd, QkNormRopeParams)
 PIXELGEN_DISPATCH(qk_norm_rope_bwd, QkNormRopeGradParams)
+PIXELGEN_DISPATCH(philox_uniform, PhiloxParams)
+PIXELGEN_DISPATCH(philox_normal, PhiloxParams)
+PIXELGEN_DISPATCH(noise_patchify, NoisePatchifyParams)
+PIXELGEN_DISPATCH(flow_matching_loss_fwd, FlowMatchingLossParams)
+PIXELGEN_DISPATCH(flow_matching_loss_bwd, FlowMatchingLossGradParams)
 
 }  // namespace pixelgen::cpu

@@ -21,8 +21,9 @@ from pixelgen_kernels._checks import (
     check_positive,
     check_shape,
 )
+from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda, launch
 from pixelgen_kernels.patchify import patchify_ref
-from pixelgen_kernels.philox import check_philox_arguments, philox_normal
+from pixelgen_kernels.philox import check_philox_arguments, philox_normal_ref
 
 __all__ = ["noise_patchify", "noise_patchify_ref"]
 
@@ -47,7 +48,7 @@ def noise_patchify_ref(
     """Plain PyTorch definition of `noise_patchify`; like it, without a gradient."""
     image, t = image.detach(), t.detach()
     if noise is None:
-        noise = philox_normal(seed, step, sample_index, image.shape[1:].numel())  # type: ignore[arg-type]
+        noise = philox_normal_ref(seed, step, sample_index, image.shape[1:].numel())  # type: ignore[arg-type]
     noise = noise.detach().reshape(image.shape)
     is_double = torch.float64 in (image.dtype, noise.dtype, dtype)
     stats = torch.float64 if is_double else torch.float32
@@ -64,8 +65,16 @@ def noise_patchify_ref(
     return (x_t_tokens, tokens(x, clean_channel_order)) if return_clean else x_t_tokens
 
 
-@torch.library.custom_op("pixelgen::noise_patchify_fwd", mutates_args=())
-def _fwd(
+def _empty_outputs(
+    image: Tensor, patch_size: int, return_clean: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised tokens of x_t and of x. An op cannot return None: what is not asked for is of size 0."""
+    B, C, H, W = image.shape
+    shape = (B, (H // patch_size) * (W // patch_size), C * patch_size * patch_size)
+    return image.new_empty(shape, dtype=dtype), image.new_empty(shape if return_clean else 0, dtype=dtype)
+
+
+def _fwd_by_reference(
     image: Tensor,
     t: Tensor,
     patch_size: int,
@@ -79,7 +88,7 @@ def _fwd(
     clean_channel_order: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    tokens, clean = noise_patchify_ref(
+    tokens = noise_patchify_ref(
         image,
         t,
         patch_size,
@@ -89,11 +98,90 @@ def _fwd(
         sample_index=sample_index,
         noise_scale=noise_scale,
         channel_order="first" if channel_order == "first" else "last",
-        return_clean=True,
+        return_clean=return_clean,
         clean_channel_order="first" if clean_channel_order == "first" else "last",
         dtype=dtype,
     )
-    return tokens, clean if return_clean else tokens.new_empty(0)
+    return tokens if isinstance(tokens, tuple) else (tokens, tokens.new_empty(0))
+
+
+_fwd = torch.library.custom_op("pixelgen::noise_patchify_fwd", _fwd_by_reference, mutates_args=())
+
+
+def _strides(name: str, tensor: Tensor | None) -> dict[str, int]:
+    """The four strides of an image; those of None are unused."""
+    strides = (0, 0, 0, 0) if tensor is None else tensor.stride()
+    return {f"{name}_stride_{letter}": stride for letter, stride in zip("bchw", strides, strict=True)}
+
+
+def _compiled_fwd(
+    image: Tensor,
+    t: Tensor,
+    patch_size: int,
+    noise: Tensor | None,
+    seed: int | None,
+    step: int,
+    sample_index: Tensor | None,
+    noise_scale: float,
+    channel_order: str,
+    return_clean: bool,
+    clean_channel_order: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    is_double = dtype == torch.float64 or image.dtype == torch.float64
+    is_double = is_double or (noise is not None and noise.dtype == torch.float64)
+    if image.is_cuda and is_double:  # not worth compiled code on a GPU
+        return _fwd_by_reference(
+            image,
+            t,
+            patch_size,
+            noise,
+            seed,
+            step,
+            sample_index,
+            noise_scale,
+            channel_order,
+            return_clean,
+            clean_channel_order,
+            dtype,
+        )
+    tokens, clean = _empty_outputs(image, patch_size, return_clean, dtype)
+    if tokens.numel() > 0:
+        B, C, H, W = image.shape
+        is_uint8 = image.dtype == torch.uint8
+        _C.noise_patchify(
+            image=address(image),
+            noise=address(noise),
+            t=address(t),
+            sample_index=address(sample_index),
+            tokens=address(tokens),
+            clean=address(clean),
+            B=B,
+            C=C,
+            H=H,
+            W=W,
+            patch_size=patch_size,
+            **_strides("image", image),
+            **_strides("noise", noise),
+            t_stride=t.stride(0),
+            sample_index_stride=0 if sample_index is None else sample_index.stride(0),
+            seed=0 if seed is None else seed,
+            step=step,
+            noise_scale=noise_scale,
+            image_is_uint8=is_uint8,
+            image_dtype=dtype_tag(None if is_uint8 else image),
+            noise_dtype=dtype_tag(noise),
+            t_dtype=dtype_tag(t),
+            out_dtype=dtype_tag(tokens),
+            channel_last=channel_order == "last",
+            clean_channel_last=clean_channel_order == "last",
+            **launch(image),
+        )
+    return tokens, clean
+
+
+for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
+    _fwd.register_kernel(_device, _compiled_fwd)
 
 
 @_fwd.register_fake
@@ -111,9 +199,7 @@ def _(
     clean_channel_order,
     dtype,
 ):
-    B, C, H, W = image.shape
-    shape = (B, (H // patch_size) * (W // patch_size), C * patch_size * patch_size)
-    return image.new_empty(shape, dtype=dtype), image.new_empty(shape if return_clean else 0, dtype=dtype)
+    return _empty_outputs(image, patch_size, return_clean, dtype)
 
 
 def noise_patchify(
