@@ -47,9 +47,8 @@ void forward(const FlowMatchingLossParams& p, int num_threads) {
   for (int64_t b = 0; b < p.B; ++b) {
     double sum = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[b * chunks + chunk];
-    const Real weight =
-        math::velocity_weight(number<Real>(p.t, p.t_dtype, b * p.t_stride), Real(p.t_eps));
-    static_cast<Real*>(p.loss)[b] = Real(sum / double(size)) * weight;
+    const double t = number<Real>(p.t, p.t_dtype, b * p.t_stride);
+    static_cast<Real*>(p.loss)[b] = Real(sum / double(size) * math::velocity_weight(t, p.t_eps));
   }
 }
 
@@ -60,10 +59,9 @@ void backward(const FlowMatchingLossGradParams& g, int num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t item = 0; item < p.B * chunks; ++item) {
     const int64_t b = item / chunks, begin = item % chunks * p.elements_per_chunk;
-    const Real weight =
-        math::velocity_weight(number<Real>(p.t, p.t_dtype, b * p.t_stride), Real(p.t_eps));
-    const Real factor = number<Real>(g.grad_loss, g.grad_loss_dtype, b * g.grad_loss_stride) *
-                        weight * Real(2.0 / double(size));
+    const double t = number<Real>(p.t, p.t_dtype, b * p.t_stride);
+    const double grad_loss = number<Real>(g.grad_loss, g.grad_loss_dtype, b * g.grad_loss_stride);
+    const Real factor = Real(grad_loss * math::velocity_weight(t, p.t_eps) * 2.0 / double(size));
     T* grad = static_cast<T*>(g.grad_x_pred) + b * size;
     for_blocks<Real>(p, b, begin, min_of(begin + p.elements_per_chunk, size),
                      [&](const Real* x_pred, const Real* x, int64_t first, int64_t n) {

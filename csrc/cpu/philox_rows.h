@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../math/normal.h"
-#include "../math/philox.h"
 #include "rows.h"
 
 namespace pixelgen::cpu::PIXELGEN_ISA {
@@ -24,13 +23,11 @@ inline void fill_normal(const math::PhiloxStream& stream, int64_t first_group, i
                         float* out) {
 #pragma omp simd
   for (int64_t g = 0; g < num_groups; ++g) {
-    const math::PhiloxWords words = math::philox_words(stream, uint32_t(first_group + g));
-    const math::NormalPair a = math::box_muller(words.w0, words.w1);
-    const math::NormalPair b = math::box_muller(words.w2, words.w3);
-    out[4 * g] = a.first;
-    out[4 * g + 1] = a.second;
-    out[4 * g + 2] = b.first;
-    out[4 * g + 3] = b.second;
+    const math::NormalGroup normal = math::philox_normal(stream, uint32_t(first_group + g));
+    out[4 * g] = normal.low.first;
+    out[4 * g + 1] = normal.low.second;
+    out[4 * g + 2] = normal.high.first;
+    out[4 * g + 3] = normal.high.second;
   }
 }
 

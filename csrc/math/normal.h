@@ -13,6 +13,7 @@
 #include "fma.h"
 #include "half.h"
 #include "host_device.h"
+#include "philox.h"
 
 #ifdef __ASSOCIATIVE_MATH__
 #error \
@@ -21,9 +22,13 @@
 
 namespace pixelgen::math {
 
+// Of 0 or a normal x > 0, correctly rounded.
 PIXELGEN_INLINE float square_root(float x) {
-#ifdef __CUDACC__
-  return sqrtf(x);
+#ifdef __CUDACC__  // sqrtf for such x, without its call for subnormal ones, around which registers
+                   // spill
+  const float inverse = rsqrtf(x), root = x * inverse;
+  const float exact = fmaf(fmaf(-root, root, x), 0.5f * inverse, root);
+  return x > 0.0f ? exact : 0.0f;
 #else
   return __builtin_sqrtf(x);
 #endif
@@ -89,6 +94,16 @@ PIXELGEN_INLINE NormalPair box_muller(uint32_t w0, uint32_t w1) {
   const float radius = square_root(-2.0f * log(uniform));
   const Rotation turn = rotation(w1 >> 8);
   return {radius * turn.cos, radius * turn.sin};
+}
+
+// The numbers of elements 4 group to 4 group + 3.
+struct NormalGroup {
+  NormalPair low, high;
+};
+
+PIXELGEN_INLINE NormalGroup philox_normal(const PhiloxStream& stream, uint32_t group) {
+  const PhiloxWords words = philox_words(stream, group);
+  return {box_muller(words.w0, words.w1), box_muller(words.w2, words.w3)};
 }
 
 }  // namespace pixelgen::math

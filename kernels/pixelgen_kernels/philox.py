@@ -95,13 +95,13 @@ def _fake(seed: int, step: int, sample_index: Tensor, count: int, stream: int) -
     return sample_index.new_empty((sample_index.shape[0], count), dtype=torch.float32)
 
 
-def _compiled(fill: Any) -> Any:
-    """The op that `fill`, a function of the compiled module, does."""
+def _compiled(name: str) -> Any:
+    """The op that the function `name` of the compiled module does."""
 
     def draw(seed: int, step: int, sample_index: Tensor, count: int, stream: int) -> Tensor:
         out = _fake(seed, step, sample_index, count, stream)
         if out.numel() > 0:
-            fill(
+            getattr(_C, name)(
                 sample_index=address(sample_index),
                 out=address(out),
                 B=out.shape[0],
@@ -118,8 +118,8 @@ def _compiled(fill: Any) -> Any:
 
 
 for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
-    _uniform.register_kernel(_device, _compiled(_C.philox_uniform))
-    _normal.register_kernel(_device, _compiled(_C.philox_normal))
+    _uniform.register_kernel(_device, _compiled("philox_uniform"))
+    _normal.register_kernel(_device, _compiled("philox_normal"))
 
 _uniform.register_fake(_fake)
 _normal.register_fake(_fake)
