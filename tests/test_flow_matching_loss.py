@@ -1,3 +1,5 @@
+import itertools
+
 import op_testing
 import pytest
 import torch
@@ -25,6 +27,89 @@ def test_accuracy(shape, dtype, device):
         "x": op_testing.as_chunk(inputs["x"]),
     }
     op_testing.check_accuracy(flow_matching_loss, flow_matching_loss_ref, chunked, ["x_pred"])
+
+
+LAYOUTS = {
+    "dense": lambda x: x,
+    "chunk": op_testing.as_chunk,
+    "without prefix": lambda x: op_testing.as_chunk(x, dim=1),
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch inside": op_testing.transposed,
+    "every other": lambda x: torch.stack((x, x.new_full(x.shape, torch.nan)), -1).flatten(2)[..., ::2],
+    "odd address": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 7, 13), (2, 24, 768), (2, 3, 6000)])  # a chunk has 16384 or 4096
+def test_layouts_and_mixed_dtypes(shape, layout, device):
+    dtypes = (*op_testing.DTYPES, torch.float64)
+    for i, (dtype, x_dtype) in enumerate(itertools.product(dtypes, dtypes)):
+        inputs = make_inputs(shape, dtype, device)
+        inputs["x_pred"] = LAYOUTS[layout](inputs["x_pred"])
+        inputs["x"] = LAYOUTS[layout if i % 2 else "dense"](inputs["x"].to(x_dtype))
+        inputs["t"] = op_testing.as_chunk(inputs["t"].to(dtypes[i % 3])[:, None])[:, 0]
+        if torch.float64 not in (dtype, x_dtype):
+            op_testing.check_accuracy(flow_matching_loss, flow_matching_loss_ref, inputs, ["x_pred"])
+        else:  # the reference is no oracle here
+            actual = op_testing.run(flow_matching_loss, inputs, ["x_pred"])
+            torch.testing.assert_close(actual, op_testing.run(flow_matching_loss_ref, inputs, ["x_pred"]))
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+def test_expanded_tensors(device):
+    """Strides of 0: one x for all samples, and the gradient of a sum."""
+    inputs = make_inputs((3, 4, 16), device=device)
+    inputs["x"] = inputs["x"][:1].expand(3, 4, 16)
+    x_pred = inputs["x_pred"].requires_grad_()
+    grads = [
+        torch.autograd.grad(fn(**inputs).sum(), x_pred)[0]
+        for fn in (flow_matching_loss, flow_matching_loss_ref)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+def test_nan_and_infinity_stay_in_their_sample(device):
+    inputs = make_inputs((4, 5, 16), device=device)
+    clean = flow_matching_loss(**inputs)
+    inputs["x_pred"][1, 2, 3], inputs["x"][2, 0, 0] = torch.nan, torch.inf
+    inputs["t"][3] = torch.nan
+    x_pred = inputs["x_pred"].requires_grad_()
+    loss = flow_matching_loss(**inputs)
+    assert loss[0] == clean[0]
+    assert loss[1].isnan()
+    assert loss[2] == torch.inf
+    assert loss[3].isnan()
+    grad = torch.autograd.grad(loss.sum(), x_pred)[0]
+    finite = grad.isfinite()
+    assert finite[0].all()
+    assert (~finite[1:3]).nonzero().tolist() == [[0, 2, 3], [1, 0, 0]]
+    assert not finite[3].any()
+
+
+def test_bits_do_not_depend_on_the_thread_count():
+    inputs = make_inputs((3, 50, 768))  # several chunks, the last one shorter
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(op_testing.run(flow_matching_loss, inputs, ["x_pred"]))
+    finally:
+        torch.set_num_threads(threads)
+    for (loss,), grads in results[1:]:
+        assert torch.equal(loss, results[0][0][0])
+        assert torch.equal(grads["x_pred"], results[0][1]["x_pred"])
+
+
+def test_outputs_are_fresh():
+    inputs = make_inputs((2, 3, 4))
+    op_testing.check_no_alias(flow_matching_loss, inputs)
+    grad = _bwd(torch.ones(2), inputs["x_pred"], inputs["x"], inputs["t"], 0.05)
+    assert grad.is_contiguous()
+    assert grad.data_ptr() not in (inputs["x_pred"].data_ptr(), inputs["x"].data_ptr())
 
 
 @pytest.mark.parametrize("t_eps", [0.05, 0.3])

@@ -4,8 +4,20 @@ import torch
 from pixelgen_kernels.noise_patchify import _fwd, noise_patchify, noise_patchify_ref
 from pixelgen_kernels.patchify import patchify_ref
 from pixelgen_kernels.philox import philox_normal
+from test_philox import normal_oracle
 
 SHAPES = [((1, 1, 1, 1), 1), ((3, 3, 10, 15), 5), ((2, 3, 64, 64), 16), ((0, 3, 4, 4), 2)]
+# every kind of patch size, channels other than 3, images and patches wider than a piece of a row (512)
+MORE_SHAPES = [
+    ((2, 1, 9, 6), 3),
+    ((1, 4, 7, 14), 7),
+    ((2, 3, 8, 24), 8),
+    ((1, 2, 12, 20), 4),
+    ((1, 3, 2, 1030), 2),
+    ((1, 5, 32, 64), 32),
+    ((1, 3, 516, 516), 516),
+]
+LAYOUTS = ["dense", "channels_last", "crop", "transposed", "expanded"]
 
 
 def make_inputs(shape, patch_size, image_dtype=torch.uint8, device="cpu"):
@@ -17,6 +29,21 @@ def make_inputs(shape, patch_size, image_dtype=torch.uint8, device="cpu"):
         "patch_size": patch_size,
         "noise": op_testing.draw(*shape, device=device, seed=2),
     }
+
+
+def in_layout(tensor, layout):
+    """The same values (expanded: one value per sample and row) with other strides."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "crop":
+        packed = tensor.new_zeros(*tensor.shape[:3], 3 * tensor.shape[3] + 1)
+        view = packed[..., 1 : 1 + tensor.shape[3]]
+        return view.copy_(tensor)
+    if layout == "transposed":
+        return tensor.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+    if layout == "expanded":
+        return tensor[:, :1, :, :1].expand(tensor.shape)
+    return tensor
 
 
 def with_philox(inputs, **arguments):
@@ -35,6 +62,67 @@ def test_accuracy(shape, patch_size, image_dtype, dtype, device):
     op_testing.check_accuracy(noise_patchify, noise_patchify_ref, with_philox(inputs))
     strided = {**inputs, "image": inputs["image"].to(memory_format=torch.channels_last)}
     op_testing.check_accuracy(noise_patchify, noise_patchify_ref, strided)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize(("shape", "patch_size"), [*SHAPES, *MORE_SHAPES])
+def test_equals_the_reference(shape, patch_size, order, layout):
+    """Bit for bit on the CPU, whatever the layouts and dtypes of what is read."""
+    other = "last" if order == "first" else "first"
+    orders = {"channel_order": order, "clean_channel_order": other, "return_clean": True}
+    float_dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    # each dtype of the image once, with another dtype of noise, time and output every time
+    for i, image_dtype in enumerate((torch.uint8, *float_dtypes)):
+        inputs = make_inputs(shape, patch_size, image_dtype) | orders | {"noise_scale": 1.5}
+        inputs["image"] = in_layout(inputs["image"], layout)
+        inputs["noise"] = in_layout(inputs["noise"], layout).to(float_dtypes[i % 4])
+        inputs["t"] = op_testing.as_chunk(inputs["t"].to(float_dtypes[(i + 1) % 4])[:, None])[:, 0]
+        for dtype in (float_dtypes[(i + 2) % 4], torch.float32):
+            actual = noise_patchify(**inputs, dtype=dtype)
+            expected = noise_patchify_ref(**inputs, dtype=dtype)
+            for name, got, want in zip(("x_t", "clean"), actual, expected, strict=True):
+                assert got.dtype == dtype
+                assert got.is_contiguous()
+                assert torch.equal(got, want), f"{name}: image {image_dtype}, output {dtype}"
+
+
+def test_every_value_of_uint8():
+    image = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    for P in (1, 4, 16):
+        arguments = (image, torch.ones(1), P)
+        tokens, clean = noise_patchify(*arguments, noise=torch.zeros(1, 1, 16, 16), return_clean=True)
+        assert torch.equal(tokens, patchify_ref(image / 127.5 - 1, P))
+        assert torch.equal(tokens, clean)
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize(("shape", "patch_size"), [((2, 3, 64, 64), 16), ((2, 1, 9, 6), 3)])
+def test_philox_noise_is_accurate(shape, patch_size, device):
+    """Against the noise in float64, where the reference itself has the noise in fp32."""
+    inputs = with_philox(make_inputs(shape, patch_size, device=device))
+    index = inputs["sample_index"].cpu()
+    noise = normal_oracle(5, 3, index, shape[1] * shape[2] * shape[3]).view(shape).to(device)
+    given = {"noise": noise, "seed": None, "sample_index": None, "dtype": torch.float64}
+    oracle = noise_patchify_ref(**{**inputs, **given, "t": inputs["t"].double()})
+    actual, eager = noise_patchify(**inputs), noise_patchify_ref(**inputs)
+    op_testing.assert_as_accurate(actual, eager, oracle)
+
+
+@pytest.mark.parametrize("source", ["given", "philox"])
+def test_bits_do_not_depend_on_the_thread_count(source):
+    inputs = make_inputs((3, 3, 40, 24), 8) | {"return_clean": True}
+    inputs = with_philox(inputs) if source == "philox" else inputs
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(noise_patchify(**inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("channel_order", ["first", "last"])
@@ -68,15 +156,22 @@ def test_extremes_of_uint8_and_of_time():
     ]
 
 
-def test_philox_noise_does_not_depend_on_the_batch():
-    inputs = with_philox(make_inputs((4, 3, 4, 4), 2), sample_index=torch.tensor([9, 2, 7, 0]))
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize(
+    ("shape", "patch_size"), [((4, 3, 4, 4), 2), ((4, 2, 5, 15), 5), ((4, 3, 16, 32), 8)]
+)
+def test_philox_noise_does_not_depend_on_the_batch(shape, patch_size, device):
+    index = torch.tensor([9, 2, 7, 0], device=device)
+    inputs = with_philox(make_inputs(shape, patch_size, device=device), sample_index=index)
     whole = noise_patchify(**inputs)
-    noise = philox_normal(5, 3, inputs["sample_index"], 48).view(4, 3, 4, 4)
+    noise = philox_normal(5, 3, index, shape[1] * shape[2] * shape[3]).view(shape)
     given = {"noise": noise, "seed": None, "sample_index": None}
     assert torch.equal(whole, noise_patchify(**{**inputs, **given}))
     part = {name: inputs[name][1:3] for name in ("image", "t", "sample_index")}
     assert torch.equal(whole[1:3], noise_patchify(**{**inputs, **part}))
-    for change in ({"seed": 6}, {"step": 4}, {"sample_index": inputs["sample_index"] + 1}):
+    every_other = {name: inputs[name][::2] for name in ("image", "t", "sample_index")}
+    assert torch.equal(whole[::2], noise_patchify(**{**inputs, **every_other}))
+    for change in ({"seed": 6}, {"step": 4}, {"sample_index": index + 1}):
         assert not torch.equal(whole, noise_patchify(**{**inputs, **change}))
 
 

@@ -1,7 +1,16 @@
 import op_testing
 import pytest
 import torch
-from pixelgen_kernels.philox import _normal, _uniform, philox_4x32, philox_normal, philox_uniform
+from pixelgen_kernels.native import build_info
+from pixelgen_kernels.philox import (
+    _normal,
+    _uniform,
+    philox_4x32,
+    philox_normal,
+    philox_normal_ref,
+    philox_uniform,
+    philox_uniform_ref,
+)
 
 # Random123's known answers: counter, key, result.
 KNOWN_ANSWERS = [
@@ -51,6 +60,30 @@ def test_normal_is_box_muller_of_the_words():
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
 
 
+# Units in the last place between philox_normal and the exact values of its formula.
+MAX_ULP = 3 if build_info()["cpu_isa"] != "baseline" else 4
+
+
+def normal_oracle(seed, step, index, count, stream=0):
+    """The formula of `philox_normal` in float64; only the argument of the logarithm is rounded to fp32."""
+    groups = torch.arange(-(-count // 4))
+    rows = []
+    for sample in index.tolist():
+        others = [torch.full_like(groups, word & 0xFFFFFFFF) for word in (sample, step, stream)]
+        rows.append(philox_4x32(torch.stack([groups, *others]), (seed & 0xFFFFFFFF, seed >> 32)))
+    words = torch.stack(rows)
+    u = words[:, 0::2].float() * 2.0**-32 + 2.0**-33
+    radius = (-2 * u.double().log()).sqrt()
+    # a quarter turn is taken off first: the zeros of cosine and sine are then exact
+    k = words[:, 1::2] >> 8
+    quarter = (k + 2**21) >> 22
+    angle = (k - (quarter << 22)).double() * (2 * torch.pi * 2.0**-24)
+    cos, sin = angle.cos(), angle.sin()
+    turns = torch.stack((cos, -sin, -cos, sin)), torch.stack((sin, cos, -sin, -cos))
+    first, second = (radius * turn.gather(0, (quarter % 4)[None])[0] for turn in turns)
+    return torch.stack((first, second), 2).permute(0, 3, 1, 2).flatten(1)[:, :count]
+
+
 @pytest.mark.parametrize("draw", [philox_uniform, philox_normal])
 def test_batch_split_and_count_do_not_matter(draw):
     index = torch.tensor([7, 0, 2**31, 12])
@@ -77,6 +110,55 @@ def test_every_argument_changes_the_values(draw):
     ]
     values = torch.cat(draws).flatten()
     assert values.unique().numel() == values.numel()
+
+
+def ulps(actual, expected):
+    """Largest distance in units of the last place of fp32 at the expected values."""
+    nearest = expected.float()
+    unit = torch.nextafter(nearest.abs(), torch.tensor(torch.inf)) - nearest.abs()
+    return ((actual.double() - expected).abs() / unit.double()).max().item()
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("count", [1, 6, 30, 1024, 4100])
+def test_words_are_those_of_the_definition(count, device):
+    index = torch.tensor([7, 1, 2**31, 1, 12, 1, -3, 1, 2**40 + 7, 1], device=device)[::2]
+    for seed, step, stream in ((0, 0, 0), (2**63 - 1, 2**63 - 1, 2**32 - 1), (5 << 32, 3, 1)):
+        arguments = (seed, step, index, count)
+        uniform = philox_uniform(*arguments, stream=stream)
+        assert torch.equal(uniform, philox_uniform_ref(*arguments, stream=stream))
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+def test_normal_is_accurate(device):
+    index = torch.tensor([3, 2**33 + 5])
+    arguments = (9, 4, index, 2**20)
+    oracle = normal_oracle(*arguments)
+    assert ulps(philox_normal_ref(*arguments), oracle) < 0.51  # rounded once
+    on_device = (9, 4, index.to(device), 2**20)
+    assert ulps(philox_normal(*on_device).cpu(), oracle) <= MAX_ULP
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(MAX_ULP > 3, reason="this CPU has no fused multiply-add")
+def test_devices_draw_the_same_bits():
+    index = torch.arange(5)
+    expected = philox_normal(9, 4, index, 2**20 + 2)
+    assert torch.equal(philox_normal(9, 4, index.cuda(), 2**20 + 2).cpu(), expected)
+
+
+@pytest.mark.parametrize("draw", [philox_uniform, philox_normal])
+def test_bits_do_not_depend_on_the_thread_count(draw):
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(draw(3, 5, torch.arange(7), 1234))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_statistics():
