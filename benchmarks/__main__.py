@@ -7,56 +7,82 @@ from pathlib import Path
 
 # libgomp spins while it waits: with busy cores a 12 ms step takes 2 s. Read when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The profiler, which counts memory on the CPU, otherwise writes four lines to the terminal at every use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-RESULTS = Path(__file__).parent / "results"
+ONLY_KERNELS, ONLY_STEP = ("only", "shapes", "dtypes"), ("batch",)
+
+
+def names(text: str) -> list[str]:
+    """The names of a list separated by commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times every op against eager PyTorch and torch.compile, once it is known to be right. "
-        "Rows go to a CSV in --out; the table and the plot beside it are drawn from that CSV.",
+        description="kernels: times every op against eager PyTorch and torch.compile, once it is right. "
+        "step: times whole training steps. Rows go to a CSV in --out; tables and plots are drawn from it. "
+        "Options that take names take several, separated by commas, or are repeated.",
     )
-    parser.add_argument("--suite", choices=["kernels"], default="kernels", help="what to time")
+
+    def add_names(option: str, metavar: str, text: str) -> None:
+        parser.add_argument(option, metavar=metavar, action="extend", type=names, help=text)
+
+    parser.add_argument("--suite", choices=["kernels", "step"], default="kernels", help="what to time")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one that the kernels can use"
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one that PyTorch can use"
     )
-    parser.add_argument("--only", metavar="OP", action="append", help="time this op only; may be repeated")
-    parser.add_argument(
-        "--shapes", metavar="MODEL", action="append", help="time the shapes of this model only, such as L/16"
+    add_names("--only", "OP", "kernels: these ops only")
+    add_names("--shapes", "MODEL", "kernels: the shapes of these models only, such as L/16")
+    add_names(
+        "--dtypes",
+        "DTYPE",
+        "kernels: these dtypes only, fp32 or bf16; default: both, on the CPU bf16 for L/16 alone",
     )
-    parser.add_argument("--dtypes", metavar="DTYPE", action="append", help="time this dtype only: fp32, bf16")
-    parser.add_argument(
+    add_names(
         "--providers",
-        metavar="PROVIDER",
-        action="append",
-        help="time this provider only: eager, compile, ours; eager is always there as the ratios' base",
+        "PROVIDER",
+        "these only: eager, compile, ours, for step also ours_compile; eager is always timed",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(
-        "--repeats", type=int, default=30, metavar="N", help="timed calls of each row (default: %(default)s)"
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="timed calls of each row; default: as many as fit into a second, at least 7",
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the CSV, table and plot"
+        "--batch", type=int, metavar="B", help="step: images per step; default: 64, on the CPU 8"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results; default: benchmarks/results/ and the device and month",
     )
     arguments = parser.parse_args(argv)
-    if arguments.threads is not None and arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, got {arguments.threads}")
-    if arguments.repeats < 3:
-        parser.error(f"--repeats must be at least 3, got {arguments.repeats}")
+    for name, least in (("threads", 1), ("repeats", 3), ("batch", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
+    for name in ONLY_STEP if arguments.suite == "kernels" else ONLY_KERNELS:
+        if getattr(arguments, name) is not None:
+            parser.error(f"--{name} has no meaning with --suite {arguments.suite}")
     return arguments
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    from benchmarks import kernels
+    from benchmarks import kernels, step
+    from pixelgen.errors import UserError
 
+    run = kernels.run if arguments.suite == "kernels" else step.run
     try:
-        kernels.run(arguments)
-    except ValueError as error:
+        return run(arguments)
+    except UserError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

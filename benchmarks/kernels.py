@@ -1,72 +1,39 @@
 """The suite of ops: every case of every op, each provider checked first, then timed beside the others."""
 
 import argparse
-import platform
-import subprocess
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-from pixelgen_kernels import build_info
-from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import bench_patchify, bench_rms_norm_modulate, bench_swiglu, report
-from benchmarks.case import DTYPES, MODELS, Case
-from benchmarks.measure import ColdTimer, copy_gbps, errors_against_oracle
+from benchmarks import (
+    bench_patchify,
+    bench_rms_norm_modulate,
+    bench_swiglu,
+    plots,
+    report,
+    setting,
+    tables,
+)
+from benchmarks.case import DTYPES, MODELS, Case, Op, Outputs, outputs
+from benchmarks.measure import ColdTimer, Oracle, copy_gbps, peak_bytes
+from pixelgen.errors import UserError
 
-SUITES = (bench_rms_norm_modulate, bench_patchify, bench_swiglu)
+SUITES = (
+    bench_rms_norm_modulate,  # rms_norm_modulate
+    bench_swiglu,  # swiglu
+    bench_patchify,  # patchify, unpatchify
+)
 PROVIDERS = ("eager", "compile", "ours")
-MODES = ("fwd", "bwd", "fwd_bwd")
 # Error that a provider may have, in units of eager's. torch.compile adds the rows of a batch up one by one
 # and is 11 times further off in grad_weight at XL/16 in bf16; that is no reason not to time it.
 FACTORS = {"eager": 1.0, "compile": 100.0, "ours": 2.0}
+# On the CPU, unless --dtypes asks for more: compiling what is left out would take half of the suite's time.
+CPU_BF16_MODEL = "L/16"
 
 
-def best_device() -> str:
-    """ "cuda" where a device is usable, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or of the CPU with the instruction set that the kernels use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model} ({build_info()['cpu_isa']})"
-
-
-def commit() -> str:
-    """Short hash of the checkout, with "-dirty" when files differ from it; "unknown" outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Columns that say with what a row was measured."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = ""
-    return {
-        "threads": str(torch.get_num_threads()),
-        "device": device_name(device),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "cuda": (torch.version.cuda or "") if device.type == "cuda" else "",
-    }
-
-
-def build(case: Case, provider: str) -> Callable[..., Tensor]:
+def build(case: Case, provider: str) -> Op:
     """The callable of a provider."""
     if provider == "eager":
         return case.eager
@@ -76,80 +43,82 @@ def build(case: Case, provider: str) -> Callable[..., Tensor]:
 
 
 def timed_parts(
-    case: Case, fn: Callable[..., Tensor], mode: str, device: torch.device
+    case: Case, fn: Op, mode: str, inputs: dict[str, Any]
 ) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """(prepare, call) of a mode: only `call` is timed."""
-    inputs = case.inputs(device)
-    if mode == "fwd":
+    """(prepare, call) of a mode: only `call` is timed.
 
-        def forward(_: Any) -> Tensor:
-            with torch.no_grad():
-                return fn(**inputs)
-
-        return lambda: None, forward
-
+    The forward pass is that of a training step: it keeps what backward needs. So one compilation serves all
+    modes.
+    """
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
     arguments = {**inputs, **leaves}
+    if mode == "fwd":
+        return lambda: None, lambda _: fn(**arguments)
+
     targets = list(leaves.values())
-    grad_y = torch.ones_like(fn(**arguments).detach())
+    cotangents = [torch.ones_like(output) for output in outputs(fn(**arguments))]
+
+    def backward(y: Outputs) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(outputs(y), targets, cotangents)
+
     if mode == "bwd":
-        return lambda: fn(**arguments), lambda y: torch.autograd.grad(y, targets, grad_y)
-    return lambda: None, lambda _: torch.autograd.grad(fn(**arguments), targets, grad_y)
+        return lambda: fn(**arguments), backward
+    return lambda: None, lambda _: backward(fn(**arguments))
 
 
 def selected(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
     """The cases that the command line asks for."""
     every = [case for suite in SUITES for case in suite.cases(device)]
-    known = {
-        "only": {case.op for case in every},
-        "shapes": set(MODELS),
-        "dtypes": set(DTYPES),
-        "providers": set(PROVIDERS),
-    }
-    for option, names in known.items():
-        for name in getattr(arguments, option) or ():
-            if name not in names:
-                raise ValueError(f"--{option} must be one of {', '.join(sorted(names))}, got {name}")
+    ops = setting.chosen("--only", arguments.only, list(dict.fromkeys(case.op for case in every)))
+    models = setting.chosen("--shapes", arguments.shapes, list(MODELS))
+    dtypes = setting.chosen("--dtypes", arguments.dtypes, list(DTYPES))
+
+    def is_default(case: Case) -> bool:
+        return device.type == "cuda" or case.dtype == "fp32" or case.model == CPU_BF16_MODEL
+
     cases = [
         case
         for case in every
-        if (not arguments.only or case.op in arguments.only)
-        and (not arguments.shapes or case.shape.split()[0] in arguments.shapes)
-        and (not arguments.dtypes or case.dtype in arguments.dtypes)
+        if case.op in ops
+        and case.model in models
+        and case.dtype in dtypes
+        and (arguments.dtypes or is_default(case))
     ]
     if not cases:
-        raise ValueError("no case is left: --only, --shapes and --dtypes exclude each other")
+        raise UserError("no case is left: --only, --shapes and --dtypes exclude each other")
     return cases
 
 
-def right_providers(case: Case, names: list[str], device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """The providers whose results are right; a wrong one is named and left out, but ours stops the run."""
+def right_providers(
+    case: Case, names: list[str], inputs: dict[str, Any], tell: Callable[[str], Any] = tqdm.write
+) -> dict[str, Op]:
+    """The providers whose results are right; one that is wrong is named and will not be timed."""
+    oracle = Oracle(case, inputs)
     providers = {}
     for name in names:
         fn = build(case, name)
-        problems = errors_against_oracle(case, fn, device, FACTORS[name])
-        if problems and name == "ours":
-            raise RuntimeError(f"{case.op} {case.shape} {case.dtype} is wrong: {'; '.join(problems)}")
-        if problems:
-            tqdm.write(f"{case.op} {case.shape} {case.dtype}: {name} is not timed: {'; '.join(problems)}")
+        if problems := oracle.problems(fn, FACTORS[name]):
+            tell(f"{case}: {name} is wrong and not timed: {'; '.join(problems)}")
         else:
             providers[name] = fn
     return providers
 
 
 def measure(
-    case: Case, names: list[str], timer: ColdTimer, copy: float, repeats: int, bar: tqdm
+    case: Case, names: list[str], timer: ColdTimer, copy: float, repeats: int | None, bar: tqdm
 ) -> Iterator[report.Row]:
-    """Rows of one case, without the columns of `versions`."""
-    device = timer.device
-    bar.set_postfix_str(f"{case.op} {case.dtype} {case.shape}: check")
-    providers = right_providers(case, names, device)
-    for mode in MODES:
-        bar.set_postfix_str(f"{case.op} {case.dtype} {case.shape}: {mode}")
-        parts = {name: timed_parts(case, fn, mode, device) for name, fn in providers.items()}
+    """Rows of one case, without the columns of `setting`."""
+    bar.set_postfix_str(f"{case}: check")
+    inputs = case.inputs(timer.device)
+    providers = right_providers(case, names, inputs)
+    bar.update()
+    for mode in case.modes:
+        bar.set_postfix_str(f"{case}: {', '.join(providers)} {mode}")
+        parts = {name: timed_parts(case, fn, mode, inputs) for name, fn in providers.items()}
         for name, timing in timer.side_by_side(parts, repeats).items():
             gbps = case.bytes(mode) / timing.median_ms / 1e6
-            peak = timer.peak_mb(*parts[name])
+            prepare, call = parts[name]
+            peak = peak_bytes(timer.device, call, prepare)
             yield {
                 "op": case.op,
                 "provider": name,
@@ -161,46 +130,40 @@ def measure(
                 "p80_ms": f"{timing.p80_ms:.4g}",
                 "gbps": f"{gbps:.4g}",
                 "share_of_copy": f"{gbps / copy:.3f}",
-                "peak_mb": "" if peak is None else f"{peak:.1f}",
+                "peak_mb": f"{peak / 1e6:.3f}",
             }
         bar.update()
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Times what the command line asks for, writes CSV, table and plot, prints table and ratios."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and torch.cuda.is_available() is False")
-    device = torch.device(arguments.device or best_device())
-    cases = selected(arguments, device)
-    names = [
-        name
-        for name in PROVIDERS
-        if name == "eager" or not arguments.providers or name in arguments.providers
-    ]
-    timer = ColdTimer(device)
-    setting = versions(device)
-    copy = copy_gbps(timer, arguments.repeats)
-    print(f"{setting['device']}, {setting['threads']} CPU threads; a copy runs at {copy:.1f} GB/s")
+def run(arguments: argparse.Namespace) -> int:
+    """Times what the command line asks for, writes CSV, table and plots, prints the ratios.
 
+    Returns:
+        0, or 1 when ours was wrong somewhere.
+    """
+    device, columns, folder = setting.start(arguments)
+    cases = selected(arguments, device)
+    names = setting.chosen("--providers", arguments.providers, list(PROVIDERS))
+    names = [name for name in PROVIDERS if name == "eager" or name in names]
+    timer = ColdTimer(device)
+    copy = copy_gbps(timer)
+    print(f"{columns['device']}, {columns['threads']} CPU threads; a copy runs at {copy:.1f} GB/s")
+
+    path = folder / "kernels.csv"
     rows: list[report.Row] = []
-    with tqdm(total=len(cases) * len(MODES), unit="row", dynamic_ncols=True) as bar:
+    with tqdm(total=sum(1 + len(case.modes) for case in cases), unit="row", dynamic_ncols=True) as bar:
         for case in cases:
             torch.compiler.reset()
-            measured = measure(case, names, timer, copy, arguments.repeats, bar)
-            rows += [{**row, **setting} for row in measured]
+            timed = measure(case, names, timer, copy, arguments.repeats, bar)
+            measured = [{**row, **columns} for row in timed]
+            report.write_csv(path, report.KERNELS, measured)  # now: a run that is stopped keeps its rows
+            rows += measured
 
-    stem = f"kernels_{report.slug(setting['device'])}_{date.today():%Y%m}"
-    path = arguments.out / f"{stem}.csv"
-    report.write_csv(path, rows)
-    recorded = report.read_csv(path, setting)
-    path.with_suffix(".md").write_text(report.markdown(recorded))
-    report.plot(recorded, path.with_suffix(".png"))
-    print(report.markdown(rows))
-    for (op, shape, dtype, mode), group in report.grouped(rows).items():
-        gains = [(name, report.ratio(group, name)) for name in ("eager", "compile")]
-        told = ", ".join(f"{gain:.2f}x {name}" for name, gain in gains if gain is not None)
-        if told:
-            print(f"{op} {shape} {dtype} {mode}: ours {told}")
-    print(f"\nrows {path}\ntable {path.with_suffix('.md')}\nplot {path.with_suffix('.png')}")
+    recorded = report.read_csv(path, columns)
+    (folder / "kernels.md").write_text(tables.kernels(recorded))
+    plots.times(recorded, folder / "kernels_time.png")
+    plots.bandwidth(recorded, folder / "kernels_bandwidth.png")
+    print(tables.ratios(rows))
+    print(f"\n{path} and, drawn from it, kernels.md, kernels_time.png, kernels_bandwidth.png")
+    is_complete = len({(row["op"], row["shape"], row["dtype"]) for row in rows if row["provider"] == "ours"})
+    return 0 if "ours" not in names or is_complete == len(cases) else 1

@@ -1,19 +1,29 @@
-"""Timing with a cold cache, the bandwidth of a copy, and the check that comes before both."""
+"""Timing with a cold cache, memory, rates to compare with, and the check that comes before all of them."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile, record_function
 
-from benchmarks.case import Case
+from benchmarks.case import Case, Op, outputs
 
-# larger than the last-level cache: 32 to 64 MB per core complex of a server CPU, 50 to 126 MB of L2 on a GPU
+# larger than the last-level cache: 32 to 64 MB per core complex of a server CPU, up to 126 MB on a GPU
 FLUSH_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-WARM_UP = 3
+# While a GPU flushes, the host gets ahead and enqueues what is timed: as in training, launches cost nothing.
+FLUSHES = {"cpu": 1, "cuda": 4}
+COPY_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+WARM_UP = 2
+# Repeats that are not given: what fits this time for all providers of a row together, within these bounds.
+SECONDS, FEWEST, MOST = 1.0, 7, 50
+
+Prepare = Callable[[], Any]
+Call = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,59 @@ class Timing:
     p80_ms: float
 
 
+def summarise(milliseconds: list[float]) -> Timing:
+    """Median and the 20th and 80th percentile."""
+    fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    return Timing(median_ms=statistics.median(milliseconds), p20_ms=fifths[0], p80_ms=fifths[-1])
+
+
+def elapsed_ms(device: torch.device, call: Callable[[], Any]) -> float:
+    """Milliseconds of a call; what it returns is freed outside the timed part."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        result = call()
+        elapsed = (time.perf_counter() - begin) * 1e3
+        del result
+        return elapsed
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def in_turns(
+    once: dict[str, Callable[[], float]],
+    repeats: int | None,
+    *,
+    warm_up: int = WARM_UP,
+    seconds: float = SECONDS,
+    fewest: int = FEWEST,
+) -> dict[str, Timing]:
+    """Timings of several providers, taken in turns, so that a disturbance hits all alike.
+
+    Args:
+        once: name -> a function that makes one call and returns its milliseconds.
+        repeats: timed calls of each; None for as many as fit into `seconds`, at least `fewest`.
+        warm_up: calls of each that do not count.
+        seconds: see repeats.
+        fewest: see repeats.
+    """
+    for _ in range(warm_up):
+        begin = time.perf_counter()
+        for call in once.values():
+            call()
+        turn = time.perf_counter() - begin
+    if repeats is None:
+        repeats = min(MOST, max(fewest, int(seconds / turn)))
+    samples: dict[str, list[float]] = {name: [] for name in once}
+    for _ in range(repeats):
+        for name, call in once.items():
+            samples[name].append(call())
+    return {name: summarise(values) for name, values in samples.items()}
+
+
 class ColdTimer:
     """Times calls whose inputs are in memory and not in a cache."""
 
@@ -32,94 +95,116 @@ class ColdTimer:
         self.device = device
         self._flush = torch.zeros(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
 
-    def once(self, prepare: Callable[[], Any], call: Callable[[Any], Any]) -> float:
+    def once(self, prepare: Prepare, call: Call) -> float:
         """Milliseconds of `call(prepare())`, without those of `prepare`."""
         prepared = prepare()
-        self._flush.add_(1)
-        if self.device.type == "cpu":
-            begin = time.perf_counter()
-            result = call(prepared)
-            elapsed = (time.perf_counter() - begin) * 1e3
-            del result  # freed outside the timed part
-            return elapsed
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call(prepared)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        for _ in range(FLUSHES[self.device.type]):
+            self._flush.add_(1)
+        return elapsed_ms(self.device, lambda: call(prepared))
 
     def side_by_side(
-        self, calls: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]], repeats: int
+        self, calls: dict[str, tuple[Prepare, Call]], repeats: int | None = None
     ) -> dict[str, Timing]:
-        """Times (prepare, call) of several providers in turns, so that a disturbance hits all alike."""
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        for repeat in range(WARM_UP + repeats):
-            for name, (prepare, call) in calls.items():
-                elapsed = self.once(prepare, call)
-                if repeat >= WARM_UP:
-                    samples[name].append(elapsed)
-        return {name: summarise(values) for name, values in samples.items()}
+        """Times (prepare, call) of several providers in turns."""
+        return in_turns(
+            {name: lambda parts=parts: self.once(*parts) for name, parts in calls.items()}, repeats
+        )
 
-    def peak_mb(self, prepare: Callable[[], Any], call: Callable[[Any], Any]) -> float | None:
-        """Device memory that `call` needs on top of what there was, in MB; None on the CPU (not counted)."""
-        if self.device.type == "cpu":
-            return None
+
+def peak_bytes(device: torch.device, call: Call, prepare: Prepare = lambda: None) -> int:
+    """Memory that `call(prepare())` holds at its peak on top of what was there after `prepare`, in bytes.
+
+    What the call returns counts. What `prepare` left behind and the call releases is subtracted. On the CPU
+    every allocation and release of PyTorch's allocator is replayed from the profiler, which is exact; on a
+    GPU the allocator keeps the number itself.
+    """
+    if device.type == "cuda":
         prepared = prepare()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call(prepared)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call(prepared)
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(profile_memory=True) as recorded:
+        prepared = prepare()
+        with record_function("the call"):
+            result = call(prepared)
+    del result  # after the profile: its release is no part of the call
+    events = recorded.kineto_results.events()
+    begin = next(event.start_ns() for event in events if event.name() == "the call")
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    levels = accumulate((change for moment, change in sorted(changes) if moment >= begin), initial=0)
+    return max(levels)
 
 
-def summarise(milliseconds: list[float]) -> Timing:
-    """Median and the 20th and 80th percentile."""
-    fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
-    return Timing(median_ms=statistics.median(milliseconds), p20_ms=fifths[0], p80_ms=fifths[-1])
-
-
-def copy_gbps(timer: ColdTimer, repeats: int, size: int = 32 * 2**20) -> float:
-    """GB/s, read and write counted, of a plain copy of `size` bytes with a cold cache."""
+def copy_gbps(timer: ColdTimer, repeats: int | None = None) -> float:
+    """GB/s, read and write counted, of a plain copy with a cold cache."""
+    size = COPY_BYTES[timer.device.type]
     source = torch.ones(size // 4, device=timer.device)
     target = torch.zeros_like(source)
     timing = timer.side_by_side({"copy": (lambda: None, lambda _: target.copy_(source))}, repeats)
     return 2 * size / timing["copy"].median_ms / 1e6
 
 
-def forward_and_gradients(
-    fn: Callable[..., Tensor], inputs: dict[str, Any], differentiable: tuple[str, ...], grad_y: Tensor | None
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the product of two square matrices, the fastest of 20: what the device can do."""
+    size = {"cpu": 1536, "cuda": 8192}[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / min(elapsed_ms(device, lambda: a @ b) for _ in range(20)) * 1e3
+
+
+def in_float64(value: Any) -> Any:
+    """Floating tensors, and floating dtypes that are passed as values, as float64; all else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
+    return value
+
+
+def results(
+    fn: Op, inputs: dict[str, Any], differentiable: tuple[str, ...], cotangents: list[Tensor]
 ) -> dict[str, Tensor]:
-    """y and the gradients by name; grad_y is all ones when it is None."""
+    """Every output and gradient by name."""
     leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable}
-    y = fn(**{**inputs, **leaves})
-    grads = torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y) if grad_y is None else grad_y)
-    return {"y": y.detach(), **dict(zip((f"grad_{name}" for name in leaves), grads, strict=True))}
+    y = outputs(fn(**{**inputs, **leaves}))
+    named = {f"output {i}": output.detach() for i, output in enumerate(y)}
+    if leaves:
+        grads = torch.autograd.grad(y, list(leaves.values()), cotangents)
+        named |= dict(zip((f"grad_{name}" for name in leaves), grads, strict=True))
+    return named
 
 
-def errors_against_oracle(
-    case: Case, fn: Callable[..., Tensor], device: torch.device, factor: float
-) -> list[str]:
-    """What is further from the float64 oracle than `factor` times eager's error and one eps."""
-    inputs = case.inputs(device)
-    doubles = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-    with torch.no_grad():
-        y = case.eager(**inputs)
-    generator = torch.Generator().manual_seed(7)
-    grad_y = torch.randn(y.shape, generator=generator).to(y)
-    oracle = forward_and_gradients(case.eager, doubles, case.differentiable, grad_y.double())
-    eager = forward_and_gradients(case.eager, inputs, case.differentiable, grad_y)
-    actual = forward_and_gradients(fn, inputs, case.differentiable, grad_y)
+class Oracle:
+    """What a case computes in float64, and how far eager is from that in the dtype of the case."""
 
-    problems = []
-    for name, expected in oracle.items():
-        eps = torch.finfo(actual[name].dtype).eps * expected.abs().max().item()
-        got = (actual[name].double() - expected).abs().max().item()
-        allowed = factor * (eager[name].double() - expected).abs().max().item() + eps
-        if not got <= allowed:
-            problems.append(f"{name} is off by {got:.3g}, allowed {allowed:.3g}")
-    return problems
+    def __init__(self, case: Case, inputs: dict[str, Any]) -> None:
+        self.case, self.inputs = case, inputs
+        with torch.no_grad():
+            y = outputs(case.eager(**inputs))
+        generator = torch.Generator().manual_seed(7)
+        self.cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in y]
+        doubles = {name: in_float64(value) for name, value in inputs.items()}
+        double_cotangents = [cotangent.double() for cotangent in self.cotangents]
+        self.expected = results(case.eager, doubles, case.differentiable, double_cotangents)
+        self.eager = results(case.eager, inputs, case.differentiable, self.cotangents)
+
+    def problems(self, fn: Op, factor: float) -> list[str]:
+        """What `fn` computes further from the oracle than `factor` times eager's error and one eps."""
+        actual = results(fn, self.inputs, self.case.differentiable, self.cotangents)
+        found = []
+        for name, expected in self.expected.items():
+            eager, got = self.eager[name], actual[name]
+            if (got.shape, got.dtype) != (eager.shape, eager.dtype):
+                found.append(
+                    f"{name} is {got.dtype} {tuple(got.shape)}, not {eager.dtype} {tuple(eager.shape)}"
+                )
+                continue
+            eps = torch.finfo(eager.dtype).eps * expected.abs().max().item()
+            error = (got.double() - expected).abs().max().item()
+            allowed = factor * (eager.double() - expected).abs().max().item() + eps
+            if not error <= allowed:
+                found.append(f"{name} is off by {error:.3g}, allowed {allowed:.3g}")
+        return found

@@ -1,152 +1,102 @@
-"""The CSV, and the table and plot that are drawn from it."""
+"""The CSV files; tables and plots are drawn from them and from nothing else."""
 
 import csv
-import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-COLUMNS = (
-    "op",
-    "provider",
-    "mode",
-    "dtype",
-    "shape",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "gbps",
-    "share_of_copy",
-    "peak_mb",
-    "threads",
-    "device",
-    "commit",
-    "torch",
-    "triton",
-    "cuda",
-)
-KEY = (
-    "op",
-    "provider",
-    "mode",
-    "dtype",
-    "shape",
-    "threads",
-    "device",
-    "commit",
-    "torch",
-    "triton",
-    "cuda",
-)
 Row = dict[str, str]
-COLORS = {"eager": "#9aa0a6", "compile": "#4285f4", "ours": "#e8710a"}
+SETTING = ("device", "commit", "torch", "cuda", "threads", "triton")
 
 
-def slug(text: str) -> str:
-    """Text as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """One kind of CSV file.
+
+    Attributes:
+        columns: all columns, in order.
+        case: columns that, with those of SETTING, name the rows that one run measures side by side.
+    """
+
+    columns: tuple[str, ...]
+    case: tuple[str, ...]
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Adds rows to the file; a row with the key of an older one replaces it."""
-    kept: dict[tuple[str, ...], Row] = {}
+KERNELS = Theme(
+    columns=(
+        "op",
+        "provider",
+        "mode",
+        "dtype",
+        "shape",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "gbps",
+        "share_of_copy",
+        "peak_mb",
+        *SETTING,
+    ),
+    case=("op", "dtype", "shape"),
+)
+STEP = Theme(
+    columns=(
+        "provider",
+        "model",
+        "batch",
+        "dtype",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "images_per_s",
+        "tflops",
+        "peak_tflops",
+        "mfu",
+        "peak_mb",
+        "loss",
+        "grad_norm",
+        *SETTING,
+    ),
+    case=("model", "batch", "dtype"),
+)
+
+
+def write_csv(path: Path, theme: Theme, rows: list[Row]) -> None:
+    """Adds rows to the file. Older rows of the same case and setting go: only rows of one run compare."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return tuple(row[column] for column in (*theme.case, *SETTING))
+
+    replaced = {key(row) for row in rows}
+    kept: list[Row] = []
     if path.exists():
         with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                kept[tuple(row.get(column, "") for column in KEY)] = row
-    for row in rows:
-        kept[tuple(row[column] for column in KEY)] = row
+            kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, theme.columns)
         writer.writeheader()
-        writer.writerows(kept.values())
+        writer.writerows(kept + rows)
     partial.replace(path)
 
 
 def read_csv(path: Path, like: Row) -> list[Row]:
-    """Rows measured with the device, threads, commit and versions of `like`."""
-    setting = ("threads", "device", "commit", "torch", "triton", "cuda")
+    """Rows with the setting of `like`."""
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if all(row[key] == like[key] for key in setting)]
+        return [row for row in csv.DictReader(file) if all(row[name] == like[name] for name in SETTING)]
 
 
-def grouped(rows: list[Row]) -> dict[tuple[str, str, str, str], dict[str, Row]]:
-    """(op, shape, dtype, mode) -> provider -> row."""
-    groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+def grouped(rows: list[Row], columns: Iterable[str]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Values of these columns -> provider -> row."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["shape"], row["dtype"], row["mode"]), {})[row["provider"]] = row
+        groups.setdefault(tuple(row[column] for column in columns), {})[row["provider"]] = row
     return groups
 
 
-def ratio(group: dict[str, Row], provider: str) -> float | None:
-    """How many times faster ours is than `provider`."""
-    if "ours" not in group or provider not in group:
+def ratio(group: dict[str, Row], provider: str, ours: str = "ours") -> float | None:
+    """How many times faster `ours` is than `provider`."""
+    if ours not in group or provider not in group:
         return None
-    return float(group[provider]["median_ms"]) / float(group["ours"]["median_ms"])
-
-
-def markdown(rows: list[Row]) -> str:
-    """One line per (op, shape, dtype, mode): times, bandwidth of ours, ours against the others."""
-    first = rows[0]
-    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cuda") if first[name])
-    lines = [
-        f"{first['device']}, {first['threads']} CPU threads, commit {first['commit']}, {versions}. "
-        "Medians in ms, cold cache; share of the bandwidth of a plain copy in the same run.",
-        "",
-        "| op | shape | dtype | mode | eager | compile | ours | GB/s | of copy | vs eager | vs compile |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (op, shape, dtype, mode), group in grouped(rows).items():
-        times = [group[name]["median_ms"] if name in group else "" for name in ("eager", "compile", "ours")]
-        ours = group.get("ours", {})
-        share = f"{float(ours['share_of_copy']):.0%}" if ours else ""
-        gains = [ratio(group, name) for name in ("eager", "compile")]
-        texts = ["" if gain is None else f"{gain:.2f}x" for gain in gains]
-        cells = [op, shape, dtype, mode, *times, ours.get("gbps", ""), share, *texts]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Bars per op: median milliseconds of each provider in each mode, with the 20th to 80th percentile."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = grouped(rows)
-    panels: dict[tuple[str, str], list[tuple[str, dict[str, Row]]]] = {}
-    for (op, shape, dtype, mode), group in groups.items():
-        panels.setdefault((op, f"{shape} {dtype}"), []).append((mode, group))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, ((op, case), modes) in zip(axes.flat, panels.items(), strict=False):
-        for offset, (provider, color) in enumerate(COLORS.items()):
-            bars = [
-                (i + (offset - 1) * 0.27, group[provider])
-                for i, (_, group) in enumerate(modes)
-                if provider in group
-            ]
-            if not bars:
-                continue
-            medians = [float(row["median_ms"]) for _, row in bars]
-            below = [max(0.0, m - float(row["p20_ms"])) for m, (_, row) in zip(medians, bars, strict=True)]
-            above = [max(0.0, float(row["p80_ms"]) - m) for m, (_, row) in zip(medians, bars, strict=True)]
-            drawn = axis.bar([x for x, _ in bars], medians, 0.25, color=color, label=provider)
-            axis.errorbar(
-                [x for x, _ in bars], medians, yerr=[below, above], fmt="none", ecolor="#3c4043", lw=1
-            )
-            axis.bar_label(drawn, labels=[f"{m:.2g}" for m in medians], fontsize=7, padding=2)
-        axis.set_xticks(range(len(modes)), [mode for mode, _ in modes])
-        axis.set_ylabel("ms")
-        axis.margins(y=0.15)
-        axis.set_title(f"{op}\n{case}", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{rows[0]['device']}, commit {rows[0]['commit']}, torch {rows[0]['torch']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return float(group[provider]["median_ms"]) / float(group[ours]["median_ms"])

@@ -1,0 +1,168 @@
+"""Plots of the rows of a CSV."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from benchmarks.report import Row, grouped, ratio
+from benchmarks.tables import heading
+
+COLORS = {"eager": "#9aa0a6", "compile": "#4285f4", "ours": "#e8710a", "ours_compile": "#a142f4"}
+DARK = "#3c4043"
+WIDTH = 0.27
+
+Groups = dict[tuple[str, str], dict[str, dict[str, Row]]]  # (shape, dtype) -> mode -> provider -> row
+
+
+def _panels(rows: list[Row]) -> dict[str, Groups]:
+    """Op -> its groups of bars, fp32 first."""
+    panels: dict[str, Groups] = {}
+    for (op, shape, dtype, mode), group in grouped(rows, ("op", "shape", "dtype", "mode")).items():
+        panels.setdefault(op, {}).setdefault((shape, dtype), {})[mode] = group
+    for op, groups in panels.items():
+        panels[op] = dict(sorted(groups.items(), key=lambda item: item[0][1] != "fp32"))
+    return panels
+
+
+def _small_multiples(
+    rows: list[Row], draw: Callable[[Axes, Groups], None], title: str, handles: list[Patch | Line2D]
+) -> Figure:
+    """A panel per op, two in a row; `draw` fills one."""
+    panels = _panels(rows)
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(7.5 * columns, 0.9 + 3.1 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (op, groups) in zip(axes.flat, panels.items(), strict=False):
+        draw(axis, groups)
+        labels = [f"{shape.split()[0]}\n{dtype}" for shape, dtype in groups]
+        axis.set_xticks(range(len(groups)), labels, fontsize=9)
+        axis.set_title(op, fontsize=11, loc="left", fontweight="bold")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.02)
+    height = figure.get_figheight()
+    figure.suptitle(
+        f"{title}\n{heading(rows[0])}",
+        fontsize=10,
+        y=1 - 0.1 / height,
+    )
+    figure.legend(
+        handles=handles,
+        ncols=len(handles),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1 - 0.5 / height),
+        fontsize=9,
+        frameon=False,
+    )
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.4 / height))
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _providers(rows: list[Row]) -> list[str]:
+    found = {row["provider"] for row in rows}
+    return [name for name in COLORS if name in found]
+
+
+def _positions(groups: Groups, providers: list[str]) -> list[tuple[float, str, dict[str, Row]]]:
+    """(x, provider, mode -> row) of every bar."""
+    bars = []
+    for index, modes in enumerate(groups.values()):
+        for offset, name in enumerate(providers):
+            by_mode = {mode: group[name] for mode, group in modes.items() if name in group}
+            if by_mode:
+                bars.append((index + (offset - (len(providers) - 1) / 2) * WIDTH, name, by_mode))
+    return bars
+
+
+def times(rows: list[Row], path: Path) -> None:
+    """Median milliseconds of forward, and of forward with backward, with the 20th to 80th percentile."""
+    providers = _providers(rows)
+
+    def draw(axis: Axes, groups: Groups) -> None:
+        for x, name, modes in _positions(groups, providers):
+            whole = modes.get("fwd_bwd", modes["fwd"])
+            median = float(whole["median_ms"])
+            axis.bar(x, median, WIDTH * 0.92, color=COLORS[name], alpha=0.45 if "fwd_bwd" in modes else 1)
+            axis.bar(x, float(modes["fwd"]["median_ms"]), WIDTH * 0.92, color=COLORS[name])
+            spread = [[median - float(whole["p20_ms"])], [float(whole["p80_ms"]) - median]]
+            axis.errorbar(x, median, yerr=[[max(0.0, v) for v in s] for s in spread], ecolor=DARK, lw=0.9)
+            top = max(median, float(whole["p80_ms"]))
+            axis.annotate(
+                f"{median:.3g}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
+            )
+        axis.set_ylabel("ms")
+        axis.margins(y=0.12)
+
+    handles: list[Patch | Line2D] = [Patch(color=COLORS[name], label=name) for name in providers]
+    handles += [Patch(color=DARK, label="solid: fwd"), Patch(color=DARK, alpha=0.45, label="pale: fwd_bwd")]
+    title = "Milliseconds, median and 20th to 80th percentile, cold cache"
+    _save(_small_multiples(rows, draw, title, handles), path)
+
+
+def bandwidth(rows: list[Row], path: Path) -> None:
+    """Share of the measured copy bandwidth: what has to move at least, over the time it took."""
+    providers = _providers(rows)
+
+    def draw(axis: Axes, groups: Groups) -> None:
+        for x, name, modes in _positions(groups, providers):
+            whole = modes.get("fwd_bwd", modes["fwd"])
+            share = 100 * float(whole["share_of_copy"])
+            axis.bar(x, share, WIDTH * 0.92, color=COLORS[name])
+            top = share
+            if "fwd_bwd" in modes:
+                forward = 100 * float(modes["fwd"]["share_of_copy"])
+                axis.plot(x, forward, "D", ms=4, mfc="white", mec=DARK)
+                top = max(share, forward + 3)
+            axis.annotate(
+                f"{share:.0f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
+            )
+        axis.axhline(100, color=DARK, lw=0.8, ls="--")
+        axis.set_ylabel("% of copy")
+        axis.set_ylim(0, max(112, axis.get_ylim()[1]))
+
+    handles: list[Patch | Line2D] = [Patch(color=COLORS[name], label=name) for name in providers]
+    diamond = Line2D([], [], marker="D", ls="", ms=4, mfc="white", mec=DARK, label="fwd alone")
+    handles += [diamond, Line2D([], [], color=DARK, lw=0.8, ls="--", label="a plain copy")]
+    title = "Share of the copy bandwidth of the same run; bars and numbers: fwd_bwd, or fwd without gradient"
+    _save(_small_multiples(rows, draw, title, handles), path)
+
+
+def step(rows: list[Row], path: Path) -> None:
+    """Time, use of the device and memory of a training step, a bar per provider."""
+    (model, batch, dtype), group = list(grouped(rows, ("model", "batch", "dtype")).items())[-1]
+    names = [name for name in COLORS if name in group]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    panels = (("ms/step", "median_ms", 1.0), ("MFU, %", "mfu", 100.0), ("peak memory, MB", "peak_mb", 1.0))
+    for axis, (title, column, factor) in zip(axes, panels, strict=True):
+        values = [factor * float(group[name][column]) for name in names]
+        axis.bar(names, values, 0.6, color=[COLORS[name] for name in names])
+        for index, (name, value) in enumerate(zip(names, values, strict=True)):
+            text, top = f"{value:.4g}", value
+            if column == "median_ms":
+                low, high = float(group[name]["p20_ms"]), float(group[name]["p80_ms"])
+                axis.errorbar(index, value, yerr=[[value - low], [high - value]], ecolor=DARK, lw=1)
+                text, top = f"{text}\n{ratio(group, 'eager', name):.2f}x eager", high
+            axis.annotate(text, (index, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+        axis.margins(y=0.2)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Training step: {model}, batch {batch}, {dtype}\n{heading(rows[0])}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,117 @@
+"""Memory of every accelerated op on the CPU: outputs and what backward needs, nothing else.
+
+Partial sums of gradients that are summed over tokens may add 3 % of the gradients.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from op_testing import Inputs, as_chunk, draw
+from pixelgen_kernels import patchify, qk_norm_rope, rms_norm_modulate, swiglu, unpatchify
+
+sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
+from benchmarks.case import outputs
+from benchmarks.measure import peak_bytes
+
+CPU = torch.device("cpu")
+B, T, C = 8, 288, 256
+N, PREFIX = 4, 32
+PARTIAL_SUMS = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """An op on inputs of a real size; `statistics` are the bytes that forward keeps for backward."""
+
+    fn: Callable
+    inputs: Callable[[torch.dtype], Inputs]
+    differentiable: tuple[str, ...]
+    statistics: int = 0
+
+
+def _modulated(dtype: torch.dtype) -> Inputs:
+    shift, scale = draw(B, 6 * C, dtype=dtype).chunk(6, -1)[:2]
+    return {"x": draw(B, T, C, dtype=dtype), "shift": shift, "scale": scale, "weight": draw(C)}
+
+
+def _qkv(dtype: torch.dtype) -> Inputs:
+    D = C // N
+    angle = draw(T - PREFIX, D // 2)
+    return {
+        "qkv": draw(B, T, 3 * C, dtype=dtype),
+        "q_weight": draw(D),
+        "k_weight": draw(D),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+    }
+
+
+OPS = {
+    "rms_norm_modulate": Op(
+        fn=rms_norm_modulate,
+        inputs=_modulated,
+        differentiable=("x", "shift", "scale", "weight"),
+        statistics=4 * B * T,
+    ),
+    "layer_norm_modulate": Op(
+        fn=partial(rms_norm_modulate, norm="layer"),
+        inputs=_modulated,
+        differentiable=("x", "shift", "scale", "weight"),
+        statistics=8 * B * T,
+    ),
+    "qk_norm_rope": Op(
+        fn=partial(qk_norm_rope, num_heads=N, num_prefix_tokens=PREFIX),
+        inputs=_qkv,
+        differentiable=("qkv", "q_weight", "k_weight"),
+    ),
+    "swiglu": Op(
+        fn=swiglu, inputs=lambda dtype: {"x": draw(B, T, 2 * C, dtype=dtype)}, differentiable=("x",)
+    ),
+    # a slice of a larger tensor is read in place
+    "swiglu of a chunk": Op(
+        fn=swiglu, inputs=lambda dtype: {"x": as_chunk(draw(B, T, 2 * C, dtype=dtype))}, differentiable=("x",)
+    ),
+    "patchify": Op(
+        fn=partial(patchify, patch_size=16),
+        inputs=lambda dtype: {"x": draw(B, 3, 128, 128, dtype=dtype)},
+        differentiable=("x",),
+    ),
+    "unpatchify": Op(
+        fn=partial(unpatchify, patch_size=16, image_size=(128, 128)),
+        inputs=lambda dtype: {"tokens": draw(B, 64, 768, dtype=dtype)},
+        differentiable=("tokens",),
+    ),
+}
+
+
+def size(tensors: tuple[torch.Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_an_op_allocates_its_outputs_and_statistics(op, dtype):
+    inputs = op.inputs(dtype)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in op.differentiable}
+    arguments = {**inputs, **leaves}
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        return outputs(op.fn(**arguments))
+
+    y = forward()
+    cotangents = [torch.ones_like(output) for output in y]
+
+    def backward(y: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(y, list(leaves.values()), cotangents)
+
+    gradients = backward(y)  # also warms up what is allocated once
+    fwd = peak_bytes(CPU, lambda _: forward())
+    assert size(y) <= fwd <= size(y) + op.statistics, f"forward: {fwd} bytes for outputs of {size(y)}"
+    bwd = peak_bytes(CPU, backward, forward)
+    allowed = (1 + PARTIAL_SUMS) * size(gradients)
+    assert size(gradients) <= bwd <= allowed, f"backward: {bwd} bytes for gradients of {size(gradients)}"
