@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ MODELS = {"cpu": ("small", SMALL), "cuda": ("XL/16", ("--config", "pixelgen-xl-2
 # of the matrix products, averaged over all outputs (loss) and over all parameters (norm).
 TOLERANCES = {
     "float32": {"loss": 1e-5, "grad_norm": 1e-4},
-    "bfloat16": {"loss": 2e-3, "grad_norm": 2e-2},
+    "bfloat16": {"loss": 1e-3, "grad_norm": 1e-2},
 }
 DTYPES = {"float32": ("fp32", torch.float32), "bfloat16": ("bf16", torch.bfloat16)}
 WARM_UP, SECONDS, FEWEST = 3, 15.0, 5
@@ -86,9 +87,8 @@ def fill_zeros(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
-            values = torch.randn(parameter.shape, generator=generator) * 0.02
             if not parameter.any():
-                parameter.copy_(values)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
 @contextlib.contextmanager
@@ -179,9 +179,10 @@ def measure(
                 runner = runners[name]
                 yield name, runner.config, timing, runner.peak_mb(), runner.first
             bar.update(len(group))
-            del runner, once  # the next provider needs the memory
+            del runner, once  # the next provider needs the memory, also what only cycles keep
             runners.clear()
             torch.compiler.reset()
+            gc.collect()
 
 
 def run(arguments: argparse.Namespace) -> int:
