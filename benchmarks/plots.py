@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from benchmarks.report import Row, grouped, ratio
 from benchmarks.tables import heading
@@ -122,14 +123,13 @@ def bandwidth(rows: list[Row], path: Path) -> None:
             whole = modes.get("fwd_bwd", modes["fwd"])
             share = 100 * float(whole["share_of_copy"])
             axis.bar(x, share, WIDTH * 0.92, color=COLORS[name])
-            top = share
             if "fwd_bwd" in modes:
-                forward = 100 * float(modes["fwd"]["share_of_copy"])
-                axis.plot(x, forward, "D", ms=4, mfc="white", mec=DARK)
-                top = max(share, forward + 3)
-            axis.annotate(
-                f"{share:.0f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
+                axis.plot(x, 100 * float(modes["fwd"]["share_of_copy"]), "D", ms=4, mfc="white", mec=DARK)
+            # at the foot of the bar, where it cannot be taken for the number of the diamond
+            number = axis.annotate(
+                f"{share:.0f}", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize=8
             )
+            number.set_path_effects([withStroke(linewidth=2, foreground="white")])
         axis.axhline(100, color=DARK, lw=0.8, ls="--")
         axis.set_ylabel("% of copy")
         axis.set_ylim(0, max(112, axis.get_ylim()[1]))
