@@ -1,7 +1,7 @@
 // Bound by bytes, with Philox by arithmetic. The image and the noise are read once, tokens and
-// clean tokens written once. One work item is a row of patches, walked image row by image row in
-// pieces that stay in the first-level cache; what a piece writes is spread over a few hundred KB,
-// which the second-level cache puts together.
+// clean tokens written once. One work item is a row of patches: read image row by image row into
+// blocks that stay in the cache, then written patch by patch, so that both sides are walked in
+// memory order.
 #include "../noise_patchify.h"
 
 #include <cstring>
@@ -14,6 +14,8 @@ namespace pixelgen::cpu::PIXELGEN_ISA {
 namespace {
 
 constexpr int64_t kPixels = 512;  // most columns of an image row at a time
+constexpr int64_t kBlock =
+    4096;  // most pixels of a block, per channel: a patch row of 256 px at P = 16
 
 // n numbers of the noise of one sample from element `first` on, in `buffer` or in `floats`, which
 // has room for 6 more (the groups of four that the first and the last belong to).
@@ -25,11 +27,13 @@ inline const Real* philox_piece(const math::PhiloxStream& stream, int64_t first,
   return as_real<Real>(floats + first % 4, buffer, n);
 }
 
-// Writes kC channels of one piece, values[j] being channel c + j: the columns first_col to
-// first_col + n - 1 of row `row` of a row of patches, which starts at `tokens`.
+// Writes a block of kC channels, values[j] being channel c + j: `rows` rows of `n` columns, `width`
+// apart, from row `first_row` and column `first_col` of a row of patches on, which starts at
+// `tokens`.
 template <typename T, int kC>
-inline void store_piece(const NoisePatchifyParams& p, bool channel_last, int64_t c, int64_t row,
-                        int64_t first_col, int64_t n, const T (&values)[kC][kPixels], T* tokens) {
+inline void store_block(const NoisePatchifyParams& p, bool channel_last, int64_t c,
+                        int64_t first_row, int64_t rows, int64_t first_col, int64_t n,
+                        int64_t width, const T (&values)[kC][kBlock], T* tokens) {
   const int64_t P = p.P, D = p.C * P * P;
   for (int64_t done = 0; done < n;) {
     const int64_t patch = (first_col + done) / P, col = (first_col + done) % P;
@@ -37,17 +41,22 @@ inline void store_piece(const NoisePatchifyParams& p, bool channel_last, int64_t
     T* token = tokens + patch * D;
     if (!channel_last) {
       for (int j = 0; j < kC; ++j) {
-        T* target = token + ((c + j) * P + row) * P + col;
-        if (run == 16)  // a constant size is one vector move
-          std::memcpy(target, values[j] + done, 16 * sizeof(T));
-        else
-          std::memcpy(target, values[j] + done, run * sizeof(T));
+        for (int64_t row = 0; row < rows; ++row) {
+          T* target = token + ((c + j) * P + first_row + row) * P + col;
+          const T* source = values[j] + row * width + done;
+          if (run == 16)  // a constant size is one vector move
+            std::memcpy(target, source, 16 * sizeof(T));
+          else
+            std::memcpy(target, source, run * sizeof(T));
+        }
       }
     } else {
-      T* __restrict target = token + (row * P + col) * p.C + c;
       const int64_t stride = kC > 1 ? kC : p.C;
-      for (int64_t i = 0; i < run; ++i)
-        for (int j = 0; j < kC; ++j) target[i * stride + j] = values[j][done + i];
+      for (int64_t row = 0; row < rows; ++row) {
+        T* __restrict target = token + ((first_row + row) * P + col) * p.C + c;
+        for (int64_t i = 0; i < run; ++i)
+          for (int j = 0; j < kC; ++j) target[i * stride + j] = values[j][row * width + done + i];
+      }
     }
     done += run;
   }
@@ -57,9 +66,9 @@ inline void store_piece(const NoisePatchifyParams& p, bool channel_last, int64_t
 // registers, else 1.
 template <typename T, typename Real, int kC>
 void noise_rows(const NoisePatchifyParams& p, int num_threads) {
-  const int64_t P = p.P, patch_rows = p.H / P, token_size = p.C * P * P;
-  const int64_t patches_per_row = p.W / P;
-  const int64_t width = P <= kPixels ? kPixels / P * P : kPixels;
+  const int64_t P = p.P, patch_rows = p.H / P, row_size = p.W * p.C * P;
+  const int64_t width = min_of(p.W, P <= kPixels ? kPixels / P * P : kPixels);
+  const int64_t rows = min_of(P, kBlock / width);
   const Real noise_scale = Real(p.noise_scale);
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t item = 0; item < p.B * patch_rows; ++item) {
@@ -71,43 +80,49 @@ void noise_rows(const NoisePatchifyParams& p, int num_threads) {
           p.seed, p.step, static_cast<const int64_t*>(p.sample_index)[b * p.sample_index_stride],
           0);
     }
-    T* tokens = static_cast<T*>(p.tokens) + item * patches_per_row * token_size;
-    T* clean = p.clean == nullptr ? nullptr
-                                  : static_cast<T*>(p.clean) + item * patches_per_row * token_size;
+    T* tokens = static_cast<T*>(p.tokens) + item * row_size;
+    T* clean = p.clean == nullptr ? nullptr : static_cast<T*>(p.clean) + item * row_size;
     alignas(64) Real x_buffer[kPixels], noise_buffer[kPixels];
     alignas(64) float philox_buffer[kPixels + 6];
-    alignas(64) T x_t_values[kC][kPixels], x_values[kC][kPixels];
+    alignas(64) T x_t_values[kC][kBlock], x_values[kC][kBlock];
+
+    // columns [w, w + n) of image row h of channel c into the block's channel j, from `at` on
+    const auto noise_piece = [&](int64_t c, int j, int64_t h, int64_t w, int64_t n, int64_t at) {
+      const int64_t image_offset =
+          b * p.image_stride_b + c * p.image_stride_c + h * p.image_stride_h + w * p.image_stride_w;
+      const Real* x = x_buffer;
+      if (p.image_is_uint8)
+        gather(static_cast<const uint8_t*>(p.image) + image_offset, p.image_stride_w, x_buffer, n,
+               [](uint8_t value) { return math::pixel(Real(value)); });
+      else
+        x = as_real(p.image, p.image_dtype, image_offset, p.image_stride_w, x_buffer, n);
+      const Real* noise =
+          p.noise == nullptr
+              ? philox_piece(stream, (c * p.H + h) * p.W + w, philox_buffer, noise_buffer, n)
+              : as_real(p.noise, p.noise_dtype,
+                        b * p.noise_stride_b + c * p.noise_stride_c + h * p.noise_stride_h +
+                            w * p.noise_stride_w,
+                        p.noise_stride_w, noise_buffer, n);
+      T* x_t = x_t_values[j] + at;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        math::from_real(math::interpolate(x[i], noise[i] * noise_scale, t), &x_t[i]);
+      }
+      if (clean != nullptr) store_row(x, x_values[j] + at, n);
+    };
+
     for (int64_t c = 0; c < p.C; c += kC) {
-      for (int64_t row = 0; row < P; ++row) {
-        const int64_t h = patch_row * P + row;
+      for (int64_t row = 0; row < P; row += rows) {
+        const int64_t num_rows = min_of(rows, P - row);
         for (int64_t w = 0; w < p.W; w += width) {
           const int64_t n = min_of(width, p.W - w);
-          for (int j = 0; j < kC; ++j) {
-            const int64_t image_offset = b * p.image_stride_b + (c + j) * p.image_stride_c +
-                                         h * p.image_stride_h + w * p.image_stride_w;
-            const Real* x = x_buffer;
-            if (p.image_is_uint8)
-              gather(static_cast<const uint8_t*>(p.image) + image_offset, p.image_stride_w,
-                     x_buffer, n, [](uint8_t value) { return math::pixel(Real(value)); });
-            else
-              x = as_real(p.image, p.image_dtype, image_offset, p.image_stride_w, x_buffer, n);
-            const Real* noise = p.noise == nullptr
-                                    ? philox_piece(stream, ((c + j) * p.H + h) * p.W + w,
-                                                   philox_buffer, noise_buffer, n)
-                                    : as_real(p.noise, p.noise_dtype,
-                                              b * p.noise_stride_b + (c + j) * p.noise_stride_c +
-                                                  h * p.noise_stride_h + w * p.noise_stride_w,
-                                              p.noise_stride_w, noise_buffer, n);
-#pragma omp simd
-            for (int64_t i = 0; i < n; ++i) {
-              math::from_real(math::interpolate(x[i], noise[i] * noise_scale, t),
-                              &x_t_values[j][i]);
-            }
-            if (clean != nullptr) store_row(x, x_values[j], n);
-          }
-          store_piece<T, kC>(p, p.channel_last, c, row, w, n, x_t_values, tokens);
+          for (int64_t r = 0; r < num_rows; ++r)
+            for (int j = 0; j < kC; ++j)
+              noise_piece(c + j, j, patch_row * P + row + r, w, n, r * width);
+          store_block<T, kC>(p, p.channel_last, c, row, num_rows, w, n, width, x_t_values, tokens);
           if (clean != nullptr)
-            store_piece<T, kC>(p, p.clean_channel_last, c, row, w, n, x_values, clean);
+            store_block<T, kC>(p, p.clean_channel_last, c, row, num_rows, w, n, width, x_values,
+                               clean);
         }
       }
     }
