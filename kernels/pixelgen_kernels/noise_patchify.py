@@ -223,10 +223,10 @@ def noise_patchify(
     gradient.
 
     Args:
-        image: (B, C, H, W), uint8 in [0, 255], or floating and already in [-1, 1].
+        image: (B, C, H, W), uint8 in [0, 255], or floating and already in [-1, 1]; any strides.
         t: (B,) time of each sample, floating; 0 is noise, 1 is data.
         patch_size: P; divides H and W.
-        noise: (B, C, H, W) standard normal, floating. Either this, or seed and sample_index.
+        noise: (B, C, H, W) standard normal, floating, any strides. Either this, or seed and sample_index.
         seed: in [0, 2**63): the noise of sample b is `philox_normal(seed, step, sample_index, C * H * W)[b]`,
             so it does not depend on the batch that the sample is in.
         step: at least 0, changes the noise; only used with seed.
