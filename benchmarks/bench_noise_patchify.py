@@ -22,42 +22,44 @@ def uint8_images(B: int, size: int, device: torch.device) -> Tensor:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    B = BATCH[device.type]
-    size = MODELS["L/16"]  # XL/16 has the same images and patches
-    S, P = size.image_size, size.P
+    for model, size in MODELS.items():
+        for dtype in DTYPES:
+            yield from _cases(BATCH[device.type], model, size.image_size, size.P, dtype)
+
+
+def _cases(B: int, model: str, S: int, P: int, dtype: str) -> Iterator[Case]:
     count = B * 3 * S * S
-    for dtype in DTYPES:
-        options = {"patch_size": P, "return_clean": True, "dtype": DTYPES[dtype]}
-        token_bytes = 2 * count * DTYPES[dtype].itemsize
+    options = {"patch_size": P, "return_clean": True, "dtype": DTYPES[dtype]}
+    token_bytes = count * (DTYPES[dtype].itemsize + 4)  # the clean tokens are fp32
 
-        def given(device: torch.device, dtype: str = dtype) -> dict[str, Any]:
-            return {
-                "image": uint8_images(B, S, device),
-                "t": torch.linspace(0, 1, B, device=device),
-                "noise": normal(B, 3, S, S, dtype=dtype, device=device),
-            }
+    def given(device: torch.device) -> dict[str, Any]:
+        return {
+            "image": uint8_images(B, S, device),
+            "t": torch.linspace(0, 1, B, device=device),
+            "noise": normal(B, 3, S, S, dtype=dtype, device=device),
+        }
 
-        def philox(device: torch.device) -> dict[str, Any]:
-            return {
-                "image": uint8_images(B, S, device),
-                "t": torch.linspace(0, 1, B, device=device),
-                "seed": 0,
-                "step": 1,
-                "sample_index": torch.arange(B, device=device),
-            }
+    def philox(device: torch.device) -> dict[str, Any]:
+        return {
+            "image": uint8_images(B, S, device),
+            "t": torch.linspace(0, 1, B, device=device),
+            "seed": 0,
+            "step": 1,
+            "sample_index": torch.arange(B, device=device),
+        }
 
-        for source, inputs, noise_bytes in (
-            ("given", given, count * DTYPES[dtype].itemsize),
-            ("philox", philox, 0),
-        ):
-            yield Case(
-                op="noise_patchify",
-                shape=f"L/16 B={B} C=3 H=W={S} P={P} noise={source}",
-                dtype=dtype,
-                fused=partial(noise_patchify, **options),
-                eager=partial(noise_patchify_ref, **options),
-                inputs=inputs,
-                differentiable=(),
-                fwd_bytes=count + noise_bytes + token_bytes,
-                bwd_bytes=0,
-            )
+    for source, inputs, noise_bytes in (
+        ("given", given, count * DTYPES[dtype].itemsize),
+        ("philox", philox, 0),
+    ):
+        yield Case(
+            op="noise_patchify",
+            shape=f"{model} B={B} C=3 H=W={S} P={P} noise={source}",
+            dtype=dtype,
+            fused=partial(noise_patchify, **options),
+            eager=partial(noise_patchify_ref, **options),
+            inputs=inputs,
+            differentiable=(),
+            fwd_bytes=count + noise_bytes + token_bytes,
+            bwd_bytes=0,
+        )

@@ -8,7 +8,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import (
+    bench_flow_matching_loss,
+    bench_gate_residual_norm_modulate,
+    bench_noise_patchify,
     bench_patchify,
+    bench_qk_norm_rope,
     bench_rms_norm_modulate,
     bench_swiglu,
     plots,
@@ -22,8 +26,12 @@ from pixelgen.errors import UserError
 
 SUITES = (
     bench_rms_norm_modulate,  # rms_norm_modulate
+    bench_gate_residual_norm_modulate,  # gate_residual_norm_modulate
+    bench_qk_norm_rope,  # qk_norm_rope
     bench_swiglu,  # swiglu
+    bench_noise_patchify,  # noise_patchify
     bench_patchify,  # patchify, unpatchify
+    bench_flow_matching_loss,  # flow_matching_loss
 )
 PROVIDERS = ("eager", "compile", "ours")
 # Error that a provider may have, in units of eager's. torch.compile adds the rows of a batch up one by one

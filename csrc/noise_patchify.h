@@ -14,7 +14,8 @@ struct NoisePatchifyParams {
   const void* noise;         // (B, C, H, W), strides below, or null
   const void* t;             // (B,)
   const void* sample_index;  // (B,) int64; null when there is noise
-  void *tokens, *clean;      // (B, H / P * W / P, C * P * P), dense; clean may be null
+  void* tokens;              // (B, H / P * W / P, C * P * P), dense
+  void* clean;               // as tokens, or null; fp32, fp64 when tokens are fp64
   int64_t B, C, H, W, P;     // P divides H and W
   int64_t image_stride_b, image_stride_c, image_stride_h, image_stride_w;
   int64_t noise_stride_b, noise_stride_c, noise_stride_h, noise_stride_w;

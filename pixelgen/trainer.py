@@ -222,6 +222,7 @@ class Trainer:
             channel_order="first",
             return_clean=True,
             clean_channel_order="last",
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         )
         is_dropped = uniform(LABEL_DROP_STREAM) < config.optimizer.label_drop
         labels = torch.where(is_dropped, self.model.config.num_classes, labels)

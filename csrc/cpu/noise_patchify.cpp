@@ -66,6 +66,7 @@ inline void store_block(const NoisePatchifyParams& p, bool channel_last, int64_t
 // registers, else 1.
 template <typename T, typename Real, int kC>
 void noise_rows(const NoisePatchifyParams& p, int num_threads) {
+  using Clean = typename Stats<T>::type;
   const int64_t P = p.P, patch_rows = p.H / P, row_size = p.W * p.C * P;
   const int64_t width = min_of(p.W, P <= kPixels ? kPixels / P * P : kPixels);
   const int64_t rows = min_of(P, kBlock / width);
@@ -81,10 +82,11 @@ void noise_rows(const NoisePatchifyParams& p, int num_threads) {
           0);
     }
     T* tokens = static_cast<T*>(p.tokens) + item * row_size;
-    T* clean = p.clean == nullptr ? nullptr : static_cast<T*>(p.clean) + item * row_size;
+    Clean* clean = p.clean == nullptr ? nullptr : static_cast<Clean*>(p.clean) + item * row_size;
     alignas(64) Real x_buffer[kPixels], noise_buffer[kPixels];
     alignas(64) float philox_buffer[kPixels + 6];
-    alignas(64) T x_t_values[kC][kBlock], x_values[kC][kBlock];
+    alignas(64) T x_t_values[kC][kBlock];
+    alignas(64) Clean x_values[kC][kBlock];
 
     // columns [w, w + n) of image row h of channel c into the block's channel j, from `at` on
     const auto noise_piece = [&](int64_t c, int j, int64_t h, int64_t w, int64_t n, int64_t at) {
@@ -121,8 +123,8 @@ void noise_rows(const NoisePatchifyParams& p, int num_threads) {
               noise_piece(c + j, j, patch_row * P + row + r, w, n, r * width);
           store_block<T, kC>(p, p.channel_last, c, row, num_rows, w, n, width, x_t_values, tokens);
           if (clean != nullptr)
-            store_block<T, kC>(p, p.clean_channel_last, c, row, num_rows, w, n, width, x_values,
-                               clean);
+            store_block<Clean, kC>(p, p.clean_channel_last, c, row, num_rows, w, n, width, x_values,
+                                   clean);
         }
       }
     }

@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(kThreads)
       store_pixels(x_t, static_cast<T*>(p.tokens) + token_offset, p.channel_last, p.C, int(P), c,
                    row, col);
       if (p.clean != nullptr) {
-        store_pixels(x, static_cast<T*>(p.clean) + token_offset, p.clean_channel_last, p.C, int(P),
-                     c, row, col);
+        store_pixels(x, static_cast<float*>(p.clean) + token_offset, p.clean_channel_last, p.C,
+                     int(P), c, row, col);
       }
     }
   }

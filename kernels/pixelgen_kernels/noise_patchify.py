@@ -56,13 +56,20 @@ def noise_patchify_ref(
     t = t.to(stats)[:, None, None, None]
     x_t = t * x + (1 - t) * (noise.to(stats) * noise_scale)
 
-    def tokens(pixels: Tensor, order: ChannelOrder) -> Tensor:
+    def tokens(pixels: Tensor, order: ChannelOrder, dtype: torch.dtype) -> Tensor:
         # copy=True: for P = 1 and C = 1 patchify moves nothing, and the result may not alias the image
         patches = patchify_ref(pixels, patch_size, channel_order=order)
         return patches.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-    x_t_tokens = tokens(x_t, channel_order)
-    return (x_t_tokens, tokens(x, clean_channel_order)) if return_clean else x_t_tokens
+    x_t_tokens = tokens(x_t, channel_order, dtype)
+    if not return_clean:
+        return x_t_tokens
+    return x_t_tokens, tokens(x, clean_channel_order, _clean_dtype(dtype))
+
+
+def _clean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the clean tokens: a loss is judged by them, and bf16 rounds by a quarter of a grey level."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _empty_outputs(
@@ -71,7 +78,8 @@ def _empty_outputs(
     """Uninitialised tokens of x_t and of x. An op cannot return None: what is not asked for is of size 0."""
     B, C, H, W = image.shape
     shape = (B, (H // patch_size) * (W // patch_size), C * patch_size * patch_size)
-    return image.new_empty(shape, dtype=dtype), image.new_empty(shape if return_clean else 0, dtype=dtype)
+    tokens = image.new_empty(shape, dtype=dtype)
+    return tokens, image.new_empty(shape if return_clean else 0, dtype=_clean_dtype(dtype))
 
 
 def _fwd_by_reference(
@@ -102,7 +110,9 @@ def _fwd_by_reference(
         clean_channel_order="first" if clean_channel_order == "first" else "last",
         dtype=dtype,
     )
-    return tokens if isinstance(tokens, tuple) else (tokens, tokens.new_empty(0))
+    if isinstance(tokens, tuple):
+        return tokens
+    return tokens, tokens.new_empty(0, dtype=_clean_dtype(dtype))
 
 
 _fwd = torch.library.custom_op("pixelgen::noise_patchify_fwd", _fwd_by_reference, mutates_args=())
@@ -236,10 +246,11 @@ def noise_patchify(
             channel).
         return_clean: also return the tokens of x.
         clean_channel_order: order inside a patch of x.
-        dtype: floating dtype of the result.
+        dtype: floating dtype of the x_t tokens: that of the matrix product that reads them.
 
     Returns:
-        x_t tokens (B, T, P*P*C) with T = H W / P^2, or (x_t tokens, x tokens).
+        x_t tokens (B, T, P*P*C) with T = H W / P^2, or (x_t tokens, x tokens). The latter are float32
+        (float64 with dtype float64), since losses are judged by them.
 
     Raises:
         TypeError: an argument has another type or dtype.
