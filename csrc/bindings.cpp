@@ -15,6 +15,7 @@
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "flow_matching_loss.h"
+#include "gate_residual_norm_modulate.h"
 #include "noise_patchify.h"
 #include "patchify.h"
 #include "philox.h"
@@ -189,41 +190,86 @@ void define_patchify(py::module_& m) {
             PIXELGEN_CUDA_FUNCTION(unpatchify));
 }
 
+// Fields of RmsNormModulateParams that forward and backward read.
+Fields norm_fields() {
+  using P = RmsNormModulateParams;
+  return {FIELD(P, x),
+          FIELD(P, shift),
+          FIELD(P, scale),
+          FIELD(P, weight),
+          FIELD(P, bias),
+          FIELD(P, mean),
+          FIELD(P, rstd),
+          FIELD(P, num_images),
+          FIELD(P, rows_per_image),
+          FIELD(P, C),
+          FIELD(P, x_image_stride),
+          FIELD(P, x_row_stride),
+          FIELD(P, shift_image_stride),
+          FIELD(P, shift_row_stride),
+          FIELD(P, scale_image_stride),
+          FIELD(P, scale_row_stride),
+          FIELD(P, x_dtype),
+          FIELD(P, modulation_dtype),
+          FIELD(P, weight_dtype),
+          FIELD(P, per_token),
+          FIELD(P, layer_norm)};
+}
+
+// Fields that RmsNormModulateGradParams has besides; grad_y is left to the op, which names it.
+Fields norm_grad_fields() {
+  using G = RmsNormModulateGradParams;
+  const Fields grads{FIELD(G, grad_x),        FIELD(G, grad_shift), FIELD(G, grad_scale),
+                     FIELD(G, grad_weight),   FIELD(G, grad_bias),  FIELD(G, partials),
+                     FIELD(G, rows_per_chunk)};
+  return with_nested(grads, norm_fields(), offsetof(G, forward));
+}
+
 void define_rms_norm_modulate(py::module_& m) {
   using P = RmsNormModulateParams;
   using G = RmsNormModulateGradParams;
-  const Fields shared{FIELD(P, x),
-                      FIELD(P, shift),
-                      FIELD(P, scale),
-                      FIELD(P, weight),
-                      FIELD(P, bias),
-                      FIELD(P, mean),
-                      FIELD(P, rstd),
-                      FIELD(P, num_images),
-                      FIELD(P, rows_per_image),
-                      FIELD(P, C),
-                      FIELD(P, x_image_stride),
-                      FIELD(P, x_row_stride),
-                      FIELD(P, shift_image_stride),
-                      FIELD(P, shift_row_stride),
-                      FIELD(P, scale_image_stride),
-                      FIELD(P, scale_row_stride),
-                      FIELD(P, x_dtype),
-                      FIELD(P, modulation_dtype),
-                      FIELD(P, weight_dtype),
-                      FIELD(P, per_token),
-                      FIELD(P, layer_norm)};
-  const Fields grads{
-      FIELD(G, grad_y),        FIELD(G, grad_y_image_stride), FIELD(G, grad_y_row_stride),
-      FIELD(G, grad_x),        FIELD(G, grad_shift),          FIELD(G, grad_scale),
-      FIELD(G, grad_weight),   FIELD(G, grad_bias),           FIELD(G, partials),
-      FIELD(G, rows_per_chunk)};
+  const Fields grads{FIELD(G, grad_y), FIELD(G, grad_y_image_stride), FIELD(G, grad_y_row_stride)};
   define<P>(m, "rms_norm_modulate_fwd", "y, mean and rstd.",
-            shared + Fields{FIELD(P, y), FIELD(P, eps)}, &cpu::rms_norm_modulate_fwd,
+            norm_fields() + Fields{FIELD(P, y), FIELD(P, eps)}, &cpu::rms_norm_modulate_fwd,
             PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_fwd));
-  define<G>(m, "rms_norm_modulate_bwd", "Gradients of every input.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::rms_norm_modulate_bwd,
-            PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_bwd));
+  define<G>(m, "rms_norm_modulate_bwd", "Gradients of every input.", grads + norm_grad_fields(),
+            &cpu::rms_norm_modulate_bwd, PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_bwd));
+}
+
+void define_gate_residual_norm_modulate(py::module_& m) {
+  using P = GateResidualNormModulateParams;
+  using G = GateResidualNormModulateGradParams;
+  using B = GatedBranch;
+  const Fields branch{FIELD(B, y),
+                      FIELD(B, gate),
+                      FIELD(B, y_image_stride),
+                      FIELD(B, y_row_stride),
+                      FIELD(B, gate_image_stride),
+                      FIELD(B, gate_row_stride),
+                      FIELD(B, y_dtype),
+                      FIELD(B, gate_dtype),
+                      FIELD(B, gate_per_token)};
+  const Fields outputs{FIELD(P, residual), NAMED_FIELD(P, norm.y, "normed"),
+                       NAMED_FIELD(P, norm.eps, "eps")};
+  const Fields grads{NAMED_FIELD(G, norm.grad_y, "grad_normed"),
+                     NAMED_FIELD(G, norm.grad_y_image_stride, "grad_normed_image_stride"),
+                     NAMED_FIELD(G, norm.grad_y_row_stride, "grad_normed_row_stride"),
+                     FIELD(G, grad_residual),
+                     FIELD(G, grad_residual_image_stride),
+                     FIELD(G, grad_residual_row_stride),
+                     FIELD(G, grad_y),
+                     FIELD(G, grad_gate),
+                     FIELD(G, gate_partials)};
+  const Fields forward = with_nested(outputs, norm_fields(), offsetof(P, norm));
+  const Fields backward = with_nested(grads, norm_grad_fields(), offsetof(G, norm));
+  define<P>(m, "gate_residual_norm_modulate_fwd", "residual, normed, mean and rstd.",
+            with_nested(forward, branch, offsetof(P, branch)),
+            &cpu::gate_residual_norm_modulate_fwd,
+            PIXELGEN_CUDA_FUNCTION(gate_residual_norm_modulate_fwd));
+  define<G>(m, "gate_residual_norm_modulate_bwd", "Gradients of every input; x is the residual.",
+            with_nested(backward, branch, offsetof(G, branch)),
+            &cpu::gate_residual_norm_modulate_bwd,
+            PIXELGEN_CUDA_FUNCTION(gate_residual_norm_modulate_bwd));
 }
 
 void define_swiglu(py::module_& m) {
@@ -400,6 +446,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built, and the instruction set in use.");
   define_patchify(m);
   define_rms_norm_modulate(m);
+  define_gate_residual_norm_modulate(m);
   define_swiglu(m);
   define_qk_norm_rope(m);
   define_philox(m);

@@ -68,14 +68,18 @@ def test_strided_chunks_and_mixed_dtypes(variant, norm):
     op_testing.check_accuracy(fn, ref, inputs, grads_of(inputs))
 
 
-@pytest.mark.parametrize("dtype", op_testing.DTYPES)
-def test_equals_the_two_steps(dtype):
-    inputs = make_inputs((2, 5, 16), "all", "layer", dtype)
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_equals_the_two_steps(dtype, device):
+    """It is the rounded residual that is normalised; far from zero the rounding is most of the variance."""
+    inputs = make_inputs((2, 5, 1030), "all", "layer", dtype, device)
+    inputs["x"] = inputs["x"] + (512 if dtype == torch.bfloat16 else 4096)
     residual, normed = gate_residual_norm_modulate(**inputs)
-    expected = (inputs["x"].float() + inputs["gate"].float()[:, None] * inputs["y"].float()).to(dtype)
-    assert torch.equal(residual, expected)
+    exact = inputs["x"].double() + inputs["gate"].double()[:, None] * inputs["y"].double()
+    assert ((residual.double() - exact).abs() <= 0.501 * torch.finfo(dtype).eps * exact.abs()).all()
     rest = {name: inputs[name] for name in ("shift", "scale", "weight", "bias", "norm")}
-    assert torch.equal(normed, rms_norm_modulate_ref(expected, **rest))
+    torch.testing.assert_close(normed, rms_norm_modulate_ref(residual, **rest))
+    assert (normed - rms_norm_modulate_ref(exact, **rest)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -2,6 +2,7 @@
 #include "dispatch.h"
 
 #include "../flow_matching_loss.h"
+#include "../gate_residual_norm_modulate.h"
 #include "../noise_patchify.h"
 #include "../patchify.h"
 #include "../philox.h"
@@ -76,6 +77,8 @@ PIXELGEN_DISPATCH(patchify, PatchifyParams)
 PIXELGEN_DISPATCH(unpatchify, PatchifyParams)
 PIXELGEN_DISPATCH(rms_norm_modulate_fwd, RmsNormModulateParams)
 PIXELGEN_DISPATCH(rms_norm_modulate_bwd, RmsNormModulateGradParams)
+PIXELGEN_DISPATCH(gate_residual_norm_modulate_fwd, GateResidualNormModulateParams)
+PIXELGEN_DISPATCH(gate_residual_norm_modulate_bwd, GateResidualNormModulateGradParams)
 PIXELGEN_DISPATCH(swiglu_fwd, SwigluParams)
 PIXELGEN_DISPATCH(swiglu_bwd, SwigluGradParams)
 PIXELGEN_DISPATCH(qk_norm_rope_fwd, QkNormRopeParams)

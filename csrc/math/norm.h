@@ -1,5 +1,5 @@
-// Formulas of the norms and of AdaLN's shift and scale, forward and backward. Real is float or
-// double.
+// Formulas of the norms and of AdaLN's shift, scale and gate, forward and backward. Real is float
+// or double.
 #pragma once
 
 #include "host_device.h"
@@ -40,6 +40,22 @@ PIXELGEN_INLINE Real norm_grad_x(Real grad_n, Real n, Real rstd, Real mean_grad_
 template <typename Real>
 PIXELGEN_INLINE Real modulation_grad_scale(Real sum_grad, Real sum_grad_n, Real weight, Real bias) {
   return weight * sum_grad_n + bias * sum_grad;
+}
+
+template <typename Real>
+PIXELGEN_INLINE Real add_gated(Real x, Real gate, Real y) {
+  return x + gate * y;
+}
+
+template <typename Real>
+struct BranchGrads {
+  Real y, gate;
+};
+
+// Of y and gate, from that of the sum; that of x is the sum's own.
+template <typename Real>
+PIXELGEN_INLINE BranchGrads<Real> branch_grads(Real gate, Real y, Real grad) {
+  return {gate * grad, y * grad};
 }
 
 }  // namespace pixelgen::math

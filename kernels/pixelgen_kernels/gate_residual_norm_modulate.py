@@ -7,7 +7,7 @@ Arithmetic in fp32 (fp64 for fp64 `x`). The residual is rounded to the dtype of 
 so the op equals the two steps done one after the other.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from pixelgen_kernels._checks import (
     refuse_double_backward,
     stats_dtype,
 )
-from pixelgen_kernels.rms_norm_modulate import rms_norm_modulate_bwd_ref, rms_norm_modulate_fwd_ref
+from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda
+from pixelgen_kernels.rms_norm_modulate import (
+    empty_grads,
+    grad_rows,
+    norm_arguments,
+    num_chunks,
+    rms_norm_modulate_bwd_ref,
+    rms_norm_modulate_fwd_ref,
+    rows_per_chunk,
+)
 
 __all__ = [
     "gate_residual_norm_modulate",
@@ -100,8 +109,17 @@ def gate_residual_norm_modulate_bwd_ref(
     return grad.to(residual.dtype), grad_y, grad_gate, others[0], others[1], others[2], others[3]
 
 
-@torch.library.custom_op("pixelgen::gate_residual_norm_modulate_fwd", mutates_args=())
-def _fwd(
+def _empty_outputs(x: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised residual, normed, mean and rstd."""
+    stats = stats_dtype(x)
+    rows = x.shape[:-1]
+    residual = torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    mean = x.new_empty(rows if norm == "layer" else 0, dtype=stats)
+    return residual, normed, mean, x.new_empty(rows, dtype=stats)
+
+
+def _fwd_by_reference(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
@@ -117,10 +135,9 @@ def _fwd(
     return residual, normed, mean, rstd
 
 
-@torch.library.custom_op("pixelgen::gate_residual_norm_modulate_bwd", mutates_args=())
-def _bwd(
-    grad_residual: Tensor,
-    grad_normed: Tensor,
+def _bwd_by_reference(
+    grad_residual: Tensor | None,
+    grad_normed: Tensor | None,
     y: Tensor,
     gate: Tensor,
     shift: Tensor | None,
@@ -132,6 +149,8 @@ def _bwd(
     rstd: Tensor,
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """None stands for a gradient of zeros: of an output that the loss does not depend on."""
+    grad_residual, grad_normed = grad_rows(grad_residual, residual), grad_rows(grad_normed, residual)
     grads = gate_residual_norm_modulate_bwd_ref(
         grad_residual, grad_normed, y, gate, shift, scale, weight, bias, residual, mean, rstd, norm
     )
@@ -140,35 +159,135 @@ def _bwd(
     return dense[0], dense[1], dense[2], dense[3], dense[4], dense[5], dense[6]
 
 
+_fwd = torch.library.custom_op(
+    "pixelgen::gate_residual_norm_modulate_fwd", _fwd_by_reference, mutates_args=()
+)
+_bwd = torch.library.custom_op(
+    "pixelgen::gate_residual_norm_modulate_bwd", _bwd_by_reference, mutates_args=()
+)
+
+
+def _branch_arguments(y: Tensor, gate: Tensor) -> dict[str, Any]:
+    """What forward and backward both pass on of the gated branch."""
+    y_strides, gate_strides = y.stride(), gate.stride()
+    return {
+        "y": address(y),
+        "gate": address(gate),
+        "y_image_stride": y_strides[0],
+        "y_row_stride": y_strides[1],
+        "gate_image_stride": gate_strides[0],
+        "gate_row_stride": gate_strides[1],
+        "y_dtype": dtype_tag(y),
+        "gate_dtype": dtype_tag(gate),
+        "gate_per_token": gate.dim() == 3,
+    }
+
+
+def _compiled_fwd(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.is_cuda and x.dtype == torch.float64:  # not worth compiled code on a GPU
+        return _fwd_by_reference(x, y, gate, shift, scale, weight, bias, norm, eps)
+    residual, normed, mean, rstd = _empty_outputs(x, norm)
+    if x.numel() > 0:
+        _C.gate_residual_norm_modulate_fwd(
+            residual=address(residual),
+            normed=address(normed),
+            eps=eps,
+            **_branch_arguments(y, gate),
+            **norm_arguments(x, shift, scale, weight, bias, mean, rstd, norm),
+        )
+    return residual, normed, mean, rstd
+
+
+def _compiled_bwd(
+    grad_residual: Tensor | None,
+    grad_normed: Tensor | None,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norm: str,
+) -> tuple[Tensor, ...]:
+    if residual.is_cuda and residual.dtype == torch.float64:
+        return _bwd_by_reference(
+            grad_residual, grad_normed, y, gate, shift, scale, weight, bias, residual, mean, rstd, norm
+        )
+    grads = empty_grads(residual, residual, y, gate, shift, scale, weight, bias)
+    if residual.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    grad_x, grad_y, grad_gate, grad_shift, grad_scale, grad_weight, grad_bias = grads
+    grad_residual, grad_normed = grad_rows(grad_residual, residual), grad_rows(grad_normed, residual)
+    norm_sums = 2 if weight is not None or (scale is not None and scale.dim() == 2) else 0
+    gate_sums = 1 if gate.dim() == 2 else 0
+    sum_bytes = (norm_sums + gate_sums) * rstd.itemsize
+    chunk = rows_per_chunk(residual, sum_bytes, residual.itemsize + y.itemsize)
+    # one buffer: those of the norm, then those of the gate
+    norm_size = norm_sums * num_chunks(residual, chunk) * residual.shape[2]
+    partials = rstd.new_empty((norm_sums + gate_sums) * num_chunks(residual, chunk) * residual.shape[2])
+    _C.gate_residual_norm_modulate_bwd(
+        grad_residual=address(grad_residual),
+        grad_residual_image_stride=grad_residual.stride(0),
+        grad_residual_row_stride=grad_residual.stride(1),
+        grad_normed=address(grad_normed),
+        grad_normed_image_stride=grad_normed.stride(0),
+        grad_normed_row_stride=grad_normed.stride(1),
+        grad_x=address(grad_x),
+        grad_y=address(grad_y),
+        grad_gate=address(grad_gate),
+        grad_shift=address(grad_shift),
+        grad_scale=address(grad_scale),
+        grad_weight=address(grad_weight),
+        grad_bias=address(grad_bias),
+        partials=address(partials) if norm_sums else 0,
+        gate_partials=address(partials) + norm_size * rstd.itemsize if gate_sums else 0,
+        rows_per_chunk=chunk,
+        **_branch_arguments(y, gate),
+        **norm_arguments(residual, shift, scale, weight, bias, mean, rstd, norm),
+    )
+    return tuple(grads)
+
+
+for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
+    _fwd.register_kernel(_device, _compiled_fwd)
+    _bwd.register_kernel(_device, _compiled_bwd)
+
+
 @_fwd.register_fake
 def _(x, y, gate, shift, scale, weight, bias, norm, eps):
-    stats = stats_dtype(x)
-    mean_shape = x.shape[:-1] if norm == "layer" else (0,)
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape),
-        x.new_empty(mean_shape, dtype=stats),
-        x.new_empty(x.shape[:-1], dtype=stats),
-    )
+    return _empty_outputs(x, norm)
 
 
 @_bwd.register_fake
 def _(grad_residual, grad_normed, y, gate, shift, scale, weight, bias, residual, mean, rstd, norm):
-    inputs = (residual, y, gate, shift, scale, weight, bias)
-    return tuple(residual.new_empty(0) if i is None else i.new_empty(i.shape) for i in inputs)
+    return tuple(empty_grads(residual, residual, y, gate, shift, scale, weight, bias))
 
 
 def _setup_context(ctx, inputs, output):
     _, y, gate, shift, scale, weight, bias, ctx.norm, _ = inputs
     residual, _, mean, rstd = output
     ctx.save_for_backward(y, gate, shift, scale, weight, bias, residual, mean, rstd)
+    ctx.set_materialize_grads(False)  # an output that is not used has no gradient to read
 
 
 def _backward(ctx, grad_residual, grad_normed, grad_mean, grad_rstd):
-    grads = _bwd(grad_residual, grad_normed, *ctx.saved_tensors, ctx.norm)
-    optional = ctx.saved_tensors[2:6]
-    others = [None if p is None else grad for p, grad in zip(optional, grads[3:], strict=True)]
-    return *grads[:3], *others, None, None
+    saved = ctx.saved_tensors
+    grad_x, grad_y, grad_gate, *grads = _bwd(grad_residual, grad_normed, *saved, ctx.norm)
+    others = [None if p is None else grad for p, grad in zip(saved[2:6], grads, strict=True)]
+    return grad_x, grad_y, grad_gate, *others, None, None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -7,7 +7,7 @@
 Statistics and arithmetic in fp32 (fp64 for fp64 `x`); one rounding, to the dtype of `x`, at the end.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,10 @@ __all__ = [
     "rms_norm_modulate_ref",
 ]
 
-# Rows that share one partial sum of the gradients that sum over rows: the order of that sum, and so its bits.
-ROWS_PER_CHUNK = {"cpu": 32, "cuda": 16}
+# Backward cuts its rows into about so many chunks, but into fewer where the partial sums of a chunk would
+# take more than 1 / 50 (on a GPU 1 / 16) of the gradients that its rows write. An image is one at least.
+_CHUNKS = {"cpu": 64, "cuda": 256}
+_GRADS_PER_SUM = {"cpu": 50, "cuda": 16}
 
 
 def _per_row(modulation: Tensor, x: Tensor) -> Tensor:
@@ -136,22 +138,18 @@ def _empty_outputs(x: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised y, mean and rstd."""
     stats = stats_dtype(x)
     rows = x.shape[:-1]
-    mean = x.new_empty(rows if norm == "layer" else (0,), dtype=stats)
+    mean = x.new_empty(rows if norm == "layer" else 0, dtype=stats)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, mean, x.new_empty(rows, dtype=stats)
 
 
-def _empty_grads(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised gradients. An op cannot return None: what has no gradient is of size 0."""
-
-    def like(tensor: Tensor | None) -> Tensor:
-        if tensor is None:
-            return x.new_empty(0)
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-    return like(x), like(shift), like(scale), like(weight), like(bias)
+def empty_grads(x: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+    """Uninitialised dense gradients. An op cannot return None: what has no gradient is of size 0."""
+    dense = torch.contiguous_format
+    return [
+        x.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=dense)
+        for tensor in inputs
+    ]
 
 
 def _fwd_by_reference(
@@ -200,44 +198,80 @@ def _rows_collapse(x: Tensor) -> bool:
     return all(dims[i][1] == dims[i + 1][0] * dims[i + 1][1] for i in range(len(dims) - 1))
 
 
-def _shared_arguments(
-    x: Tensor,
+def grad_rows(grad: Tensor | None, x: Tensor) -> Tensor:
+    """An upstream gradient as (num_images, rows_per_image, C) with a dense last dimension; None is zeros."""
+    if grad is None:
+        return x.new_zeros(x.shape[-1]).expand(_rows(x).shape)
+    if grad.dim() == 3:
+        return grad if grad.stride(2) == 1 else grad.contiguous()
+    # a gradient that was expanded from fewer numbers has no view of this shape
+    return _rows(grad if grad.stride(-1) == 1 and _rows_collapse(grad) else grad.contiguous())
+
+
+def rows_per_chunk(rows: Tensor, sum_bytes: int, grad_bytes: int) -> int:
+    """Rows that share one partial sum of the gradients that sum over rows: its order, and so its bits.
+
+    Args:
+        rows: (num_images, rows_per_image, C), not empty. Only its shape counts, and the kind of its device.
+        sum_bytes: of the partial sums of a chunk, per column.
+        grad_bytes: of the gradients of a row, per column.
+    """
+    num_images, rows_per_image, _ = rows.shape
+    kind = "cuda" if rows.is_cuda else "cpu"
+    least = max(1, -(-_GRADS_PER_SUM[kind] * sum_bytes // grad_bytes))
+    chunks = max(1, min(-(-_CHUNKS[kind] // num_images), rows_per_image // least))
+    return -(-rows_per_image // chunks)
+
+
+def num_chunks(rows: Tensor, chunk: int) -> int:
+    """Chunks of `chunk` rows in all images."""
+    return rows.shape[0] * -(-rows.shape[1] // chunk)
+
+
+def norm_arguments(
+    rows: Tensor,
     shift: Tensor | None,
     scale: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     norm: str,
-) -> dict[str, int | bool]:
-    """What forward and backward both pass on. Missing tensors have address 0, their strides are unused."""
-    rows = _rows(x)
-    per_token = scale is not None and scale.dim() == 3
+) -> dict[str, Any]:
+    """What forward and backward of every op that ends in this norm pass on, with rows (images, rows, C) as x.
 
-    def strides(name: str, tensor: Tensor | None) -> dict[str, int]:
-        if tensor is None:
-            return {f"{name}_image_stride": 0, f"{name}_row_stride": 0}
-        return {
-            f"{name}_image_stride": tensor.stride(0),
-            f"{name}_row_stride": tensor.stride(1) if tensor.dim() == 3 else 0,
-        }
-
+    Missing tensors have address 0, their strides and dtypes are unused.
+    """
+    num_images, rows_per_image, C = rows.shape
+    x_image_stride, x_row_stride, _ = rows.stride()
+    per_token = False
+    shift_strides = scale_strides = (0, 0)
+    if shift is not None and scale is not None:
+        per_token = scale.dim() == 3
+        shift_strides, scale_strides = shift.stride(), scale.stride()
     return {
-        "x": address(x),
+        "x": address(rows),
         "shift": address(shift),
         "scale": address(scale),
         "weight": address(weight),
         "bias": address(bias),
-        "num_images": rows.shape[0],
-        "rows_per_image": rows.shape[1],
-        "C": rows.shape[2],
-        **strides("x", rows),
-        **strides("shift", shift),
-        **strides("scale", scale),
-        "x_dtype": dtype_tag(x),
+        "mean": address(mean),
+        "rstd": address(rstd),
+        "num_images": num_images,
+        "rows_per_image": rows_per_image,
+        "C": C,
+        "x_image_stride": x_image_stride,
+        "x_row_stride": x_row_stride,
+        "shift_image_stride": shift_strides[0],
+        "shift_row_stride": shift_strides[1],
+        "scale_image_stride": scale_strides[0],
+        "scale_row_stride": scale_strides[1],
+        "x_dtype": dtype_tag(rows),
         "modulation_dtype": dtype_tag(scale),
         "weight_dtype": dtype_tag(weight),
         "per_token": per_token,
         "layer_norm": norm == "layer",
-        **launch(x),
+        **launch(rows),
     }
 
 
@@ -254,13 +288,8 @@ def _compiled_fwd(
         return _fwd_by_reference(x, shift, scale, weight, bias, norm, eps)
     y, mean, rstd = _empty_outputs(x, norm)
     if x.numel() > 0:
-        _C.rms_norm_modulate_fwd(
-            y=address(y),
-            mean=address(mean),
-            rstd=address(rstd),
-            eps=eps,
-            **_shared_arguments(x, shift, scale, weight, bias, norm),
-        )
+        arguments = norm_arguments(_rows(x), shift, scale, weight, bias, mean, rstd, norm)
+        _C.rms_norm_modulate_fwd(y=address(y), eps=eps, **arguments)
     return y, mean, rstd
 
 
@@ -274,41 +303,31 @@ def _compiled_bwd(
     mean: Tensor,
     rstd: Tensor,
     norm: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if x.is_cuda and x.dtype == torch.float64:
         return _bwd_by_reference(grad_y, x, shift, scale, weight, bias, mean, rstd, norm)
-    grads = _empty_grads(x, shift, scale, weight, bias)
+    grads = empty_grads(x, x, shift, scale, weight, bias)
     if x.numel() == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
+        return tuple(grad.zero_() for grad in grads)
     grad_x, grad_shift, grad_scale, grad_weight, grad_bias = grads
-    if not (grad_y.stride(-1) == 1 and (grad_y.dim() == 3 or _rows_collapse(grad_y))):
-        grad_y = grad_y.contiguous()  # a gradient that was expanded from fewer numbers
-    grad_rows = _rows(grad_y)
-    num_images, rows_per_image, C = grad_rows.shape
-    rows_per_chunk = ROWS_PER_CHUNK[x.device.type]
-    sums_over_rows = weight is not None or (scale is not None and scale.dim() == 2)
-    partials = None
-    if sums_over_rows:
-        chunks = num_images * -(-rows_per_image // rows_per_chunk)
-        partials = x.new_empty(chunks, 2, C, dtype=stats_dtype(x))
+    rows, grad = _rows(x), grad_rows(grad_y, x)
+    has_sums = weight is not None or (scale is not None and scale.dim() == 2)
+    chunk = rows_per_chunk(rows, 2 * rstd.itemsize * has_sums, x.itemsize)
+    partials = rstd.new_empty(num_chunks(rows, chunk), 2, rows.shape[2]) if has_sums else None
     _C.rms_norm_modulate_bwd(
-        grad_y=address(grad_y),
-        grad_y_image_stride=grad_rows.stride(0),
-        grad_y_row_stride=grad_rows.stride(1),
-        mean=address(mean),
-        rstd=address(rstd),
+        grad_y=address(grad),
+        grad_y_image_stride=grad.stride(0),
+        grad_y_row_stride=grad.stride(1),
         grad_x=address(grad_x),
         grad_shift=address(grad_shift),
         grad_scale=address(grad_scale),
         grad_weight=address(grad_weight),
         grad_bias=address(grad_bias),
         partials=address(partials),
-        rows_per_chunk=rows_per_chunk,
-        **_shared_arguments(x, shift, scale, weight, bias, norm),
+        rows_per_chunk=chunk,
+        **norm_arguments(rows, shift, scale, weight, bias, mean, rstd, norm),
     )
-    return grads
+    return tuple(grads)
 
 
 for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
@@ -323,13 +342,14 @@ def _(x, shift, scale, weight, bias, norm, eps):
 
 @_bwd.register_fake
 def _(grad_y, x, shift, scale, weight, bias, mean, rstd, norm):
-    return _empty_grads(x, shift, scale, weight, bias)
+    return tuple(empty_grads(x, x, shift, scale, weight, bias))
 
 
 def _setup_context(ctx, inputs, output):
     x, shift, scale, weight, bias, norm, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
+    ctx.set_materialize_grads(False)  # mean and rstd are never asked for theirs
     ctx.norm = norm
 
 

@@ -1,0 +1,278 @@
+// Forward and backward of a norm with shift and scale, row by row, for the ops that end in one. The
+// op says where a row comes from (`Rows`) and where its gradient goes (`Grads`).
+//
+// One work item is a chunk of rows of one image, whose weight, bias, shift and scale are folded
+// into one factor and one offset per column before its first row. The first loop over a row
+// converts it, later ones are served by the first-level cache.
+#pragma once
+
+#include "../math/norm.h"
+#include "../rms_norm_modulate.h"
+#include "rows.h"
+
+namespace pixelgen::cpu::PIXELGEN_ISA {
+namespace {
+
+constexpr int64_t kForwardChunk = 32;    // rows per work item: folding costs 1/32 of a row's work
+constexpr int64_t kColumnsPerItem = 64;  // of the second pass of backward
+
+// A row of T as Real: the first loop over it calls first(c) for every column, later ones read
+// values().
+template <typename Real, typename T>
+struct RowInput {
+  Real* buffer;
+  const T* row;
+
+  Real first(int64_t c) const {
+    if constexpr (IsSame<Real, T>::value)
+      return row[c];
+    else
+      return buffer[c] = math::to_real<Real>(row[c]);
+  }
+  const Real* values() const {
+    if constexpr (IsSame<Real, T>::value)
+      return row;
+    else
+      return buffer;
+  }
+};
+
+// Weight, bias, shift and scale of one row (or of all rows of an image when they are not per
+// token).
+template <typename Real>
+class Modulation {
+ public:
+  explicit Modulation(const RmsNormModulateParams& params) : p_(params), scratch_(params.C) {
+    load_row(p_.weight, p_.weight_dtype, 0, Real(1), weight, p_.C);
+    load_row(p_.bias, p_.weight_dtype, 0, Real(0), bias, p_.C);
+  }
+  Modulation(const Modulation&) = delete;  // its pointers are into itself
+
+  void read(int64_t image, int64_t row) {
+    const int64_t C = p_.C;
+    const int64_t row_of_modulation = p_.per_token ? row : 0;
+    load_row(p_.scale, p_.modulation_dtype,
+             image * p_.scale_image_stride + row_of_modulation * p_.scale_row_stride, Real(0),
+             scale, C);
+    load_row(p_.shift, p_.modulation_dtype,
+             image * p_.shift_image_stride + row_of_modulation * p_.shift_row_stride, Real(0),
+             shift, C);
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      const math::Affine<Real> affine =
+          math::fold_modulation(weight[c], bias[c], scale[c], shift[c]);
+      factor[c] = affine.factor;
+      offset[c] = affine.offset;
+    }
+  }
+
+ private:
+  const RmsNormModulateParams& p_;
+  Scratch<Real, 6> scratch_;
+
+ public:
+  Real *const weight = scratch_.row(0), *const bias = scratch_.row(1),
+              *const scale = scratch_.row(2), *const shift = scratch_.row(3),
+              *const factor = scratch_.row(4), *const offset = scratch_.row(5);
+};
+
+// The rows of a chunk: one work item.
+struct Chunk {
+  Chunk(const RmsNormModulateParams& p, int64_t item, int64_t rows_per_chunk) {
+    const int64_t chunks_per_image = ceil_div(p.rows_per_image, rows_per_chunk);
+    image = item / chunks_per_image;
+    first = item % chunks_per_image * rows_per_chunk;
+    last = min_of(first + rows_per_chunk, p.rows_per_image);
+  }
+  int64_t image, first, last;
+};
+
+inline int64_t num_chunks(const RmsNormModulateParams& p, int64_t rows_per_chunk) {
+  return p.num_images * ceil_div(p.rows_per_image, rows_per_chunk);
+}
+
+// Rows is made once per thread, from `op`. For every row `sum(image, row, term)` opens it and sums
+// term(value) over its columns; then `values` holds it as Real.
+template <typename T, typename Rows, typename Op, typename Real = typename Stats<T>::type>
+void norm_forward(const RmsNormModulateParams& p, const Op& op, int num_threads) {
+  const int64_t C = p.C;
+#pragma omp parallel num_threads(num_threads)
+  {
+    Modulation<Real> modulation(p);
+    Rows rows(op);
+    const Real *factor = modulation.factor, *offset = modulation.offset;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < num_chunks(p, kForwardChunk); ++item) {
+      const Chunk chunk(p, item, kForwardChunk);
+      if (!p.per_token) modulation.read(chunk.image, 0);
+      for (int64_t row = chunk.first; row < chunk.last; ++row) {
+        if (p.per_token) modulation.read(chunk.image, row);
+        const int64_t dense_row = chunk.image * p.rows_per_image + row;
+        Real mean = 0, squares;
+        if (p.layer_norm) {
+          mean = rows.sum(chunk.image, row, [](Real x) { return x; }) / Real(C);
+          const Real* x = rows.values;
+          // around the mean: the difference of two large sums would lose digits
+          squares = sum_columns<Real>(C, [=](int64_t c) { return (x[c] - mean) * (x[c] - mean); });
+          static_cast<Real*>(p.mean)[dense_row] = mean;
+        } else {
+          squares = rows.sum(chunk.image, row, [](Real x) { return x * x; });
+        }
+        const Real rstd = Real(1) / Real(__builtin_sqrt(squares / Real(C) + Real(p.eps)));
+        static_cast<Real*>(p.rstd)[dense_row] = rstd;
+        const Real* x = rows.values;
+        T* y = static_cast<T*>(p.y) + dense_row * C;
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) {
+          const Real n = math::normalise(x[c], mean, rstd);
+          math::from_real(math::modulate(n, math::Affine<Real>{factor[c], offset[c]}), &y[c]);
+        }
+      }
+    }
+  }
+}
+
+// Grads is made once per thread, from `op`. start_chunk(chunk) and finish_chunk(item, chunk) frame
+// the rows of a chunk; for every row start_row(image, row) gives what takes (c, gradient of the
+// norm's input), and finish_row(image, row) follows.
+//
+// The chunk's partial sums are of grad and of grad * n, where grad is grad_y, or grad_y * (1 +
+// scale) when the modulation is per token (it cannot be taken out of the sum there).
+template <typename T, typename Grads, typename Op, typename Real = typename Stats<T>::type>
+void norm_backward_rows(const RmsNormModulateGradParams& g, const Op& op, int num_threads) {
+  const RmsNormModulateParams& p = g.forward;
+  const int64_t C = p.C;
+  const Real inverse_width = Real(1) / Real(C);
+#pragma omp parallel num_threads(num_threads)
+  {
+    Modulation<Real> modulation(p);
+    Grads grads(op);
+    Scratch<Real, 4> scratch(C);
+    RowInput<Real, T> x_row{scratch.row(0), nullptr}, grad_row{scratch.row(1), nullptr};
+    Real *sum_grad = scratch.row(2), *sum_grad_n = scratch.row(3);
+    const Real *weight = modulation.weight, *bias = modulation.bias, *scale = modulation.scale,
+               *factor = modulation.factor;
+    // in backward offset and shift are not needed: their rows take this row's grad_scale and
+    // grad_shift
+    Real *grad_scale = modulation.offset, *grad_shift = modulation.shift;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < num_chunks(p, g.rows_per_chunk); ++item) {
+      const Chunk chunk(p, item, g.rows_per_chunk);
+      const int64_t image = chunk.image;
+      if (!p.per_token) modulation.read(image, 0);
+      grads.start_chunk(chunk);
+      for (int64_t c = 0; c < C; ++c) sum_grad[c] = sum_grad_n[c] = 0;
+
+      for (int64_t row = chunk.first; row < chunk.last; ++row) {
+        if (p.per_token) modulation.read(image, row);
+        const int64_t dense_row = image * p.rows_per_image + row;
+        x_row.row = static_cast<const T*>(p.x) + image * p.x_image_stride + row * p.x_row_stride;
+        grad_row.row = static_cast<const T*>(g.grad_y) + image * g.grad_y_image_stride +
+                       row * g.grad_y_row_stride;
+        const Real mean = p.layer_norm ? static_cast<const Real*>(p.mean)[dense_row] : Real(0);
+        const Real rstd = static_cast<const Real*>(p.rstd)[dense_row];
+
+        const Real mean_grad_n_n = inverse_width * sum_columns<Real>(C, [=](int64_t c) {
+                                     const Real n = math::normalise(x_row.first(c), mean, rstd);
+                                     return grad_row.first(c) * factor[c] * n;
+                                   });
+        const Real *x = x_row.values(), *grad_y = grad_row.values();
+        Real mean_grad_n = 0;
+        if (p.layer_norm) {
+          mean_grad_n = inverse_width *
+                        sum_columns<Real>(C, [=](int64_t c) { return grad_y[c] * factor[c]; });
+        }
+
+        const auto write = grads.start_row(image, row);
+        if (!p.per_token) {
+#pragma omp simd
+          for (int64_t c = 0; c < C; ++c) {
+            const Real n = math::normalise(x[c], mean, rstd);
+            write(c, math::norm_grad_x(grad_y[c] * factor[c], n, rstd, mean_grad_n, mean_grad_n_n));
+            sum_grad[c] += grad_y[c];
+            sum_grad_n[c] += grad_y[c] * n;
+          }
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < C; ++c) {
+            const Real n = math::normalise(x[c], mean, rstd);
+            write(c, math::norm_grad_x(grad_y[c] * factor[c], n, rstd, mean_grad_n, mean_grad_n_n));
+            const Real grad_m = grad_y[c] * (Real(1) + scale[c]);
+            sum_grad[c] += grad_m;
+            sum_grad_n[c] += grad_m * n;
+            grad_shift[c] = grad_y[c];
+            grad_scale[c] =
+                math::modulation_grad_scale(grad_y[c], grad_y[c] * n, weight[c], bias[c]);
+          }
+          store_row(grad_shift, g.grad_shift, p.modulation_dtype, dense_row * C, C);
+          store_row(grad_scale, g.grad_scale, p.modulation_dtype, dense_row * C, C);
+        }
+        grads.finish_row(image, row);
+      }
+      if (g.partials != nullptr) {
+        Real* partials = static_cast<Real*>(g.partials) + item * 2 * C;
+        store_row(sum_grad, partials, C);
+        store_row(sum_grad_n, partials + C, C);
+      }
+      grads.finish_chunk(item);
+    }
+  }
+}
+
+// Adds n columns of the partial sums of the chunks of one image, in order; `stride` apart.
+template <typename Real>
+inline void add_chunks(const Real* partials, int64_t chunks, int64_t stride, Real* sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < n; ++i) sum[i] += partials[chunk * stride + i];
+  }
+}
+
+// Gradients of shift, scale, weight and bias from the partial sums. One work item is a block of
+// columns.
+template <typename Real>
+void norm_backward_sums(const RmsNormModulateGradParams& g, int num_threads) {
+  if (g.partials == nullptr) return;
+  const RmsNormModulateParams& p = g.forward;
+  const int64_t C = p.C;
+  const int64_t chunks_per_image = ceil_div(p.rows_per_image, g.rows_per_chunk);
+  const bool modulation_sums = p.scale != nullptr && !p.per_token;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t item = 0; item < ceil_div(C, kColumnsPerItem); ++item) {
+    const int64_t begin = item * kColumnsPerItem;
+    const int64_t n = min_of(kColumnsPerItem, C - begin);
+    Real weight[kColumnsPerItem], bias[kColumnsPerItem], scale[kColumnsPerItem] = {};
+    Real grad_weight[kColumnsPerItem] = {}, grad_bias[kColumnsPerItem] = {};
+    load_row(p.weight, p.weight_dtype, begin, Real(1), weight, n);
+    load_row(p.bias, p.weight_dtype, begin, Real(0), bias, n);
+    for (int64_t image = 0; image < p.num_images; ++image) {
+      Real sum_grad[kColumnsPerItem], sum_grad_n[kColumnsPerItem];
+      const Real* partials =
+          static_cast<const Real*>(g.partials) + image * chunks_per_image * 2 * C + begin;
+      add_chunks(partials, chunks_per_image, 2 * C, sum_grad, n);
+      add_chunks(partials + C, chunks_per_image, 2 * C, sum_grad_n, n);
+      if (modulation_sums) {
+        load_row(p.scale, p.modulation_dtype, image * p.scale_image_stride + begin, Real(0), scale,
+                 n);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        grad_bias[i] += (Real(1) + scale[i]) * sum_grad[i];
+        grad_weight[i] += (Real(1) + scale[i]) * sum_grad_n[i];
+      }
+      if (modulation_sums) {
+        Real grad_scale[kColumnsPerItem];
+        for (int64_t i = 0; i < n; ++i) {
+          grad_scale[i] =
+              math::modulation_grad_scale(sum_grad[i], sum_grad_n[i], weight[i], bias[i]);
+        }
+        store_row(sum_grad, g.grad_shift, p.modulation_dtype, image * C + begin, n);
+        store_row(grad_scale, g.grad_scale, p.modulation_dtype, image * C + begin, n);
+      }
+    }
+    if (g.grad_weight != nullptr) store_row(grad_weight, g.grad_weight, p.weight_dtype, begin, n);
+    if (g.grad_bias != nullptr) store_row(grad_bias, g.grad_bias, p.weight_dtype, begin, n);
+  }
+}
+
+}  // namespace
+}  // namespace pixelgen::cpu::PIXELGEN_ISA
