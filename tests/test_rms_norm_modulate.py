@@ -25,6 +25,7 @@ from pixelgen_kernels.rms_norm_modulate import (
     rms_norm_modulate_bwd_ref,
     rms_norm_modulate_fwd_ref,
     rms_norm_modulate_ref,
+    rows_per_chunk,
 )
 
 NORMS = ("rms", "layer")
@@ -251,6 +252,36 @@ def test_same_bits_every_time_on_the_gpu(modulation: str) -> None:
         again = run(rms_norm_modulate, inputs, names)
         assert torch.equal(again[0][0], first[0][0])
         assert all(torch.equal(again[1][name], first[1][name]) for name in names)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements_on_the_gpu() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 32 * 2**30:
+        pytest.skip("needs 32 GiB of GPU memory")
+    T, C, last = 2**31 // 4096 + 64, 4096, 64
+    x, grad_y = (torch.randn(1, T, C, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    weight = torch.randn(C, device="cuda")
+
+    def results(x: torch.Tensor, grad_y: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.detach().requires_grad_()
+        y = rms_norm_modulate(leaf, weight=weight)
+        return [y.detach(), *torch.autograd.grad(y, leaf, grad_y)]
+
+    ends = [tensor[:, -last:].clone() for tensor in results(x, grad_y)]
+    expected = results(x[:, -last:], grad_y[:, -last:])
+    assert all(torch.equal(end, rows) for end, rows in zip(ends, expected, strict=True))
+
+
+@pytest.mark.parametrize(("B", "T", "C"), [(8, 288, 1024), (1, 288, 1024), (64, 256, 1152), (1, 16384, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sums", [0, 2, 3])
+def test_partial_sums_stay_small(sums: int, dtype: torch.dtype, B: int, T: int, C: int) -> None:
+    """At most 2 % of the gradients, and enough chunks to share out; the shape alone decides."""
+    x = torch.empty(B, T, C, dtype=dtype, device="meta")
+    rows = rows_per_chunk(x, 4 * sums, x.itemsize)
+    chunks = B * -(-T // rows)
+    assert 1 <= rows <= T and chunks >= min(B * T, 8 if sums else 64, B * (T // 300 + 1))
+    assert chunks * 4 * sums <= 0.021 * B * T * x.itemsize or rows == T
 
 
 @pytest.mark.parametrize("modulation", MODULATIONS)
