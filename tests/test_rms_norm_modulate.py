@@ -21,11 +21,11 @@ from op_testing import (
     run,
 )
 from pixelgen_kernels import rms_norm_modulate
+from pixelgen_kernels._norm_rows import rows_per_chunk
 from pixelgen_kernels.rms_norm_modulate import (
     rms_norm_modulate_bwd_ref,
     rms_norm_modulate_fwd_ref,
     rms_norm_modulate_ref,
-    rows_per_chunk,
 )
 
 NORMS = ("rms", "layer")

@@ -1,7 +1,9 @@
 // Bound by bytes: x and y are read once, residual and normed written once (backward: grad_residual,
 // grad_normed, residual and y read, grad_x and grad_y written). The gate is read once per row, from
-// L1 for all but the first. The kernels are those of norm_rows.cuh.
+// L1 for all but the first. The kernels are those of norm_fwd.cuh and norm_bwd.cuh.
 #include "../gate_residual_norm_modulate.h"
+#include "norm_bwd.cuh"
+#include "norm_fwd.cuh"
 #include "norm_rows.cuh"
 #include "vec.cuh"
 
@@ -118,7 +120,7 @@ bool branch_is_aligned(const GatedBranch& b, int pack) {
 
 Status gate_residual_norm_modulate_fwd(const GateResidualNormModulateParams& p, void* stream) {
   const auto is_aligned = [&](int pack) {
-    return norm_is_aligned(p.norm, pack) && branch_is_aligned(p.branch, pack) &&
+    return norm_is_aligned(p.norm, pack, kMaxThreads) && branch_is_aligned(p.branch, pack) &&
            packs_are_aligned(p.residual, p.norm.x_dtype, pack, p.norm.C, 0);
   };
   return with_packs(p.norm, is_aligned, [&](auto packs) {

@@ -1,6 +1,8 @@
 // Bound by bytes: x is read once and y written once (backward: x and grad_y read, grad_x written).
-// The kernels are those of norm_rows.cuh.
+// The kernels are those of norm_fwd.cuh and norm_bwd.cuh.
 #include "../rms_norm_modulate.h"
+#include "norm_bwd.cuh"
+#include "norm_fwd.cuh"
 #include "norm_rows.cuh"
 #include "vec.cuh"
 
@@ -52,7 +54,7 @@ struct PlainGrads {
 
 Status rms_norm_modulate_fwd(const RmsNormModulateParams& p, void* stream) {
   return with_packs(
-      p, [&](int pack) { return norm_is_aligned(p, pack); },
+      p, [&](int pack) { return norm_is_aligned(p, pack, kMaxThreads); },
       [&](auto packs) {
         return launch_norm_fwd<PlainRows<decltype(packs)>>(p, static_cast<cudaStream_t>(stream));
       });

@@ -21,16 +21,9 @@ from pixelgen_kernels._checks import (
     refuse_double_backward,
     stats_dtype,
 )
+from pixelgen_kernels._norm_rows import empty_grads, grad_rows, norm_arguments, num_chunks, rows_per_chunk
 from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda
-from pixelgen_kernels.rms_norm_modulate import (
-    empty_grads,
-    grad_rows,
-    norm_arguments,
-    num_chunks,
-    rms_norm_modulate_bwd_ref,
-    rms_norm_modulate_fwd_ref,
-    rows_per_chunk,
-)
+from pixelgen_kernels.rms_norm_modulate import rms_norm_modulate_bwd_ref, rms_norm_modulate_fwd_ref
 
 __all__ = [
     "gate_residual_norm_modulate",

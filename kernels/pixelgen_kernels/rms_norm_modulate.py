@@ -7,7 +7,7 @@
 Statistics and arithmetic in fp32 (fp64 for fp64 `x`); one rounding, to the dtype of `x`, at the end.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,16 @@ from pixelgen_kernels._checks import (
     refuse_double_backward,
     stats_dtype,
 )
-from pixelgen_kernels.native import (
-    _C,
-    address,
-    dtype_tag,
-    has_cuda,
-    launch,
+from pixelgen_kernels._norm_rows import (
+    as_rows,
+    empty_grads,
+    grad_rows,
+    norm_arguments,
+    num_chunks,
+    rows_collapse,
+    rows_per_chunk,
 )
+from pixelgen_kernels.native import _C, address, has_cuda
 
 __all__ = [
     "rms_norm_modulate",
@@ -33,11 +36,6 @@ __all__ = [
     "rms_norm_modulate_fwd_ref",
     "rms_norm_modulate_ref",
 ]
-
-# Backward cuts its rows into about so many chunks, but into fewer where the partial sums of a chunk would
-# take more than 1 / 50 (on a GPU 1 / 16) of the gradients that its rows write. An image is one at least.
-_CHUNKS = {"cpu": 64, "cuda": 256}
-_GRADS_PER_SUM = {"cpu": 50, "cuda": 16}
 
 
 def _per_row(modulation: Tensor, x: Tensor) -> Tensor:
@@ -143,15 +141,6 @@ def _empty_outputs(x: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
     return y, mean, x.new_empty(rows, dtype=stats)
 
 
-def empty_grads(x: Tensor, *inputs: Tensor | None) -> list[Tensor]:
-    """Uninitialised dense gradients. An op cannot return None: what has no gradient is of size 0."""
-    dense = torch.contiguous_format
-    return [
-        x.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=dense)
-        for tensor in inputs
-    ]
-
-
 def _fwd_by_reference(
     x: Tensor,
     shift: Tensor | None,
@@ -187,94 +176,6 @@ _fwd = torch.library.custom_op("pixelgen::rms_norm_modulate_fwd", _fwd_by_refere
 _bwd = torch.library.custom_op("pixelgen::rms_norm_modulate_bwd", _bwd_by_reference, mutates_args=())
 
 
-def _rows(x: Tensor) -> Tensor:
-    """X as (num_images, rows_per_image, C); a view."""
-    return x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
-
-
-def _rows_collapse(x: Tensor) -> bool:
-    """Whether the leading dimensions of x (..., C) are evenly spaced, so that x is a (rows, C) view."""
-    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-    return all(dims[i][1] == dims[i + 1][0] * dims[i + 1][1] for i in range(len(dims) - 1))
-
-
-def grad_rows(grad: Tensor | None, x: Tensor) -> Tensor:
-    """An upstream gradient as (num_images, rows_per_image, C) with a dense last dimension; None is zeros."""
-    if grad is None:
-        return x.new_zeros(x.shape[-1]).expand(_rows(x).shape)
-    if grad.dim() == 3:
-        return grad if grad.stride(2) == 1 else grad.contiguous()
-    # a gradient that was expanded from fewer numbers has no view of this shape
-    return _rows(grad if grad.stride(-1) == 1 and _rows_collapse(grad) else grad.contiguous())
-
-
-def rows_per_chunk(rows: Tensor, sum_bytes: int, grad_bytes: int) -> int:
-    """Rows that share one partial sum of the gradients that sum over rows: its order, and so its bits.
-
-    Args:
-        rows: (num_images, rows_per_image, C), not empty. Only its shape counts, and the kind of its device.
-        sum_bytes: of the partial sums of a chunk, per column.
-        grad_bytes: of the gradients of a row, per column.
-    """
-    num_images, rows_per_image, _ = rows.shape
-    kind = "cuda" if rows.is_cuda else "cpu"
-    least = max(1, -(-_GRADS_PER_SUM[kind] * sum_bytes // grad_bytes))
-    chunks = max(1, min(-(-_CHUNKS[kind] // num_images), rows_per_image // least))
-    return -(-rows_per_image // chunks)
-
-
-def num_chunks(rows: Tensor, chunk: int) -> int:
-    """Chunks of `chunk` rows in all images."""
-    return rows.shape[0] * -(-rows.shape[1] // chunk)
-
-
-def norm_arguments(
-    rows: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    norm: str,
-) -> dict[str, Any]:
-    """What forward and backward of every op that ends in this norm pass on, with rows (images, rows, C) as x.
-
-    Missing tensors have address 0, their strides and dtypes are unused.
-    """
-    num_images, rows_per_image, C = rows.shape
-    x_image_stride, x_row_stride, _ = rows.stride()
-    per_token = False
-    shift_strides = scale_strides = (0, 0)
-    if shift is not None and scale is not None:
-        per_token = scale.dim() == 3
-        shift_strides, scale_strides = shift.stride(), scale.stride()
-    return {
-        "x": address(rows),
-        "shift": address(shift),
-        "scale": address(scale),
-        "weight": address(weight),
-        "bias": address(bias),
-        "mean": address(mean),
-        "rstd": address(rstd),
-        "num_images": num_images,
-        "rows_per_image": rows_per_image,
-        "C": C,
-        "x_image_stride": x_image_stride,
-        "x_row_stride": x_row_stride,
-        "shift_image_stride": shift_strides[0],
-        "shift_row_stride": shift_strides[1],
-        "scale_image_stride": scale_strides[0],
-        "scale_row_stride": scale_strides[1],
-        "x_dtype": dtype_tag(rows),
-        "modulation_dtype": dtype_tag(scale),
-        "weight_dtype": dtype_tag(weight),
-        "per_token": per_token,
-        "layer_norm": norm == "layer",
-        **launch(rows),
-    }
-
-
 def _compiled_fwd(
     x: Tensor,
     shift: Tensor | None,
@@ -288,7 +189,7 @@ def _compiled_fwd(
         return _fwd_by_reference(x, shift, scale, weight, bias, norm, eps)
     y, mean, rstd = _empty_outputs(x, norm)
     if x.numel() > 0:
-        arguments = norm_arguments(_rows(x), shift, scale, weight, bias, mean, rstd, norm)
+        arguments = norm_arguments(as_rows(x), shift, scale, weight, bias, mean, rstd, norm)
         _C.rms_norm_modulate_fwd(y=address(y), eps=eps, **arguments)
     return y, mean, rstd
 
@@ -310,7 +211,7 @@ def _compiled_bwd(
     if x.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     grad_x, grad_shift, grad_scale, grad_weight, grad_bias = grads
-    rows, grad = _rows(x), grad_rows(grad_y, x)
+    rows, grad = as_rows(x), grad_rows(grad_y, x)
     has_sums = weight is not None or (scale is not None and scale.dim() == 2)
     chunk = rows_per_chunk(rows, 2 * rstd.itemsize * has_sums, x.itemsize)
     partials = rstd.new_empty(num_chunks(rows, chunk), 2, rows.shape[2]) if has_sums else None
@@ -407,7 +308,7 @@ def rms_norm_modulate(
     shapes = {"B, C": (x.shape[0], x.shape[-1]), "B, T, C": tuple(x.shape)}
     check_norm_arguments(op, x, shift, scale, weight, bias, norm, eps, modulation_shapes=shapes)
     check_dense_rows(op, x=x)
-    if x.dim() > 3 and not _rows_collapse(x):
+    if x.dim() > 3 and not rows_collapse(x):
         raise ValueError(
             f"{op}: x with more than 3 dimensions must be viewable as (rows, C), "
             f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
