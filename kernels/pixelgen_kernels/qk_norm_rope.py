@@ -260,6 +260,48 @@ def _(
     return grad_qkv, grad_q_weight, grad_k_weight
 
 
+# The Triton module is imported when first needed: a machine without a GPU may have no triton.
+@_fwd.register_kernel("cuda")
+def _(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_prefix_tokens: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pixelgen_kernels.triton_kernels.qk_norm_rope import launch_qk_norm_rope_fwd
+
+    tables = _dense(q_weight, k_weight, cos, sin)
+    with torch.cuda.device_of(qkv):
+        return launch_qk_norm_rope_fwd(qkv, *tables, num_heads, num_prefix_tokens, eps)
+
+
+@_bwd.register_kernel("cuda")
+def _(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    num_heads: int,
+    num_prefix_tokens: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pixelgen_kernels.triton_kernels.qk_norm_rope import launch_qk_norm_rope_bwd
+
+    tables = _dense(q_weight, k_weight, cos, sin)
+    with torch.cuda.device_of(qkv):
+        return launch_qk_norm_rope_bwd(
+            grad_q, grad_k, grad_v, qkv, *tables, num_heads, num_prefix_tokens, eps
+        )
+
+
 @_fwd.register_fake
 def _(qkv, q_weight, k_weight, cos, sin, num_heads, num_prefix_tokens, eps):
     B, T, packed = qkv.shape
