@@ -1,5 +1,11 @@
-"""What several ops share, above all argument checks: their messages name op, argument, limit and value."""
+"""What several ops share, above all argument checks: their messages name op, argument, limit and value.
 
+The checks run at every call of every op: what is right passes with few reads of a tensor's attributes, which
+are slow, and texts are made only for what is wrong.
+"""
+
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,12 +13,15 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_WIDTH = 8192
+_MAX_FLOAT = sys.float_info.max
 
 
 def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Dtype of statistics and accumulation: float64 when any tensor is float64, else float32."""
-    has_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if has_double else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def check_float_tensors(op: str, **tensors: Any) -> None:
@@ -41,7 +50,7 @@ def check_ndim(op: str, name: str, tensor: Tensor, letters: str) -> None:
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
     """Raises ValueError unless `tensor` has exactly this shape."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(
             f"{op}: {name} must have shape ({letters}) = {tuple(shape)}, got {tuple(tensor.shape)}"
         )
@@ -50,7 +59,7 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], lett
 def check_dense_rows(op: str, **tensors: Tensor | None) -> None:
     """Raises ValueError unless the last dimension is contiguous; the others may be strided. Skips None."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor is not None and tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{op}: {name} must be contiguous in its last dimension, got strides {tuple(tensor.stride())}"
             )
@@ -58,9 +67,9 @@ def check_dense_rows(op: str, **tensors: Tensor | None) -> None:
 
 def check_positive(op: str, name: str, value: float) -> None:
     """Raises TypeError for anything but a number, ValueError unless it is finite and above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
+    if not 0 < value <= _MAX_FLOAT:  # an int may be larger
         raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
 
 
@@ -72,7 +81,7 @@ def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) ->
 
 def check_int(op: str, name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
     """Raises TypeError for anything but an int, ValueError unless low <= value <= high."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{op}: {name} must be between {low} and {high}, got {value}")
@@ -108,27 +117,32 @@ def check_norm_arguments(
         raise ValueError(f"{op}: x must have 1 <= C <= {MAX_WIDTH} channels, got {tuple(x.shape)}")
     check_choice(op, "norm", norm, ("rms", "layer"))
     check_positive(op, "eps", eps)
-    given = {"shift": shift, "scale": scale, "weight": weight, "bias": bias}
-    present = {name: tensor for name, tensor in given.items() if tensor is not None}
-    check_float_tensors(op, x=x, **present)
-    check_dense_rows(op, **present)
+    device = x.device
+    for name, tensor in (("shift", shift), ("scale", scale), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOAT_DTYPES or tensor.device != device:
+            check_float_tensors(op, x=x, **{name: tensor})
+        if tensor.ndim and tensor.stride(-1) != 1:
+            check_dense_rows(op, **{name: tensor})
     if (shift is None) != (scale is None):
         missing, other = ("shift", "scale") if shift is None else ("scale", "shift")
         raise ValueError(f"{op}: {missing} must be given when {other} is, got None")
     if bias is not None and weight is None:
         raise ValueError(f"{op}: weight must be given when bias is, got None")
     if shift is not None and scale is not None:
-        if tuple(shift.shape) not in modulation_shapes.values():
+        if shift.shape not in modulation_shapes.values():
             allowed = " or ".join(f"({letters}) = {shape}" for letters, shape in modulation_shapes.items())
             raise ValueError(f"{op}: shift must have shape {allowed}, got {tuple(shift.shape)}")
-        check_shape(op, "scale", scale, tuple(shift.shape), "the shape of shift")
+        check_shape(op, "scale", scale, shift.shape, "the shape of shift")
         if scale.dtype != shift.dtype:
             raise TypeError(f"{op}: scale must have the dtype of shift, {shift.dtype}, got {scale.dtype}")
-    for name in ("weight", "bias"):
-        if name in present:
-            check_shape(op, name, present[name], (C,), "C,")
-    if weight is not None and bias is not None and bias.dtype != weight.dtype:
-        raise TypeError(f"{op}: bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
+    if weight is not None:
+        check_shape(op, "weight", weight, (C,), "C,")
+        if bias is not None:
+            check_shape(op, "bias", bias, (C,), "C,")
+            if bias.dtype != weight.dtype:
+                raise TypeError(f"{op}: bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
 
 
 def copy_like(tensor: Tensor, values: Tensor) -> Tensor:
@@ -143,3 +157,32 @@ def refuse_double_backward(bwd: Any, op: str) -> None:
         raise RuntimeError(f"{op}: double backward is not supported; pixelgen_kernels.select('eager') has it")
 
     bwd.register_autograd(backward)
+
+
+def register_autograd(
+    fwd: Any, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """Gives an op its autograd formula, and returns what its public function calls.
+
+    The op is differentiable itself, and compiled code calls it. But where a gradient is wanted it reads its
+    own schema at every call, which takes as long as all the rest of the overhead. What is returned records
+    the same formula without that.
+    """
+    fwd.register_autograd(backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = fwd(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(fwd._name, (torch.autograd.Function,), members)
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return function.apply(*args)
+        return fwd(*args)
+
+    return call

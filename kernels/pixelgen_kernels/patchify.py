@@ -16,6 +16,7 @@ from pixelgen_kernels._checks import (
     check_float_tensors,
     check_int,
     check_ndim,
+    register_autograd,
 )
 from pixelgen_kernels.native import _C, address, has_cuda, launch
 
@@ -177,8 +178,8 @@ def _unpatchify_backward(ctx, grad_x):
     return _patchify(grad_x, ctx.patch_size, ctx.channel_order), None, None, None, None
 
 
-_patchify.register_autograd(_patchify_backward, setup_context=_patchify_setup_context)
-_unpatchify.register_autograd(_unpatchify_backward, setup_context=_unpatchify_setup_context)
+_differentiable_patchify = register_autograd(_patchify, _patchify_backward, _patchify_setup_context)
+_differentiable_unpatchify = register_autograd(_unpatchify, _unpatchify_backward, _unpatchify_setup_context)
 
 
 def _check_geometry(op: str, patch_size: int, H: int, W: int, channel_order: str) -> None:
@@ -208,7 +209,7 @@ def patchify(x: Tensor, patch_size: int, *, channel_order: Literal["first", "las
     check_float_tensors("patchify", x=x)
     check_ndim("patchify", "x", x, "B, C, H, W")
     _check_geometry("patchify", patch_size, x.shape[2], x.shape[3], channel_order)
-    return _patchify(x, patch_size, channel_order)
+    return _differentiable_patchify(x, patch_size, channel_order)
 
 
 def unpatchify(
@@ -246,4 +247,4 @@ def unpatchify(
             f"unpatchify: tokens must number H*W/P^2 = {H * W // pixels} for image_size ({H}, {W}), got {T}"
         )
     check_dense_rows("unpatchify", tokens=tokens)
-    return _unpatchify(tokens, patch_size, H, W, channel_order)
+    return _differentiable_unpatchify(tokens, patch_size, H, W, channel_order)

@@ -20,6 +20,7 @@ from pixelgen_kernels._checks import (
     check_positive,
     check_shape,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 from pixelgen_kernels.native import _C, address, dtype_tag, launch
@@ -168,6 +169,7 @@ def _shared_arguments(
 ) -> dict[str, Any]:
     """What forward and backward both pass on. Missing tensors have address 0."""
     B, T, channels = qkv.shape
+    batch_stride, token_stride, _ = qkv.stride()
     return {
         "qkv": address(qkv),
         "q_weight": address(q_weight),
@@ -178,8 +180,8 @@ def _shared_arguments(
         "T": T,
         "N": num_heads,
         "D": channels // (3 * num_heads),
-        "qkv_batch_stride": qkv.stride(0),
-        "qkv_token_stride": qkv.stride(1),
+        "qkv_batch_stride": batch_stride,
+        "qkv_token_stride": token_stride,
         "num_prefix_tokens": num_prefix_tokens,
         "qkv_dtype": dtype_tag(qkv),
         "q_weight_dtype": dtype_tag(q_weight),
@@ -324,7 +326,7 @@ def _backward(ctx, grad_q, grad_k, grad_v):
     return *grads, None, None, None, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "qk_norm_rope")
 
 
@@ -363,7 +365,10 @@ def qk_norm_rope(
         ValueError: a shape, stride, device or value is not as above.
     """
     op = "qk_norm_rope"
-    check_float_tensors(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    if cos is None or sin is None:
+        check_float_tensors(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
+    else:
+        check_float_tensors(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     check_ndim(op, "qkv", qkv, "B, T, 3 N D")
     check_dense_rows(op, qkv=qkv)
     check_int(op, "num_heads", num_heads, 1)
@@ -382,11 +387,11 @@ def qk_norm_rope(
         missing, given = ("cos", "sin") if cos is None else ("sin", "cos")
         raise ValueError(f"{op}: {missing} must be given when {given} is, got None")
     if cos is not None and sin is not None:
-        check_float_tensors(op, qkv=qkv, cos=cos, sin=sin)
         if head_dim % 2:
             raise ValueError(f"{op}: qkv must have an even head dimension to be rotated, got D = {head_dim}")
         shape = (T - num_prefix_tokens, head_dim // 2)
         check_shape(op, "cos", cos, shape, "T - num_prefix_tokens, D/2")
         check_shape(op, "sin", sin, shape, "T - num_prefix_tokens, D/2")
-        cos, sin = cos.detach(), sin.detach()
-    return _fwd(qkv, q_weight, k_weight, cos, sin, num_heads, num_prefix_tokens, eps)
+        if cos.requires_grad or sin.requires_grad:
+            cos, sin = cos.detach(), sin.detach()
+    return _differentiable_fwd(qkv, q_weight, k_weight, cos, sin, num_heads, num_prefix_tokens, eps)

@@ -14,6 +14,7 @@ from pixelgen_kernels._checks import (
     check_dense_rows,
     check_float_tensors,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 from pixelgen_kernels.native import _C, address, dtype_tag, launch
@@ -53,6 +54,8 @@ def _leading_collapse(x: Tensor) -> bool:
 
 def _three_dims(x: Tensor) -> Tensor:
     """X, whose leading dimensions collapse and which is not empty, as (outer, inner, C); a view."""
+    if x.ndim == 3:
+        return x
     inner = x.shape[-2] if x.ndim > 1 else 1
     return x.view(-1, inner, x.shape[-1])
 
@@ -136,7 +139,7 @@ def _backward(ctx, grad_y):
     return _bwd(grad_y, *ctx.saved_tensors)
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "swiglu")
 
 
@@ -156,12 +159,13 @@ def swiglu(x: Tensor) -> Tensor:
         ValueError: the shape or the strides are not as above.
     """
     check_float_tensors("swiglu", x=x)
-    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % 2:
+    shape = x.shape
+    if not shape or shape[-1] == 0 or shape[-1] % 2:
         raise ValueError(f"swiglu: x must have shape (..., 2 F) with F >= 1, got {tuple(x.shape)}")
     check_dense_rows("swiglu", x=x)
-    if x.numel() and not _leading_collapse(x):
+    if len(shape) > 3 and x.numel() and not _leading_collapse(x):
         raise ValueError(
             f"swiglu: x must be viewable with all but the last two dimensions as one, "
             f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
         )
-    return _fwd(x)
+    return _differentiable_fwd(x)
