@@ -232,9 +232,9 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_qkv = qkv.new_empty(qkv.shape)
-    grad_q_weight, grad_k_weight = q_weight.new_zeros(q_weight.shape), k_weight.new_zeros(k_weight.shape)
+    grad_q_weight, grad_k_weight = q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape)
     if qkv.numel() == 0:
-        return grad_qkv, grad_q_weight, grad_k_weight
+        return grad_qkv, grad_q_weight.zero_(), grad_k_weight.zero_()
     grads = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
     strides: dict[str, int] = {}
     for name, grad in grads.items():

@@ -327,9 +327,9 @@ def launch_qk_norm_rope_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_qkv (B, T, 3 N D), dense, and grad_q_weight and grad_k_weight (D,); gradients of any strides."""
     grad_qkv = qkv.new_empty(qkv.shape)
-    grad_q_weight, grad_k_weight = q_weight.new_zeros(q_weight.shape), k_weight.new_zeros(k_weight.shape)
+    grad_q_weight, grad_k_weight = q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape)
     if qkv.numel() == 0:
-        return grad_qkv, grad_q_weight, grad_k_weight
+        return grad_qkv, grad_q_weight.zero_(), grad_k_weight.zero_()
     grads = (grad_q, grad_k, grad_v)
     row_strides = [stride for grad in grads for stride in grad.stride()[:3]]
     strides = (*row_strides, *qkv.stride()[:2])
