@@ -172,9 +172,13 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a grid's x dimension
 template <typename... Parameters, typename... Arguments>
 Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
               const Arguments&... arguments) {
+#ifndef PIXELGEN_CUDA_EMULATION
   kernel<<<grid, block, 0, stream>>>(arguments...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+#else  // tests/cuda_emulation
+  return cuda_emulation::launch(kernel, grid, block, arguments...);
+#endif
 }
 
 }  // namespace pixelgen::cuda

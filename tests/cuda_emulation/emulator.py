@@ -1,0 +1,219 @@
+"""The CUDA sources, compiled for the CPU by g++ and run by cuda_emulation.cpp in place of a GPU.
+
+`build` makes a module that is loaded in place of `pixelgen_kernels._C`; `Emulator.active` then sends the ops'
+CUDA path through it, with tensors that lie on the CPU.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from pixelgen_kernels import native
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CACHE = HERE.parents[1] / "build" / "cuda_emulation"
+ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
+
+_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w", "-DPIXELGEN_HAS_CUDA"]
+# aggregates stay whole, so that an access of 16 bytes is seen as one
+_WATCHED = ["-fsanitize=thread", "-fsanitize=alignment", "-fno-tree-sra", "-ffp-contract=off"]
+_DEFINES = {
+    "PIXELGEN_VERSION": '"emulated"',
+    "PIXELGEN_COMPILER": '"g++"',
+    "PIXELGEN_CUDA_VERSION": '"emulated"',
+    "PIXELGEN_CUDA_ARCHS": '"cpu"',
+    "PIXELGEN_ISA": "baseline",
+}
+
+
+def missing() -> str | None:
+    """What this machine lacks to build the module, or None."""
+    if shutil.which(_compiler()) is None:
+        return f"no C++ compiler: {_compiler()} is not on PATH"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h is not installed"
+    return None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def build(csrc: Path = CSRC, folder: Path = CACHE) -> Path:
+    """Compiles a module like `pixelgen_kernels._C` from `csrc`, a folder laid out as csrc/ is.
+
+    What is in `folder` is used again as long as the sources are the same.
+    """
+    cuda = sorted((csrc / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    others = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
+    return _link(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [*cuda, *others], csrc, folder)
+
+
+def build_faults(folder: Path = CACHE) -> Path:
+    """Compiles a library of kernels with faults."""
+    return _link("faults.so", [HERE / "faults.cu"], CSRC, folder)
+
+
+def _link(name: str, sources: list[Path], csrc: Path, folder: Path) -> Path:
+    import pybind11
+
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [HERE, csrc, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h")]
+    shared = b"".join(path.read_bytes() for path in sorted(headers))
+    defines = [f"-D{key}={value}" for key, value in _DEFINES.items()]
+    common = [_compiler(), *_COMMON, *defines, *(f"-I{path}" for path in includes)]
+
+    def compiled(source: Path) -> Path:
+        if source.suffix == ".cu":
+            flags = ["-O1", "-g1", *_WATCHED, "-DPIXELGEN_CUDA_EMULATION", "-include", "cuda_emulation.h"]
+        elif source.parent == HERE:
+            flags = ["-O2", "-g1"]
+        else:
+            flags = ["-O0"]  # the bindings, and the CPU code that they refer to
+        command = [*common, *flags, "-x", "c++", "-c", str(source)]
+        # not the folders: a copy of csrc with one changed file is compiled in no time
+        options = repr((flags, _COMMON, defines, command[0], source.name, sys.version))
+        key = hashlib.sha256(shared + source.read_bytes() + options.encode())
+        target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
+        if not target.exists():
+            _run([*command, "-o"], target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, [*sources, HERE / "cuda_emulation.cpp"]))
+    key = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:16]
+    library = folder / key / name
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        _run([_compiler(), "-shared", *map(str, objects), "-ldl", "-o"], library)
+    return library
+
+
+def _run(command: list[str], target: Path) -> None:
+    """Runs the command with a temporary name for `target`: another process may make the same file."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    done = subprocess.run([*command, str(partial)], capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    partial.replace(target)
+
+
+class Library:
+    """A shared library with the emulation in it, and the switches of the machine that it stands for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.cuda_emulation_add_buffer.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+        self.functions.cuda_emulation_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self.functions.cuda_emulation_counts.restype = ctypes.POINTER(ctypes.c_uint64)
+
+    def counts(self) -> dict[str, int]:
+        """What ran since the module was loaded."""
+        names = ("launches", "blocks", "barriers", "warp_operations", "accesses")
+        return dict(zip(names, self.functions.cuda_emulation_counts()[:5], strict=True))
+
+    def set_order(self, order: Literal["ascending", "descending", "shuffled"], seed: int = 0) -> None:
+        """The order in which blocks, warps and the lanes of a warp run."""
+        self.functions.cuda_emulation_set_order(ORDERS[order], seed)
+
+    def allow(self, tensor: Tensor | None) -> int:
+        """As `native.address`. Kernels may touch the tensor from its first to its last element."""
+        if tensor is not None and tensor.numel() > 0:
+            sizes = zip(tensor.shape, tensor.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in sizes)
+            self.functions.cuda_emulation_add_buffer(tensor.data_ptr(), extent * tensor.element_size())
+        return 0 if tensor is None else tensor.data_ptr()
+
+    def forget(self) -> None:
+        """No tensor may be touched any longer."""
+        self.functions.cuda_emulation_forget_buffers()
+
+    def with_place(self, message: str) -> str:
+        """The message with the offset of an instruction as file and line."""
+        found = re.search(r"@(\d+)", message)
+        if found is None or shutil.which("addr2line") is None:
+            return message
+        # the return address is that of the next instruction
+        command = ["addr2line", "-e", str(self.path), "-s", hex(int(found[1]) - 1)]
+        place = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return message.replace(found[0], f"at {place}")
+
+
+class Emulator(Library):
+    """The compiled module, and the way to send the ops through it."""
+
+    def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("_C", path)
+        assert spec is not None and spec.loader is not None
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        super().__init__(path)
+
+    def _call(self, function: Callable[..., None]) -> Callable[..., None]:
+        def call(**arguments: Any) -> None:
+            assert arguments["device"] == 0
+            try:
+                function(**arguments)
+            except RuntimeError as error:
+                raise RuntimeError(self.with_place(str(error))) from None
+            finally:
+                self.forget()
+
+        return call
+
+    def _swaps(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
+        """What differs on a GPU: (where it is, its name, here, there)."""
+        emulated = SimpleNamespace(**vars(self.module))
+        for name, value in vars(self.module).items():
+            if callable(value) and name != "build_info":
+                setattr(emulated, name, self._call(value))
+        there = {
+            "_C": (native._C, emulated),
+            "address": (native.address, self.allow),
+            "launch": (native.launch, lambda tensor: {"device": 0, "stream": 0, "num_threads": 0}),
+        }
+        swaps: list[tuple[dict[str, Any], str, Any, Any]] = []
+        for module in [sys.modules[name] for name in sys.modules if name.startswith("pixelgen_kernels.")]:
+            for name, (original, replacement) in there.items():
+                if vars(module).get(name) is original:
+                    swaps.append((vars(module), name, original, replacement))
+            for value in vars(module).values():  # a constant per device
+                if isinstance(value, dict) and value.keys() == {"cpu", "cuda"}:
+                    swaps.append((value, "cpu", value["cpu"], value["cuda"]))
+        return swaps
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Ops run as on a GPU. Fresh tensors hold NaN, so that what a kernel leaves out shows."""
+        swaps = self._swaps()
+        was_deterministic = torch.are_deterministic_algorithms_enabled()
+        try:
+            for place, name, _, there in swaps:
+                place[name] = there
+            Tensor.is_cuda = True
+            torch.use_deterministic_algorithms(True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic)
+            del Tensor.is_cuda
+            for place, name, here, _ in swaps:
+                place[name] = here

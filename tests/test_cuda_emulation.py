@@ -1,0 +1,201 @@
+"""The CUDA kernels, run on the CPU: tests/cuda_emulation stands for the GPU.
+
+Their results are held to the same accuracy as everywhere. Beside that the emulation reports accesses outside
+of the tensors, misaligned packs, races, shared memory that was not written, and barriers and shuffles that
+not all threads reach; and blocks, warps and lanes run in several orders, which must give the same bits.
+"""
+
+import ctypes
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import test_rms_norm_modulate
+import torch
+from cuda_emulation.emulator import CSRC, ORDERS, Emulator, Library, build, build_faults, missing
+from op_testing import DTYPES, Inputs, as_chunk, check_accuracy, draw, run
+from pixelgen_kernels import patchify, rms_norm_modulate, unpatchify
+from pixelgen_kernels.patchify import patchify_ref, unpatchify_ref
+from pixelgen_kernels.rms_norm_modulate import rms_norm_modulate_ref
+from test_rms_norm_modulate import AFFINES, MODULATIONS, NORMS
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"cannot build the emulation: {missing()}")
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    return Emulator(build())
+
+
+# --- what is run: one entry per op. A case makes its inputs and the names of those that have gradients.
+
+Cases = Iterator[tuple[str, Callable[[], tuple[Inputs, list[str]]]]]
+CHANNEL_ORDERS = ("first", "last")
+# smallest, odd in every dimension, one channel, JiT's patch size, no image
+IMAGES = [((1, 1, 1, 1), 1), ((3, 5, 9, 21), 3), ((2, 1, 8, 12), 4), ((1, 3, 32, 64), 16), ((0, 3, 8, 8), 4)]
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def at_odd_addresses(inputs: Inputs, names: list[str]) -> tuple[Inputs, list[str]]:
+    """The same values one element behind a multiple of 16 bytes."""
+    for key in names:
+        tensor = inputs[key]
+        inputs[key] = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    return inputs, names
+
+
+def patchify_cases() -> Cases:
+    for (shape, P), order, dtype in itertools.product(IMAGES, CHANNEL_ORDERS, (*DTYPES, torch.float64)):
+        for layout in ("dense", "channels_last", "crop"):
+
+            def make(shape=shape, P=P, order=order, dtype=dtype, layout=layout):
+                x = draw(*shape, dtype=dtype)
+                if layout == "channels_last":
+                    x = x.contiguous(memory_format=torch.channels_last)
+                elif layout == "crop":
+                    x = as_chunk(x, dim=3)
+                return {"x": x, "patch_size": P, "channel_order": order}, ["x"]
+
+            yield f"{shape}-{P}-{order}-{name(dtype)}-{layout}", make
+
+
+def unpatchify_cases() -> Cases:
+    for (shape, P), order, dtype in itertools.product(IMAGES, CHANNEL_ORDERS, (*DTYPES, torch.float64)):
+        for strided in (False, True):
+
+            def make(shape=shape, P=P, order=order, dtype=dtype, strided=strided):
+                tokens = patchify_ref(draw(*shape, dtype=dtype), P)
+                inputs = {"tokens": as_chunk(tokens) if strided else tokens, "patch_size": P}
+                return {**inputs, "image_size": shape[2:], "channel_order": order}, ["tokens"]
+
+            yield f"{shape}-{P}-{order}-{name(dtype)}-{'chunk' if strided else 'dense'}", make
+
+
+def rms_norm_modulate_cases() -> Cases:
+    make = functools.partial(functools.partial, test_rms_norm_modulate.make)
+    options = itertools.product(NORMS, MODULATIONS, AFFINES)
+    for dtype, option in itertools.product(DTYPES, options):
+        label = f"{name(dtype)}-{'-'.join(option)}"
+        yield f"(3, 37, 13)-{label}", make((3, 37, 13), *option, dtype=dtype)
+        yield f"(2, 17, 72)-{label}-chunk", make((2, 17, 72), *option, dtype=dtype, strided=True)
+    for dtype, modulation in itertools.product(DTYPES, MODULATIONS):
+        for shape in ((1, 1, 8), (1, 3, 1152), (1, 2, 8192), (0, 5, 16), (2, 0, 16)):
+            label = f"{shape}-{name(dtype)}-layer-{modulation}-weight_and_bias"
+            yield label, make(shape, "layer", modulation, "weight_and_bias", dtype=dtype)
+        odd = make((2, 3, 24), "layer", modulation, "weight_and_bias", dtype=dtype)
+        yield f"{name(dtype)}-{modulation}-odd addresses", lambda odd=odd: at_odd_addresses(*odd())
+    for dtypes in itertools.product(DTYPES, repeat=3):
+        for modulation in ("per_sample", "per_token"):
+            dtype, modulation_dtype, weight_dtype = dtypes
+            mixed = {"dtype": dtype, "modulation_dtype": modulation_dtype, "weight_dtype": weight_dtype}
+            yield (
+                f"mixed-{modulation}-{'-'.join(map(name, dtypes))}",
+                make((2, 5, 40), "layer", modulation, "weight_and_bias", **mixed),
+            )
+
+
+@dataclass(frozen=True)
+class Entry:
+    op: Callable
+    reference: Callable
+    cases: Callable[[], Cases]
+    is_exact: bool = False  # moves numbers and does not compute
+
+
+ENTRIES = {
+    "patchify": Entry(patchify, patchify_ref, patchify_cases, is_exact=True),
+    "unpatchify": Entry(unpatchify, unpatchify_ref, unpatchify_cases, is_exact=True),
+    "rms_norm_modulate": Entry(rms_norm_modulate, rms_norm_modulate_ref, rms_norm_modulate_cases),
+}
+ALL_CASES = [
+    pytest.param(entry, make, id=f"{op}-{label}")
+    for op, entry in ENTRIES.items()
+    for label, make in entry.cases()
+]
+
+
+@pytest.mark.parametrize(("entry", "make"), ALL_CASES)
+def test_kernels(entry: Entry, make: Callable[[], tuple[Inputs, list[str]]], emulator: Emulator) -> None:
+    inputs, names = make()
+    before = {key: value.clone() for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    launches = emulator.counts()["launches"]
+    with emulator.active():
+        emulator.set_order("ascending")
+        check_accuracy(entry.op, entry.reference, inputs, names)
+        outputs, grads = run(entry.op, inputs, names)
+        for seed, order in enumerate(ORDERS):
+            emulator.set_order(order, seed)
+            again, grads_again = run(entry.op, inputs, names)
+            assert all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True)), order
+            assert all(torch.equal(grads_again[key], grads[key]) for key in names), order
+    if entry.is_exact:
+        expected, expected_grads = run(entry.reference, inputs, names)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert all(torch.equal(grads[key], expected_grads[key]) for key in names)
+    for key, value in before.items():
+        assert torch.equal(inputs[key], value), f"{key} was written"
+    if all(value.numel() for value in before.values()):
+        assert emulator.counts()["launches"] > launches
+
+
+# --- the emulation itself: it sees what it is there for
+
+FAULTS = {
+    "none": None,
+    "missing barrier": "shared memory: read of thread|shared memory that this block has not written",
+    "missing second barrier": r"race in shared memory: write of thread \d+ and read",
+    "out of bounds": "read of 4 bytes outside of every buffer, 0 bytes from the end",
+    "before the buffer": "read of 4 bytes outside of every buffer, -4 bytes from the",
+    "misaligned": "address .* is not a multiple of 16|address that is not a multiple",
+    "uninitialised": "read of shared memory that this block has not written",
+    "exit before barrier": "32 of 96 threads have ended",
+    "barrier in branch": "wait at another __syncthreads",
+    "exit before shuffle": "lane 0 waits for lane 31 of the mask ffffffff, which has ended",
+    "shuffle in branch": "lane 0 waits for lane 16 of the mask ffffffff",
+    "lane outside of mask": "lane 15 reads lane 16, which is not in the mask 0000ffff",
+    "blocks race": "race in global memory",
+    "race in a warp": "race in shared|shared memory that this block has not written",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(fault: str, order: str) -> None:
+    library = Library(build_faults())
+    library.functions.run_fault.restype = ctypes.c_char_p
+    library.functions.run_fault.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.set_order(order, 3)
+    data = torch.arange(100.0)
+    sums = torch.cat([data[:96].sum().expand(96), data[96:].sum().expand(4)])
+    library.allow(data)
+    try:
+        status = library.functions.run_fault(data.data_ptr(), 100, list(FAULTS).index(fault))
+    finally:
+        library.forget()
+    if fault == "none":
+        assert status is None
+        assert torch.equal(data, 96 * sums + torch.arange(100) % 96 % 32)
+    else:
+        assert status is not None and re.search(FAULTS[fault], status.decode()), status
+
+
+def test_a_wrong_row_guard_is_seen(tmp_path: Path) -> None:
+    """A fault in a kernel of the package, of the kind that no result shows."""
+    sources = {path.relative_to(CSRC): path.read_text() for path in CSRC.rglob("*.*")}
+    text = sources[Path("cuda/patchify.cu")]
+    guard = "if (row_index >= num_rows) return;"
+    assert text.count(guard) == 1
+    sources[Path("cuda/patchify.cu")] = text.replace(guard, "if (row_index > num_rows) return;")
+    for path, source in sources.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+    broken = Emulator(build(tmp_path))
+    with broken.active(), pytest.raises(RuntimeError, match=r"outside of every buffer.*patchify\.cu:\d+"):
+        patchify(draw(1, 1, 4, 4), 2)
