@@ -29,6 +29,8 @@ __all__ = [
     "unpatchify_ref",
 ]
 
+MAX_PATCH_SIZE = 2**15
+
 
 def patchify_ref(x: Tensor, patch_size: int, *, channel_order: Literal["first", "last"] = "first") -> Tensor:
     """Plain PyTorch definition of `patchify`."""
@@ -183,7 +185,7 @@ _differentiable_unpatchify = register_autograd(_unpatchify, _unpatchify_backward
 
 
 def _check_geometry(op: str, patch_size: int, H: int, W: int, channel_order: str) -> None:
-    check_int(op, "patch_size", patch_size, 1)
+    check_int(op, "patch_size", patch_size, 1, MAX_PATCH_SIZE)
     if H % patch_size or W % patch_size:
         raise ValueError(
             f"{op}: image height and width must be multiples of patch_size {patch_size}, got ({H}, {W})"
@@ -196,7 +198,7 @@ def patchify(x: Tensor, patch_size: int, *, channel_order: Literal["first", "las
 
     Args:
         x: (B, C, H, W), fp32, bf16, fp16 or fp64, any strides.
-        patch_size: P; divides H and W.
+        patch_size: P, at most 32768; divides H and W.
         channel_order: of a patch vector: "first" is (channel, row, column), "last" (row, column, channel).
 
     Returns:
@@ -223,7 +225,7 @@ def unpatchify(
 
     Args:
         tokens: (B, T, P*P*C), fp32, bf16, fp16 or fp64; last dimension contiguous, others may have strides.
-        patch_size: P; divides H and W.
+        patch_size: P, at most 32768; divides H and W.
         image_size: (H, W) with H*W = T*P^2.
         channel_order: of a patch vector: "first" is (channel, row, column), "last" (row, column, channel).
 
@@ -232,11 +234,17 @@ def unpatchify(
 
     Raises:
         ValueError: a shape or stride is not as above, or channel_order is unknown.
-        TypeError: tokens are not floating.
+        TypeError: tokens are not floating, or image_size is not a pair of ints.
     """
     check_float_tensors("unpatchify", tokens=tokens)
     check_ndim("unpatchify", "tokens", tokens, "B, T, P*P*C")
+    if not isinstance(image_size, tuple | list):
+        raise TypeError(f"unpatchify: image_size must be a tuple, got {type(image_size).__name__}")
+    if len(image_size) != 2:
+        raise ValueError(f"unpatchify: image_size must be (H, W), got {image_size}")
     H, W = image_size
+    for side in image_size:
+        check_int("unpatchify", "image_size", side, 0)
     _check_geometry("unpatchify", patch_size, H, W, channel_order)
     pixels = patch_size * patch_size
     _, T, D = tokens.shape

@@ -162,7 +162,8 @@ class Emulator(Library):
     """The compiled module, and the way to send the ops through it."""
 
     def __init__(self, path: Path) -> None:
-        spec = importlib.util.spec_from_file_location("_C", path)
+        # a name of its own: pybind11 gives one module per name
+        spec = importlib.util.spec_from_file_location(f"emulated_{path.parent.name}._C", path)
         assert spec is not None and spec.loader is not None
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
