@@ -297,11 +297,11 @@ def restrided(call: Call, tensor: Tensor) -> Tensor:
 
 def relaid(call: Call, tensor: Tensor) -> Tensor:
     """Not a strided tensor of plain numbers."""
-    kind = call.random.choice(("coo", "csr", "mkldnn", "quantised", "nested", "negative bit"))
+    kind = call.random.choice(("sparse", "csr", "mkldnn", "quantised", "nested", "negative bit"))
     values = tensor.float()
     if kind == "negative bit":  # a right argument: memory holds the numbers with the other sign
         return torch.view_as_complex(torch.stack([values, -values], -1)).conj().imag
-    if kind == "coo":
+    if kind == "sparse":
         return tensor.to_sparse()
     if kind == "csr":
         return (values if values.ndim == 2 else values.flatten()[None]).to_sparse_csr()

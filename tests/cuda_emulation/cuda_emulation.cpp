@@ -85,7 +85,7 @@ uintptr_t host_low = 0, host_high = 0;  // the launcher's frame, which holds the
 std::vector<Buffer> buffers;
 size_t last_buffer = 0;
 // The writable image of this module: shared memory, and nothing else that kernels use.
-Buffer statics;
+Buffer writable;
 uintptr_t image_base = 0;
 Order order = Order::kAscending;
 uint64_t random_state = 1;
@@ -346,9 +346,9 @@ int find_image(dl_phdr_info* info, size_t, void*) {
     if (header.p_type == PT_LOAD && (header.p_flags & PF_W) != 0 && here >= begin &&
         here < begin + header.p_memsz) {
       image_base = info->dlpi_addr;
-      statics.begin = begin;
-      statics.end = begin + header.p_memsz;
-      statics.cells.resize(header.p_memsz);
+      writable.begin = begin;
+      writable.end = begin + header.p_memsz;
+      writable.cells.resize(header.p_memsz);
       return 1;
     }
   }
@@ -415,8 +415,8 @@ void check(uintptr_t address, size_t size, size_t alignment, void* code) {
     return fail_here("%s of %zu bytes at an address that is not a multiple of them, thread %d @%zd",
                      access, size, thread, ptrdiff_t(offset));
   }
-  const bool is_shared = contains(statics, address);
-  Buffer* buffer = is_shared ? &statics : find_buffer(address);
+  const bool is_shared = contains(writable, address);
+  Buffer* buffer = is_shared ? &writable : find_buffer(address);
   if (buffer == nullptr || address + size > buffer->end) {
     ptrdiff_t nearest = PTRDIFF_MAX;
     for (const Buffer& other : buffers) {
@@ -490,7 +490,7 @@ const char* run(dim3 grid, dim3 block, Call call, void* closure) {
       grid.z > 65535 || threads < 1 || threads > kMaxThreads || block.z > 64) {
     return "invalid configuration argument";
   }
-  if (statics.cells.empty()) dl_iterate_phdr(find_image, nullptr);
+  if (writable.cells.empty()) dl_iterate_phdr(find_image, nullptr);
   if (!fibers_are_fresh) make_fibers();
   ++counts[kLaunches];
   num_threads = int(threads);
