@@ -14,12 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_flow_matching_loss
+import test_gate_residual_norm_modulate
+import test_noise_patchify
 import test_rms_norm_modulate
 import torch
 from cuda_emulation.emulator import CSRC, ORDERS, Emulator, Library, build, build_faults, missing
 from op_testing import DTYPES, Inputs, as_chunk, check_accuracy, draw, run
-from pixelgen_kernels import patchify, rms_norm_modulate, unpatchify
+from pixelgen_kernels import (
+    build_info,
+    flow_matching_loss,
+    gate_residual_norm_modulate,
+    noise_patchify,
+    patchify,
+    philox_normal,
+    philox_uniform,
+    rms_norm_modulate,
+    unpatchify,
+)
+from pixelgen_kernels.flow_matching_loss import flow_matching_loss_ref
+from pixelgen_kernels.gate_residual_norm_modulate import gate_residual_norm_modulate_ref
+from pixelgen_kernels.noise_patchify import noise_patchify_ref
 from pixelgen_kernels.patchify import patchify_ref, unpatchify_ref
+from pixelgen_kernels.philox import philox_uniform_ref
 from pixelgen_kernels.rms_norm_modulate import rms_norm_modulate_ref
 from test_rms_norm_modulate import AFFINES, MODULATIONS, NORMS
 
@@ -102,6 +119,76 @@ def rms_norm_modulate_cases() -> Cases:
             )
 
 
+def noise_patchify_cases() -> Cases:
+    def make(shape, P, image_dtype, dtype, layout, order, philox):
+        inputs = test_noise_patchify.make_inputs(shape, P, image_dtype)
+        inputs |= {"dtype": dtype, "return_clean": True, "channel_order": order}
+        inputs |= {key: test_noise_patchify.in_layout(inputs[key], layout) for key in ("image", "noise")}
+        return (test_noise_patchify.with_philox(inputs) if philox else inputs), []
+
+    # smallest, odd in every dimension, JiT's patch size, rows of several pieces, no image
+    shapes = [
+        ((1, 1, 1, 1), 1),
+        ((3, 3, 10, 15), 5),
+        ((2, 3, 32, 64), 16),
+        ((1, 3, 2, 1030), 2),
+        ((0, 3, 4, 4), 2),
+    ]
+    dtypes = itertools.product((torch.uint8, *DTYPES), DTYPES)
+    sources = itertools.product(test_noise_patchify.LAYOUTS, (False, True))
+    for (shape, P), (image_dtype, dtype), (layout, philox) in itertools.product(shapes, dtypes, sources):
+        order = CHANNEL_ORDERS[len(layout) % 2]
+        label = f"{shape}-{P}-{name(image_dtype)}-{name(dtype)}-{layout}-{'philox' if philox else 'given'}"
+        yield label, functools.partial(make, shape, P, image_dtype, dtype, layout, order, philox)
+
+
+def philox_cases() -> Cases:
+    for count in (0, 1, 2, 3, 4, 7, 130, 1030):
+        for step in (1, 2):
+            index = torch.tensor([0, -1, 5, -1, 2**40])[:: 2 if step == 2 else 1]
+            inputs = {"seed": (1 << 62) + 5, "step": 7, "sample_index": index, "count": count, "stream": 3}
+            yield f"{count}-{step}", lambda inputs=inputs: (inputs, [])
+
+
+def flow_matching_loss_cases() -> Cases:
+    shapes = [(1, 1, 1), (3, 7, 13), (2, 24, 72), (1, 3, 1152), (2, 3, 6000), (0, 4, 12)]
+    layouts = test_flow_matching_loss.LAYOUTS.items()
+    for shape, dtypes, (layout, change) in itertools.product(
+        shapes, itertools.product(DTYPES, repeat=2), layouts
+    ):
+
+        def make(shape=shape, dtypes=dtypes, change=change):
+            inputs = test_flow_matching_loss.make_inputs(shape, dtypes[0])
+            x = inputs["x"].to(dtypes[1])
+            return {**inputs, "x_pred": change(inputs["x_pred"]), "x": change(x)}, ["x_pred"]
+
+        yield f"{shape}-{'-'.join(map(name, dtypes))}-{layout}", make
+
+
+def gate_residual_norm_modulate_cases() -> Cases:
+    def make(*arguments, change=None):
+        inputs = test_gate_residual_norm_modulate.make_inputs(*arguments)
+        names = [key for key in inputs if key != "norm"]
+        inputs |= {key: change(inputs[key]) for key in names if change is not None and inputs[key].ndim > 1}
+        return inputs, names
+
+    variants, norms = test_gate_residual_norm_modulate.VARIANTS, ("rms", "layer")
+    for variant, norm, dtype in itertools.product(variants, norms, DTYPES):
+        # smallest, odd in every dimension, several chunks of rows, XL, empty
+        for shape in ((1, 1, 1), (3, 37, 13), (2, 160, 40), (1, 3, 1152), (0, 4, 8), (2, 0, 8)):
+            yield (
+                f"{shape}-{variant}-{norm}-{name(dtype)}",
+                functools.partial(make, shape, variant, norm, dtype),
+            )
+        chunk = functools.partial(make, (2, 17, 72), variant, norm, dtype, change=as_chunk)
+        yield f"(2, 17, 72)-{variant}-{norm}-{name(dtype)}-chunk", chunk
+        odd = functools.partial(make, (2, 3, 24), variant, norm, dtype)
+        yield f"{variant}-{norm}-{name(dtype)}-odd addresses", lambda odd=odd: at_odd_addresses(*odd())
+    for variant, dtype in itertools.product(("per_token", "all"), (torch.float32, torch.bfloat16)):
+        widest = functools.partial(make, (1, 2, 8192), variant, "layer", dtype)
+        yield f"(1, 2, 8192)-{variant}-layer-{name(dtype)}", widest
+
+
 @dataclass(frozen=True)
 class Entry:
     op: Callable
@@ -110,9 +197,18 @@ class Entry:
     is_exact: bool = False  # moves numbers and does not compute
 
 
+has_fma = build_info()["cpu_isa"] != "baseline"
 ENTRIES = {
     "patchify": Entry(patchify, patchify_ref, patchify_cases, is_exact=True),
     "unpatchify": Entry(unpatchify, unpatchify_ref, unpatchify_cases, is_exact=True),
+    "noise_patchify": Entry(noise_patchify, noise_patchify_ref, noise_patchify_cases),
+    "philox_uniform": Entry(philox_uniform, philox_uniform_ref, philox_cases, is_exact=True),
+    # the same bits as on a CPU with fused multiply-adds
+    "philox_normal": Entry(philox_normal, philox_normal, philox_cases, is_exact=has_fma),
+    "flow_matching_loss": Entry(flow_matching_loss, flow_matching_loss_ref, flow_matching_loss_cases),
+    "gate_residual_norm_modulate": Entry(
+        gate_residual_norm_modulate, gate_residual_norm_modulate_ref, gate_residual_norm_modulate_cases
+    ),
     "rms_norm_modulate": Entry(rms_norm_modulate, rms_norm_modulate_ref, rms_norm_modulate_cases),
 }
 ALL_CASES = [

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from op_testing import Inputs, as_chunk, draw
-from pixelgen_kernels import patchify, qk_norm_rope, rms_norm_modulate, swiglu, unpatchify
+from pixelgen_kernels import (
+    flow_matching_loss,
+    gate_residual_norm_modulate,
+    noise_patchify,
+    patchify,
+    qk_norm_rope,
+    rms_norm_modulate,
+    swiglu,
+    unpatchify,
+)
 
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
 from benchmarks.case import outputs
@@ -39,6 +48,12 @@ def _modulated(dtype: torch.dtype) -> Inputs:
     return {"x": draw(B, T, C, dtype=dtype), "shift": shift, "scale": scale, "weight": draw(C)}
 
 
+def _gated(dtype: torch.dtype) -> Inputs:
+    gate, shift, scale = draw(B, 6 * C, dtype=dtype).chunk(6, -1)[:3]
+    x, y = draw(B, T, C, dtype=dtype), draw(B, T, C, dtype=dtype, seed=1)
+    return {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "weight": draw(C)}
+
+
 def _qkv(dtype: torch.dtype) -> Inputs:
     D = C // N
     angle = draw(T - PREFIX, D // 2)
@@ -63,6 +78,22 @@ OPS = {
         inputs=_modulated,
         differentiable=("x", "shift", "scale", "weight"),
         statistics=8 * B * T,
+    ),
+    "gate_residual_norm_modulate": Op(
+        fn=gate_residual_norm_modulate,
+        inputs=_gated,
+        differentiable=("x", "y", "gate", "shift", "scale", "weight"),
+        statistics=4 * B * T,
+    ),
+    "flow_matching_loss": Op(
+        fn=flow_matching_loss,
+        inputs=lambda dtype: {
+            "x_pred": draw(B, T, C, dtype=dtype),
+            "x": draw(B, T, C),
+            "t": torch.linspace(0, 1, B),
+        },
+        differentiable=("x_pred",),
+        statistics=4 * B * T * C // 500,  # partial sums: its output is B numbers
     ),
     "qk_norm_rope": Op(
         fn=partial(qk_norm_rope, num_heads=N, num_prefix_tokens=PREFIX),
@@ -115,3 +146,19 @@ def test_an_op_allocates_its_outputs_and_statistics(op, dtype):
     bwd = peak_bytes(CPU, backward, forward)
     allowed = (1 + PARTIAL_SUMS) * size(gradients)
     assert size(gradients) <= bwd <= allowed, f"backward: {bwd} bytes for gradients of {size(gradients)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", ["given", "philox"])
+def test_noise_patchify_allocates_its_outputs(source, dtype):
+    image = (draw(B, 3, 64, 64) * 50 + 128).clamp(0, 255).to(torch.uint8)
+    noise = {"noise": draw(B, 3, 64, 64)}
+    if source == "philox":
+        noise = {"seed": 0, "sample_index": torch.arange(B)}
+
+    def forward(_: object = None) -> tuple[torch.Tensor, ...]:
+        t = torch.full((B,), 0.5)
+        return noise_patchify(image, t, 16, return_clean=True, dtype=dtype, **noise)
+
+    allowed = size(forward()) + 4 * B
+    assert peak_bytes(CPU, forward) <= allowed

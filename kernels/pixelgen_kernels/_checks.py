@@ -4,7 +4,6 @@ The checks run at every call of every op: what is right passes with few reads of
 are slow, and texts are made only for what is wrong.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_WIDTH = 8192
-_MAX_FLOAT = sys.float_info.max
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -36,10 +35,18 @@ def check_float_tensors(op: str, **tensors: Any) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+        check_strided(op, name, value)
         if device is None:
             device, first = value.device, name
         elif value.device != device:
             raise ValueError(f"{op}: {name} must be on the device of {first} ({device}), got {value.device}")
+
+
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError for sparse, mkldnn and nested tensors, which have no strides."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        got = "a nested one" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{op}: {name} must be a strided tensor, got {got}")
 
 
 def check_ndim(op: str, name: str, tensor: Tensor, letters: str) -> None:
@@ -66,16 +73,17 @@ def check_dense_rows(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_positive(op: str, name: str, value: float) -> None:
-    """Raises TypeError for anything but a number, ValueError unless it is finite and above zero."""
+    """Raises TypeError for anything but a number, ValueError unless it is above 0 and fits float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not 0 < value <= _MAX_FLOAT:  # an int may be larger
-        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
+    if not 0 < value <= _MAX_FLOAT32:
+        expected = "a number that float32 holds" if 0 < value < float("inf") else "a finite number above 0"
+        raise ValueError(f"{op}: {name} must be {expected}, got {value}")
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
@@ -121,7 +129,13 @@ def check_norm_arguments(
     for name, tensor in (("shift", shift), ("scale", scale), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOAT_DTYPES or tensor.device != device:
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype not in FLOAT_DTYPES
+            or tensor.device != device
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+        ):
             check_float_tensors(op, x=x, **{name: tensor})
         if tensor.ndim and tensor.stride(-1) != 1:
             check_dense_rows(op, **{name: tensor})

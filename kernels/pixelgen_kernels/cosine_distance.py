@@ -15,6 +15,7 @@ from pixelgen_kernels._checks import (
     check_positive,
     check_shape,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 
@@ -87,7 +88,7 @@ def _backward(ctx, grad_distance):
     return grad_pred, grad_target, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "cosine_distance")
 
 
@@ -116,4 +117,4 @@ def cosine_distance(pred: Tensor, target: Tensor, *, eps: float = 1e-8) -> Tenso
     check_positive(op, "eps", eps)
     if pred.shape[1] * pred.shape[2] == 0:
         raise ValueError(f"{op}: pred must have T >= 1 and D >= 1, got {tuple(pred.shape)}")
-    return _fwd(pred, target, eps)
+    return _differentiable_fwd(pred, target, eps)

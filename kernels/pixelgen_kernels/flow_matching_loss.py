@@ -15,6 +15,7 @@ from pixelgen_kernels._checks import (
     check_positive,
     check_shape,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda, launch
@@ -141,7 +142,7 @@ def _backward(ctx, grad_loss):
     return _bwd(grad_loss, *ctx.saved_tensors, ctx.t_eps), None, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "flow_matching_loss")
 
 
@@ -173,4 +174,4 @@ def flow_matching_loss(x_pred: Tensor, x: Tensor, t: Tensor, *, t_eps: float = 0
     check_positive(op, "t_eps", t_eps)
     if x_pred.shape[1] * x_pred.shape[2] == 0:
         raise ValueError(f"{op}: x_pred must have T >= 1 and D >= 1, got {tuple(x_pred.shape)}")
-    return _fwd(x_pred, x.detach(), t.detach(), t_eps)
+    return _differentiable_fwd(x_pred, x.detach(), t.detach(), t_eps)

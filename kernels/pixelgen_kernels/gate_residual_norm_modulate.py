@@ -19,6 +19,7 @@ from pixelgen_kernels._checks import (
     check_norm_arguments,
     check_shape,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 from pixelgen_kernels._norm_rows import empty_grads, grad_rows, norm_arguments, num_chunks, rows_per_chunk
@@ -283,7 +284,7 @@ def _backward(ctx, grad_residual, grad_normed, grad_mean, grad_rstd):
     return grad_x, grad_y, grad_gate, *others, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "gate_residual_norm_modulate")
 
 
@@ -336,5 +337,5 @@ def gate_residual_norm_modulate(
     check_dense_rows(op, x=x, y=y, gate=gate)
     shapes = {"B, C": (B, C), "B, T, C": (B, T, C)}
     check_norm_arguments(op, x, shift, scale, weight, bias, norm, eps, modulation_shapes=shapes)
-    residual, normed, _, _ = _fwd(x, y, gate, shift, scale, weight, bias, norm, eps)
+    residual, normed, _, _ = _differentiable_fwd(x, y, gate, shift, scale, weight, bias, norm, eps)
     return residual, normed

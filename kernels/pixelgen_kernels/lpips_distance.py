@@ -17,6 +17,7 @@ from pixelgen_kernels._checks import (
     check_shape,
     copy_like,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 
@@ -94,7 +95,7 @@ def _backward(ctx, grad_distance):
     return _bwd(grad_distance, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "lpips_distance")
 
 
@@ -126,4 +127,4 @@ def lpips_distance(pred: Tensor, target: Tensor, weight: Tensor, *, eps: float =
     check_positive(op, "eps", eps)
     if 0 in pred.shape[1:]:
         raise ValueError(f"{op}: pred must have C, H and W of at least 1, got {tuple(pred.shape)}")
-    return _fwd(pred, target.detach(), weight.detach(), eps)
+    return _differentiable_fwd(pred, target.detach(), weight.detach(), eps)

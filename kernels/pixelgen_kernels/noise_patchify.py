@@ -20,9 +20,10 @@ from pixelgen_kernels._checks import (
     check_ndim,
     check_positive,
     check_shape,
+    check_strided,
 )
 from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda, launch
-from pixelgen_kernels.patchify import patchify_ref
+from pixelgen_kernels.patchify import MAX_PATCH_SIZE, patchify_ref
 from pixelgen_kernels.philox import check_philox_arguments, philox_normal_ref
 
 __all__ = ["noise_patchify", "noise_patchify_ref"]
@@ -261,10 +262,11 @@ def noise_patchify(
         raise TypeError(f"{op}: image must be a tensor, got {type(image).__name__}")
     if image.dtype != torch.uint8 and image.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: image must be uint8 or floating, got {image.dtype}")
+    check_strided(op, "image", image)
     check_ndim(op, "image", image, "B, C, H, W")
     check_float_tensors(op, t=t)
     check_shape(op, "t", t, image.shape[:1], "B,")
-    check_int(op, "patch_size", patch_size, 1)
+    check_int(op, "patch_size", patch_size, 1, MAX_PATCH_SIZE)
     B, _, H, W = image.shape
     if H % patch_size or W % patch_size:
         raise ValueError(
@@ -293,7 +295,9 @@ def noise_patchify(
     check_positive(op, "noise_scale", noise_scale)
     check_choice(op, "channel_order", channel_order, ("first", "last"))
     check_choice(op, "clean_channel_order", clean_channel_order, ("first", "last"))
-    if dtype not in FLOAT_DTYPES:
+    if not isinstance(return_clean, bool):
+        raise TypeError(f"{op}: return_clean must be a bool, got {type(return_clean).__name__}")
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     tokens, clean = _fwd(
         image.detach(),

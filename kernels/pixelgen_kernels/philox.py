@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixelgen_kernels._checks import check_int
+from pixelgen_kernels._checks import check_int, check_strided
 from pixelgen_kernels.native import _C, address, has_cuda, launch
 
 __all__ = ["philox_4x32", "philox_normal", "philox_normal_ref", "philox_uniform", "philox_uniform_ref"]
@@ -133,6 +133,7 @@ def check_philox_arguments(op: str, seed: Any, step: Any, sample_index: Any) -> 
         raise TypeError(f"{op}: sample_index must be a tensor, got {type(sample_index).__name__}")
     if sample_index.dtype != torch.int64:
         raise TypeError(f"{op}: sample_index must be int64, got {sample_index.dtype}")
+    check_strided(op, "sample_index", sample_index)
     if sample_index.ndim != 1:
         raise ValueError(f"{op}: sample_index must have shape (B), got {tuple(sample_index.shape)}")
 

@@ -20,6 +20,7 @@ from pixelgen_kernels._checks import (
     check_norm_arguments,
     check_shape,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 from pixelgen_kernels.rms_norm_modulate import rms_norm_modulate_bwd_ref, rms_norm_modulate_fwd_ref
@@ -179,7 +180,7 @@ def _backward(ctx, grad_residual, grad_modulated, grad_mean, grad_rstd):
     return *grads[:3], *others, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "pixel_modulate")
 
 
@@ -231,5 +232,5 @@ def pixel_modulate(
         check_shape(op, "y", y, x.shape, "B, T, PP, C")
         check_shape(op, "gate", gate, x.shape, "B, T, PP, C")
         check_dense_rows(op, y=y, gate=gate)
-    residual, modulated, _, _ = _fwd(x, shift, scale, weight, y, gate, norm, eps)
+    residual, modulated, _, _ = _differentiable_fwd(x, shift, scale, weight, y, gate, norm, eps)
     return modulated if y is None else (residual, modulated)

@@ -17,6 +17,7 @@ from pixelgen_kernels._checks import (
     check_float_tensors,
     check_norm_arguments,
     refuse_double_backward,
+    register_autograd,
     stats_dtype,
 )
 from pixelgen_kernels._norm_rows import (
@@ -262,7 +263,7 @@ def _backward(ctx, grad_y, grad_mean, grad_rstd):
     return grad_x, *others, None, None
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
 refuse_double_backward(_bwd, "rms_norm_modulate")
 
 
@@ -313,4 +314,4 @@ def rms_norm_modulate(
             f"{op}: x with more than 3 dimensions must be viewable as (rows, C), "
             f"got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
         )
-    return _fwd(x, shift, scale, weight, bias, norm, eps)[0]
+    return _differentiable_fwd(x, shift, scale, weight, bias, norm, eps)[0]
