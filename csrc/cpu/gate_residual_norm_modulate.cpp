@@ -90,18 +90,23 @@ template <typename T, typename Y, typename Real = typename Stats<T>::type>
 class GatedGrads {
  public:
   explicit GatedGrads(const GateResidualNormModulateGradParams& params)
-      : g_(params), p_(params.norm.forward), gate_(params.branch, p_.C), scratch_(p_.C) {}
+      : g_(params),
+        p_(params.norm.forward),
+        gate_(params.branch, p_.C),
+        scratch_(p_.C),
+        gate_sums_(scratch_.row(1), scratch_.row(2), p_.C) {}
+  GatedGrads(const GatedGrads&) = delete;  // its pointers are into itself
 
   void start_chunk(const Chunk& chunk) {
     gate_.read(chunk.image, chunk.first);
-    clear_sum();
+    gate_sums_.clear();
   }
   auto start_row(int64_t image, int64_t row) {
     const GatedBranch& b = g_.branch;
     const int64_t dense_row = image * p_.rows_per_image + row;
     if (b.gate_per_token) {  // a sum of one row
       gate_.read(image, row);
-      clear_sum();
+      gate_sums_.clear();
     }
     const Real* gate = gate_.values();
     const Y* y = row_as<Y>(b.y, b.y_dtype, image * b.y_image_stride + row * b.y_row_stride,
@@ -111,7 +116,7 @@ class GatedGrads {
                              row * g_.grad_residual_row_stride;
     T* grad_x = static_cast<T*>(g_.norm.grad_x) + dense_row * p_.C;
     Y* grad_y = grad_y_target(dense_row);
-    Real* sum_gate = scratch_.row(1);
+    Real* sum_gate = gate_sums_.block();
     return [=](int64_t c, Real grad_of_norm) {
       const Real grad = grad_of_norm + math::to_real<Real>(grad_residual[c]);
       math::from_real(grad, &grad_x[c]);
@@ -125,29 +130,27 @@ class GatedGrads {
     const GatedBranch& b = g_.branch;
     const int64_t dense_row = image * p_.rows_per_image + row;
     if (!grad_y_is_direct()) {
-      store_row(scratch_.row(2), g_.grad_y, b.y_dtype, dense_row * p_.C, p_.C);
+      store_row(scratch_.row(3), g_.grad_y, b.y_dtype, dense_row * p_.C, p_.C);
     }
     if (b.gate_per_token) {
-      store_row(scratch_.row(1), g_.grad_gate, b.gate_dtype, dense_row * p_.C, p_.C);
+      store_row(gate_sums_.total(), g_.grad_gate, b.gate_dtype, dense_row * p_.C, p_.C);
+    } else {
+      gate_sums_.end_row();
     }
   }
   void finish_chunk(int64_t item) {
     if (g_.gate_partials == nullptr) return;
-    store_row(scratch_.row(1), static_cast<Real*>(g_.gate_partials) + item * p_.C, p_.C);
+    store_row(gate_sums_.total(), static_cast<Real*>(g_.gate_partials) + item * p_.C, p_.C);
   }
 
  private:
-  void clear_sum() {
-    Real* sum_gate = scratch_.row(1);
-    for (int64_t c = 0; c < p_.C; ++c) sum_gate[c] = 0;
-  }
   bool grad_y_is_direct() const {
     if constexpr (!IsSame<Y, Real>::value) return true;
     return g_.branch.y_dtype == (sizeof(Real) == 4 ? DType::kFloat32 : DType::kFloat64);
   }
   Y* grad_y_target(int64_t dense_row) {
     if constexpr (IsSame<Y, Real>::value) {
-      if (!grad_y_is_direct()) return scratch_.row(2);
+      if (!grad_y_is_direct()) return scratch_.row(3);
     }
     return static_cast<Y*>(g_.grad_y) + dense_row * p_.C;
   }
@@ -155,7 +158,8 @@ class GatedGrads {
   const GateResidualNormModulateGradParams& g_;
   const RmsNormModulateParams& p_;
   Gate<Real> gate_;
-  Scratch<Real, 3> scratch_;
+  Scratch<Real, 4> scratch_;
+  ColumnSums<Real> gate_sums_;
 };
 
 // grad_gate from the partial sums. One work item is a block of columns.
@@ -169,7 +173,7 @@ void gate_sums(const GateResidualNormModulateGradParams& g, int num_threads) {
     const int64_t begin = item * kColumnsPerItem;
     const int64_t n = min_of(kColumnsPerItem, p.C - begin);
     for (int64_t image = 0; image < p.num_images; ++image) {
-      Real sum[kColumnsPerItem];
+      double sum[kColumnsPerItem];
       const Real* partials =
           static_cast<const Real*>(g.gate_partials) + image * chunks_per_image * p.C + begin;
       add_chunks(partials, chunks_per_image, p.C, sum, n);

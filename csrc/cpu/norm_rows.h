@@ -16,6 +16,40 @@ namespace {
 constexpr int64_t kForwardChunk = 32;    // rows per work item: folding costs 1/32 of a row's work
 constexpr int64_t kColumnsPerItem = 64;  // of the second pass of backward
 
+// Sums of columns over the rows of a chunk, in two levels: the rounding errors of one long sum grow
+// with its length.
+template <typename Real>
+class ColumnSums {
+ public:
+  ColumnSums(Real* block, Real* total, int64_t C) : block_(block), total_(total), C_(C) {}
+
+  void clear() {
+    for (int64_t c = 0; c < C_; ++c) block_[c] = total_[c] = 0;
+    rows_ = 0;
+  }
+  Real* block() { return block_; }  // to which a row adds
+  void end_row() {
+    if (++rows_ == kRowsPerBlock) flush();
+  }
+  const Real* total() {
+    flush();
+    return total_;
+  }
+
+ private:
+  static constexpr int kRowsPerBlock = 16;
+  void flush() {
+    for (int64_t c = 0; c < C_; ++c) {
+      total_[c] += block_[c];
+      block_[c] = 0;
+    }
+    rows_ = 0;
+  }
+  Real *block_, *total_;
+  int64_t C_;
+  int rows_ = 0;
+};
+
 // A row of T as Real: the first loop over it calls first(c) for every column, later ones read
 // values().
 template <typename Real, typename T>
@@ -147,9 +181,11 @@ void norm_backward_rows(const RmsNormModulateGradParams& g, const Op& op, int nu
   {
     Modulation<Real> modulation(p);
     Grads grads(op);
-    Scratch<Real, 4> scratch(C);
+    Scratch<Real, 6> scratch(C);
     RowInput<Real, T> x_row{scratch.row(0), nullptr}, grad_row{scratch.row(1), nullptr};
-    Real *sum_grad = scratch.row(2), *sum_grad_n = scratch.row(3);
+    ColumnSums<Real> grad_sums(scratch.row(2), scratch.row(3), C);
+    ColumnSums<Real> grad_n_sums(scratch.row(4), scratch.row(5), C);
+    Real *sum_grad = grad_sums.block(), *sum_grad_n = grad_n_sums.block();
     const Real *weight = modulation.weight, *bias = modulation.bias, *scale = modulation.scale,
                *factor = modulation.factor;
     // in backward offset and shift are not needed: their rows take this row's grad_scale and
@@ -161,7 +197,8 @@ void norm_backward_rows(const RmsNormModulateGradParams& g, const Op& op, int nu
       const int64_t image = chunk.image;
       if (!p.per_token) modulation.read(image, 0);
       grads.start_chunk(chunk);
-      for (int64_t c = 0; c < C; ++c) sum_grad[c] = sum_grad_n[c] = 0;
+      grad_sums.clear();
+      grad_n_sums.clear();
 
       for (int64_t row = chunk.first; row < chunk.last; ++row) {
         if (p.per_token) modulation.read(image, row);
@@ -207,21 +244,25 @@ void norm_backward_rows(const RmsNormModulateGradParams& g, const Op& op, int nu
           store_row(grad_shift, g.grad_shift, p.modulation_dtype, dense_row * C, C);
           store_row(grad_scale, g.grad_scale, p.modulation_dtype, dense_row * C, C);
         }
+        grad_sums.end_row();
+        grad_n_sums.end_row();
         grads.finish_row(image, row);
       }
       if (g.partials != nullptr) {
         Real* partials = static_cast<Real*>(g.partials) + item * 2 * C;
-        store_row(sum_grad, partials, C);
-        store_row(sum_grad_n, partials + C, C);
+        store_row(grad_sums.total(), partials, C);
+        store_row(grad_n_sums.total(), partials + C, C);
       }
       grads.finish_chunk(item);
     }
   }
 }
 
-// Adds n columns of the partial sums of the chunks of one image, in order; `stride` apart.
+// Adds n columns of the partial sums of the chunks of one image, in order; `stride` apart. In fp64:
+// these are few numbers.
 template <typename Real>
-inline void add_chunks(const Real* partials, int64_t chunks, int64_t stride, Real* sum, int64_t n) {
+inline void add_chunks(const Real* partials, int64_t chunks, int64_t stride, double* sum,
+                       int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t i = 0; i < n; ++i) sum[i] += partials[chunk * stride + i];
@@ -241,26 +282,25 @@ void norm_backward_sums(const RmsNormModulateGradParams& g, int num_threads) {
   for (int64_t item = 0; item < ceil_div(C, kColumnsPerItem); ++item) {
     const int64_t begin = item * kColumnsPerItem;
     const int64_t n = min_of(kColumnsPerItem, C - begin);
-    Real weight[kColumnsPerItem], bias[kColumnsPerItem], scale[kColumnsPerItem] = {};
-    Real grad_weight[kColumnsPerItem] = {}, grad_bias[kColumnsPerItem] = {};
-    load_row(p.weight, p.weight_dtype, begin, Real(1), weight, n);
-    load_row(p.bias, p.weight_dtype, begin, Real(0), bias, n);
+    double weight[kColumnsPerItem], bias[kColumnsPerItem], scale[kColumnsPerItem] = {};
+    double grad_weight[kColumnsPerItem] = {}, grad_bias[kColumnsPerItem] = {};
+    load_row(p.weight, p.weight_dtype, begin, 1.0, weight, n);
+    load_row(p.bias, p.weight_dtype, begin, 0.0, bias, n);
     for (int64_t image = 0; image < p.num_images; ++image) {
-      Real sum_grad[kColumnsPerItem], sum_grad_n[kColumnsPerItem];
+      double sum_grad[kColumnsPerItem], sum_grad_n[kColumnsPerItem];
       const Real* partials =
           static_cast<const Real*>(g.partials) + image * chunks_per_image * 2 * C + begin;
       add_chunks(partials, chunks_per_image, 2 * C, sum_grad, n);
       add_chunks(partials + C, chunks_per_image, 2 * C, sum_grad_n, n);
       if (modulation_sums) {
-        load_row(p.scale, p.modulation_dtype, image * p.scale_image_stride + begin, Real(0), scale,
-                 n);
+        load_row(p.scale, p.modulation_dtype, image * p.scale_image_stride + begin, 0.0, scale, n);
       }
       for (int64_t i = 0; i < n; ++i) {
-        grad_bias[i] += (Real(1) + scale[i]) * sum_grad[i];
-        grad_weight[i] += (Real(1) + scale[i]) * sum_grad_n[i];
+        grad_bias[i] += (1.0 + scale[i]) * sum_grad[i];
+        grad_weight[i] += (1.0 + scale[i]) * sum_grad_n[i];
       }
       if (modulation_sums) {
-        Real grad_scale[kColumnsPerItem];
+        double grad_scale[kColumnsPerItem];
         for (int64_t i = 0; i < n; ++i) {
           grad_scale[i] =
               math::modulation_grad_scale(sum_grad[i], sum_grad_n[i], weight[i], bias[i]);

@@ -121,7 +121,8 @@ void backward_tokens(const QkNormRopeGradParams& g, int num_threads) {
     Tables<Real> tables(p);
     alignas(64) Real u_buffer[kMaxHeadDim], grad_buffer[kMaxHeadDim], swapped[kMaxHeadDim],
         turned[kMaxHeadDim], grad_u_buffer[kMaxHeadDim];
-    alignas(64) Real sum_grad_n[2][kMaxHeadDim];
+    // in two levels: the rounding errors of one long sum grow with its length
+    alignas(64) Real sum_grad_n[2][kMaxHeadDim], sum_of_token[kMaxHeadDim];
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < ceil_div(p.B * p.T, g.tokens_per_chunk); ++chunk) {
       const int64_t begin = chunk * g.tokens_per_chunk;
@@ -139,6 +140,7 @@ void backward_tokens(const QkNormRopeGradParams& g, int num_threads) {
           const HeadsStrides& strides = which == 0 ? g.grad_q_strides : g.grad_k_strides;
           const T* grad_out = static_cast<const T*>(which == 0 ? g.grad_q : g.grad_k) +
                               b * strides.batch + t * strides.token;
+          for (int64_t d = 0; d < D; ++d) sum_of_token[d] = 0;
           for (int64_t head = 0; head < p.N; ++head) {
             const Real* u = as_real(packed + (which * p.N + head) * D, u_buffer, D);
             const Real* grad = as_real(grad_out + head * strides.head, grad_buffer, D);
@@ -159,10 +161,11 @@ void backward_tokens(const QkNormRopeGradParams& g, int num_threads) {
             for (int64_t d = 0; d < D; ++d) {
               const Real n = u[d] * rstd;
               grad_u[d] = math::norm_grad_x(grad[d] * weight[d], n, rstd, Real(0), mean_grad_n_n);
-              sum_grad_n[which][d] += grad[d] * n;
+              sum_of_token[d] += grad[d] * n;
             }
             finish_row(grad_u, grad_packed + (which * p.N + head) * D, D);
           }
+          for (int64_t d = 0; d < D; ++d) sum_grad_n[which][d] += sum_of_token[d];
         }
         const T* grad_v = static_cast<const T*>(g.grad_v) + b * g.grad_v_strides.batch +
                           t * g.grad_v_strides.token;
