@@ -72,7 +72,6 @@ def write_csv(path: Path, theme: Theme, rows: list[Row]) -> None:
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, theme.columns)

@@ -71,6 +71,10 @@ def start(arguments: argparse.Namespace) -> tuple[torch.device, dict[str, str], 
     device = pick_device(arguments.device)
     setting = columns(device)
     folder = arguments.out or RESULTS / f"{slug(setting['device'])}_{date.today():%Y%m}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made a folder: {error.strerror}") from error
     return device, setting, folder
 
 

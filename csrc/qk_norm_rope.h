@@ -39,7 +39,7 @@ struct QkNormRopeGradParams {
   int64_t tokens_per_chunk;
 };
 
-// There is no cuda:: here: on CUDA the op is its reference.
+// There is no cuda:: here: on CUDA the op is a Triton kernel.
 namespace cpu {
 Status qk_norm_rope_fwd(const QkNormRopeParams& p, int num_threads);
 Status qk_norm_rope_bwd(const QkNormRopeGradParams& p, int num_threads);

@@ -92,8 +92,7 @@ class Trainer:
         )
         self.ema = Ema(self.model, config.ema.decay, config.ema.warmup)
         if config.compile:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_blocks()
 
     def _images_for_features(self) -> tuple[Tensor, Tensor]:
         """Up to 4096 images of the data set, evenly spaced, for features trained on the run's own images."""

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pixelgen_kernels import rms_norm_modulate
 from pixelgen_kernels._checks import (
     check_dense_rows,
     check_float_tensors,
@@ -10,6 +11,7 @@ from pixelgen_kernels._checks import (
     register_autograd,
     stats_dtype,
 )
+from torch.autograd import forward_ad
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
@@ -103,3 +105,19 @@ def test_gradients_only_where_they_are_wanted():
         assert not function(x.detach(), 2.0).requires_grad
         with torch.no_grad():
             assert not function(x, 2.0).requires_grad
+
+
+@pytest.mark.parametrize("derivative", [torch.func.grad, lambda fn: lambda x: torch.func.jvp(fn, (x,), (x,))])
+def test_functional_derivatives_are_refused(derivative):
+    def total(x):
+        return rms_norm_modulate(x).sum()
+
+    with pytest.raises(
+        RuntimeError, match=r"rms_norm_modulate: torch.func and forward-mode .* not supported"
+    ):
+        derivative(total)(torch.ones(2, 3, 4))
+
+
+def test_forward_mode_is_refused():
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="rms_norm_modulate: .* not supported"):
+        rms_norm_modulate(forward_ad.make_dual(torch.ones(2, 3, 4), torch.ones(2, 3, 4)))

@@ -79,6 +79,13 @@ OPS = {
         differentiable=("x", "shift", "scale", "weight"),
         statistics=8 * B * T,
     ),
+    # heads in front of their channels: few rows per sample, and nothing is per sample
+    "rms_norm_modulate of heads": Op(
+        fn=rms_norm_modulate,
+        inputs=lambda dtype: {"x": draw(B * T, N, C // N, dtype=dtype), "weight": draw(C // N)},
+        differentiable=("x", "weight"),
+        statistics=4 * B * T * N,
+    ),
     "gate_residual_norm_modulate": Op(
         fn=gate_residual_norm_modulate,
         inputs=_gated,

@@ -237,6 +237,8 @@ GOOD = make_inputs((2, 3, 4, 6), 2)
         (ValueError, "noise_scale must be a finite number above 0", {"noise_scale": -1.0}),
         (ValueError, "channel_order must be one of first, last, got 'chw'", {"channel_order": "chw"}),
         (ValueError, "clean_channel_order must be one of", {"clean_channel_order": "hwc"}),
+        (TypeError, "step must be an int, got str", {"step": "x"}),
+        (ValueError, "step must be between 0 and .*, got -1", {"step": -1}),
         (TypeError, "dtype must be float32.*, got torch.uint8", {"dtype": torch.uint8}),
         (
             ValueError,

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from pixelgen_kernels.native import FLOAT_DTYPES
+
 MAX_WIDTH = 8192
 _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
@@ -192,8 +194,18 @@ def register_autograd(
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(fwd._name, (torch.autograd.Function,), members)
 
+    op = fwd._name.removesuffix("_fwd")
+
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return fwd(*args)
+        # a formula for the backward pass alone would give tangents of zero
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{op}: torch.func and forward-mode derivatives are not supported; "
+                f"pixelgen_kernels.select('eager') has them"
+            )
+        if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
                     return function.apply(*args)

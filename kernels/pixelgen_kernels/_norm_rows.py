@@ -22,9 +22,18 @@ def empty_grads(x: Tensor, *inputs: Tensor | None) -> list[Tensor]:
     ]
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """X as (num_images, rows_per_image, C); a view."""
-    return x if x.dim() == 3 else x.view(1, -1, x.shape[-1])
+# On a GPU a thread adds the rows of a chunk one after the other, and its rounding errors with them.
+_MAX_CUDA_ROWS = 128
+
+
+def as_rows(x: Tensor, scale: Tensor | None) -> Tensor:
+    """X as (num_images, rows_per_image, C); a view.
+
+    Without modulation all rows are of one image where that is a view: sums over them need few partial sums.
+    """
+    if x.dim() == 3 and (scale is not None or not rows_collapse(x)):
+        return x
+    return x.view(1, -1, x.shape[-1])
 
 
 def rows_collapse(x: Tensor) -> bool:
@@ -33,14 +42,13 @@ def rows_collapse(x: Tensor) -> bool:
     return all(dims[i][1] == dims[i + 1][0] * dims[i + 1][1] for i in range(len(dims) - 1))
 
 
-def grad_rows(grad: Tensor | None, x: Tensor) -> Tensor:
-    """An upstream gradient as (num_images, rows_per_image, C) with a dense last dimension; None is zeros."""
+def grad_rows(grad: Tensor | None, rows: Tensor) -> Tensor:
+    """An upstream gradient in the shape of `rows`, with a dense last dimension; None is zeros."""
     if grad is None:
-        return x.new_zeros(x.shape[-1]).expand(as_rows(x).shape)
-    if grad.dim() == 3:
-        return grad if grad.stride(2) == 1 else grad.contiguous()
-    # a gradient that was expanded from fewer numbers has no view of this shape
-    return as_rows(grad if grad.stride(-1) == 1 and rows_collapse(grad) else grad.contiguous())
+        return rows.new_zeros(rows.shape[-1]).expand(rows.shape)
+    # a gradient that was expanded from fewer numbers may have no view of this shape
+    is_view = grad.stride(-1) == 1 and (grad.shape == rows.shape or rows_collapse(grad))
+    return (grad if is_view else grad.contiguous()).view(rows.shape)
 
 
 def rows_per_chunk(rows: Tensor, sum_bytes: int, grad_bytes: int) -> int:
@@ -55,7 +63,8 @@ def rows_per_chunk(rows: Tensor, sum_bytes: int, grad_bytes: int) -> int:
     kind = "cuda" if rows.is_cuda else "cpu"
     least = max(1, -(-_GRADS_PER_SUM[kind] * sum_bytes // grad_bytes))
     chunks = max(1, min(-(-_CHUNKS[kind] // num_images), rows_per_image // least))
-    return -(-rows_per_image // chunks)
+    chunk = -(-rows_per_image // chunks)
+    return min(chunk, _MAX_CUDA_ROWS) if kind == "cuda" else chunk
 
 
 def num_chunks(rows: Tensor, chunk: int) -> int:

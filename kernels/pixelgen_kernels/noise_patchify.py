@@ -283,6 +283,7 @@ def noise_patchify(
         check_shape(op, "noise", noise, image.shape, "B, C, H, W")
         others["noise"] = noise
         noise = noise.detach()
+    check_int(op, "step", step, 0)
     if sample_index is not None:
         check_philox_arguments(op, seed, step, sample_index)
         check_shape(op, "sample_index", sample_index, (B,), "B,")

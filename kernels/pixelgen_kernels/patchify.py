@@ -244,7 +244,7 @@ def unpatchify(
         raise ValueError(f"unpatchify: image_size must be (H, W), got {image_size}")
     H, W = image_size
     for side in image_size:
-        check_int("unpatchify", "image_size", side, 0)
+        check_int("unpatchify", "image_size", side, 0, 2**31 - 1)
     _check_geometry("unpatchify", patch_size, H, W, channel_order)
     pixels = patch_size * patch_size
     _, T, D = tokens.shape

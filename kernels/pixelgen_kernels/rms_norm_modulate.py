@@ -190,7 +190,7 @@ def _compiled_fwd(
         return _fwd_by_reference(x, shift, scale, weight, bias, norm, eps)
     y, mean, rstd = _empty_outputs(x, norm)
     if x.numel() > 0:
-        arguments = norm_arguments(as_rows(x), shift, scale, weight, bias, mean, rstd, norm)
+        arguments = norm_arguments(as_rows(x, scale), shift, scale, weight, bias, mean, rstd, norm)
         _C.rms_norm_modulate_fwd(y=address(y), eps=eps, **arguments)
     return y, mean, rstd
 
@@ -212,7 +212,8 @@ def _compiled_bwd(
     if x.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     grad_x, grad_shift, grad_scale, grad_weight, grad_bias = grads
-    rows, grad = as_rows(x), grad_rows(grad_y, x)
+    rows = as_rows(x, scale)
+    grad = grad_rows(grad_y, rows)
     has_sums = weight is not None or (scale is not None and scale.dim() == 2)
     chunk = rows_per_chunk(rows, 2 * rstd.itemsize * has_sums, x.itemsize)
     partials = rstd.new_empty(num_chunks(rows, chunk), 2, rows.shape[2]) if has_sums else None

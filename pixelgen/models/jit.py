@@ -12,14 +12,13 @@ from pixelgen.models.layers import (
     Block,
     FinalLayer,
     LabelEmbedder,
-    Modulations,
     PatchEmbed,
     Pending,
     PositionTable,
     RMSNorm,
     TimestepEmbedder,
+    adaln_modulations,
     add_pending,
-    keep_published_names,
     sincos_position_table,
 )
 from pixelgen.models.sizes import ModelConfig
@@ -28,8 +27,7 @@ from pixelgen.models.sizes import ModelConfig
 class JiT(nn.Module):
     """A plain transformer on pixel patches with AdaLN and in-context class tokens.
 
-    State-dict keys equal those of the published PixelGen code, although the AdaLN modulations of all blocks
-    are rows of one matrix here. A fresh model predicts exact zeros: every
+    Parameter names equal those of the published PixelGen code. A fresh model predicts exact zeros: every
     AdaLN output and the final projection start at zero.
 
     Args:
@@ -66,9 +64,6 @@ class JiT(nn.Module):
             for index in range(config.depth)
         )
         self.final_layer = FinalLayer(config.width, config.patch_dim, self.ops)
-        self.modulations = Modulations(config.width, [6 * config.width] * config.depth + [2 * config.width])
-        layers = [*(f"blocks.{index}" for index in range(config.depth)), "final_layer"]
-        keep_published_names(self, "modulations", [f"{layer}.adaLN_modulation.1" for layer in layers])
         self.reset_parameters()
 
     @torch.no_grad()
@@ -86,11 +81,25 @@ class JiT(nn.Module):
         self.y_embedder.reset_parameters()
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        self.modulations.reset_parameters()
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        for layer in (*self._adaln_layers(), self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_position_table(self.config.width, *self.config.grid))
+
+    def compile_blocks(self) -> None:
+        """Compiles every block by itself; equal blocks share their code.
+
+        They differ in dropout, in class tokens, and in whether a branch is pending, each in training and in
+        evaluation: more variants than PyTorch compiles of one function by default, after which it would run
+        the others uncompiled.
+        """
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        for block in self.blocks:
+            block.compile()
+
+    def _adaln_layers(self) -> list[nn.Linear]:
+        return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
 
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor, feature_layer: int | None = None
@@ -144,7 +153,8 @@ class JiT(nn.Module):
         # The stream keeps the embedding's dtype (bf16 under autocast) from the first block to the last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
-        *block_modulations, final_modulation = self.modulations(condition, x.dtype)
+        modulations = adaln_modulations(condition, self._adaln_layers(), x.dtype)
+        *block_modulations, final_modulation = modulations
         prefix, features = 0, None
         pending: Pending | None = None
         for index, (block, modulation) in enumerate(zip(self.blocks, block_modulations, strict=True)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -221,74 +221,28 @@ class SwiGLU(nn.Module):
         return self.w3(F.dropout(self.ops.swiglu(self.w12(x)), self.dropout, self.training))
 
 
-class Modulations(nn.Module):
+def adaln_modulations(condition: Tensor, layers: list[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
     """Shift, scale and gate of every AdaLN layer from one matrix product: they all read the same condition.
 
-    The packed matrix holds the layers' rows one after the other. `keep_published_names` gives each layer's
-    rows the name they have in the published checkpoints.
-    """
-
-    def __init__(self, width: int, sizes: list[int]) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.linear = nn.Linear(width, sum(sizes))
-
-    def reset_parameters(self) -> None:
-        """Zeros: a fresh block is the identity (AdaLN-zero, arXiv 2212.09748)."""
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, condition: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Condition (B, C) to one (B, size) per layer in ``dtype``, views of one (B, sum of sizes)."""
-        return self.linear(F.silu(condition)).to(dtype).split(self.sizes, dim=1)
-
-
-def keep_published_names(model: nn.Module, modulations: str, layers: list[str]) -> None:
-    """Makes the model's state dict read and write packed modulations under one name per layer.
+    Each layer keeps its own parameters, under their published names; the product reads them packed, in the
+    dtype of autocast where that is on.
 
     Args:
-        model: the module that holds both.
-        modulations: name of its `Modulations`, for example "modulations".
-        layers: published name of each part, for example "blocks.0.adaLN_modulation.1".
+        condition: (B, C).
+        layers: projections from C, one per AdaLN layer.
+        dtype: of the result.
+
+    Returns:
+        One (B, out_features) per layer, views of one tensor.
     """
-
-    def packed(module: nn.Module, name: str) -> tuple[str, Tensor, list[int]]:
-        part = module.get_submodule(modulations)
-        assert isinstance(part, Modulations)
-        return f"{modulations}.linear.{name}", getattr(part.linear, name), part.sizes
-
-    def split(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict) -> None:
-        for name in ("weight", "bias"):
-            key, _, sizes = packed(module, name)
-            parts = state.pop(prefix + key).split(sizes)
-            state.update({f"{prefix}{layer}.{name}": part for layer, part in zip(layers, parts, strict=True)})
-
-    def join(
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        _metadata: dict,
-        _strict: bool,
-        missing: list[str],
-        _unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        for name in ("weight", "bias"):
-            key, own, sizes = packed(module, name)
-            parts = []
-            for layer, kept in zip(layers, own.detach().split(sizes), strict=True):
-                source = f"{prefix}{layer}.{name}"
-                part = state.pop(source, None)
-                if part is None:
-                    missing.append(source)
-                elif part.shape != kept.shape:
-                    errors.append(f"size mismatch for {source}: {tuple(part.shape)}, not {tuple(kept.shape)}")
-                is_usable = part is not None and part.shape == kept.shape
-                parts.append(part if is_usable else kept)
-            state[prefix + key] = torch.cat(parts)
-
-    model.register_state_dict_post_hook(split)
-    model.register_load_state_dict_pre_hook(join)
+    device = condition.device.type
+    is_autocast = torch.is_autocast_enabled(device)
+    packed = torch.get_autocast_dtype(device) if is_autocast else layers[0].weight.dtype
+    # cast before they are packed: a packed copy in fp32 would be moved twice more
+    weight = torch.cat([layer.weight.to(packed) for layer in layers])
+    bias = torch.cat([layer.bias.to(packed) for layer in layers])
+    modulations = F.linear(F.silu(condition), weight, bias).to(dtype)
+    return list(modulations.split([layer.out_features for layer in layers], dim=1))
 
 
 # The output of a block's last branch and its gate (B, C), not yet added to the residual stream: the norm that
@@ -336,6 +290,8 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, attn_dropout, proj_dropout, ops)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_width, proj_dropout, ops)
+        # Run by `adaln_modulations`, for all blocks at once; the SiLU stands here for the published names.
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
         self,
@@ -372,6 +328,7 @@ class FinalLayer(nn.Module):
         self.ops = ops
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, pending: Pending | None, modulation: Tensor) -> Tensor:
         """x (B, T, C), what is left to be added to it, modulation (B, 2C) to (B, T, P*P*channels)."""

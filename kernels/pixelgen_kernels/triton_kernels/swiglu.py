@@ -1,7 +1,8 @@
 """SwiGLU on a packed projection in Triton. See `pixelgen_kernels.swiglu` for the equation.
 
 Bound by bytes: forward reads 2 F and writes F values a row, backward reads 3 F and writes 2 F. One program
-per tile of rows and columns, every value is read once.
+per tile of rows and columns, every value is read once. Accesses have 128 bits where F is a multiple of 16,
+as in B/16 (2048) and XL/16 (3072); in L/16 (2730) the halves of a row are not aligned.
 """
 
 from typing import Any
