@@ -208,6 +208,12 @@ def test_unknown_names_are_refused(tmp_path, capsys, options, said):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_timed(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main(["--device", "cpu", "--out", str(tmp_path / "file" / "results")]) == 2
+    assert "cannot be made a folder" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_is_refused(capsys):
     assert main(["--device", "cuda"]) == 2
     assert "--device cuda needs a CUDA device" in capsys.readouterr().err

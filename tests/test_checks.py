@@ -119,5 +119,5 @@ def test_functional_derivatives_are_refused(derivative):
 
 
 def test_forward_mode_is_refused():
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="rms_norm_modulate: .* not supported"):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"rms_norm_modulate: .* not supported"):
         rms_norm_modulate(forward_ad.make_dual(torch.ones(2, 3, 4), torch.ones(2, 3, 4)))
