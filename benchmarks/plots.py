@@ -45,8 +45,12 @@ def _small_multiples(
         axis.axis("off")
     for axis, (op, groups) in zip(axes.flat, panels.items(), strict=False):
         draw(axis, groups)
-        labels = [f"{shape.split()[0]}\n{dtype}" for shape, dtype in groups]
-        axis.set_xticks(range(len(groups)), labels, fontsize=9)
+        labels = []
+        for shape, dtype in groups:
+            model, *rest = shape.split()
+            option = [item.split("=")[1] for item in rest if item.startswith("noise=")]
+            labels.append("\n".join((model, dtype, *option)))
+        axis.set_xticks(range(len(groups)), labels, fontsize=9 if len(groups) < 8 else 6.5)
         axis.set_title(op, fontsize=11, loc="left", fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.02)
