@@ -22,7 +22,9 @@ from pixelgen.data.loader import ImageDataset, build_dataset, build_loader
 from pixelgen.ema import Ema
 from pixelgen.errors import UserError
 from pixelgen.flow import logit_normal_time, shift_time
+from pixelgen.guard import FiniteGuard
 from pixelgen.losses.build import build_objective
+from pixelgen.losses.gate import to_device
 from pixelgen.models.jit import JiT
 from pixelgen.pipeline import Pipeline, count_parameters, pick_device
 from pixelgen.trainlog import METRICS_FILE, TrainLog, truncate_metrics
@@ -81,7 +83,11 @@ class Trainer:
             seed=config.seed,
             kernels=config.kernels,
         ).to(self.device)
-        self.trained = nn.ModuleDict({"model": self.model, "projector": self.objective.projector})
+        is_half = config.dtype == "bfloat16" and self.device.type == "cuda"
+        self.objective.speed_up_networks(half=is_half, compiled=config.loss.compile_networks)
+        self.trained = nn.ModuleDict(
+            {"model": self.model, "projector": self.objective.projector, "gate": self.objective.gate}
+        )
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -90,6 +96,17 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
+        # Of its own: the discriminator works against the denoiser, and other constants suit it.
+        self.discriminator_optimizer: torch.optim.AdamW | None = None
+        if config.loss.adversarial_weight > 0:
+            self.discriminator_optimizer = torch.optim.AdamW(
+                self.objective.discriminator.parameters(),
+                lr=config.loss.adversarial_lr,
+                betas=(0.0, 0.99),
+                weight_decay=0.0,
+                fused=True,
+            )
+        self.guard = FiniteGuard(self.device)
         self.ema = Ema(self.model, config.ema.decay, config.ema.warmup)
         if config.compile:
             self.model.compile_blocks()
@@ -149,13 +166,18 @@ class Trainer:
         return trainer
 
     def _state(self) -> dict[str, Any]:
-        return {
+        state = {
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": get_optimizer_state_dict(self.trained, self.optimizer),
             "step": self.step,
         }
+        if self.discriminator_optimizer is not None:
+            state["discriminator_optimizer"] = get_optimizer_state_dict(
+                self.objective.discriminator, self.discriminator_optimizer
+            )
+        return state
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
@@ -177,6 +199,12 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.ema.load_state_dict(state["ema"])
         set_optimizer_state_dict(self.trained, self.optimizer, state["optimizer"])
+        if self.discriminator_optimizer is not None:
+            set_optimizer_state_dict(
+                self.objective.discriminator,
+                self.discriminator_optimizer,
+                state["discriminator_optimizer"],
+            )
         self.step = self._saved_step = state["step"]
         truncate_metrics(self.run_dir / METRICS_FILE, self.step)
 
@@ -198,18 +226,21 @@ class Trainer:
             (config.seed * 2**32 + step) % 2**63
         )  # dropout: not counter-based, so seeded per step
 
-        def uniform(stream: int) -> Tensor:
+        def uniform(stream: int, index: Tensor = index) -> Tensor:
             return philox_uniform(config.seed, step, index, 1, stream=stream)[:, 0]
 
         if config.data.flip:
             flipped = uniform(FLIP_STREAM) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        # Drawn on the host, which so knows which samples pass the noise gate without asking the device.
+        host_index = torch.arange(len(labels))
         if config.time.distribution == "logit_normal":
-            draw = philox_normal(config.seed, step, index, 1, stream=TIME_STREAM)[:, 0]
-            t = logit_normal_time(draw, config.time.mean, config.time.std)
+            draw = philox_normal(config.seed, step, host_index, 1, stream=TIME_STREAM)[:, 0]
+            host_t = logit_normal_time(draw, config.time.mean, config.time.std)
         else:
-            t = uniform(TIME_STREAM)
-        t = shift_time(t, config.time.timeshift)
+            host_t = uniform(TIME_STREAM, host_index)
+        host_t = shift_time(host_t, config.time.timeshift)
+        t = to_device(host_t, self.device)
         tokens, clean = self.model.ops.noise_patchify(
             images,
             t,
@@ -229,24 +260,35 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             x_pred, features = self.model.forward_tokens(tokens, t, labels, self.feature_layer)
             terms = self.objective(
-                x_pred, clean, t, features, step=step, balance_parameter=self.model.final_layer.linear.weight
+                x_pred,
+                clean,
+                t,
+                features,
+                step=step,
+                balance_parameter=self.model.final_layer.linear.weight,
+                host_t=host_t,
             )
         self.optimizer.zero_grad(set_to_none=True)
+        if self.discriminator_optimizer is not None:
+            self.discriminator_optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         max_norm = config.optimizer.max_grad_norm or math.inf
         terms["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         self.optimizer.step()
+        if self.discriminator_optimizer is not None:
+            self.discriminator_optimizer.step()
         self.ema.update(self.model)
         self.step += 1
+        self.guard.update(self.step, terms, self.objective.per_sample)
         return {name: value.detach() for name, value in terms.items()}
 
     @property
     def feature_layer(self) -> int | None:
-        """The block whose input REPA aligns; None when its weight is zero."""
-        loss = self.config.loss
-        return loss.alignment_layer if loss.alignment_weight else None
+        """The block whose input REPA aligns; None while its weight is zero."""
+        is_aligned = self.objective.alignment_weight(self.step) > 0
+        return self.config.loss.alignment_layer if is_aligned else None
 
     # --- the loop ---
 
@@ -276,7 +318,7 @@ class Trainer:
             num_workers=config.data.workers,
             pin_memory=self.device.type == "cuda",
         )
-        log = TrainLog(self.run_dir, config, self.step)
+        log = TrainLog(self.run_dir, config, self.step, self.guard)
         try:
             with self._signals():
                 self._loop(batches, log)

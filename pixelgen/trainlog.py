@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from pixelgen.checkpoint import list_checkpoints
 from pixelgen.config import TrainConfig
 from pixelgen.errors import UserError
+from pixelgen.guard import FiniteGuard
 from pixelgen.plots import save_grid, save_loss_curves
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,14 +43,16 @@ class TrainLog:
         run_dir: where metrics.jsonl, tensorboard/, samples/ and loss.png go.
         config: the run's configuration.
         step: optimizer steps done before this process.
+        guard: has seen every step.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, step: int) -> None:
+    def __init__(self, run_dir: Path, config: TrainConfig, step: int, guard: FiniteGuard) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir, self.config = run_dir, config
+        self.run_dir, self.config, self.guard = run_dir, config, guard
         self.seconds = 0.0  # of training, without sampling and saving
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
         self._count = 0
         self._since = time.perf_counter()
         self._paused = 0.0
@@ -70,6 +72,7 @@ class TrainLog:
         """Adds one step's scalars, without reading them."""
         for name, value in terms.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._count += 1
         self._bar.update()
 
@@ -84,22 +87,22 @@ class TrainLog:
         """Writes the means since the last call; nothing when there was no step.
 
         Raises:
-            UserError: a term is not finite; names the step and the terms.
+            UserError: a term is not finite; names the step, the terms and the samples.
         """
         if not self._count:
             return
-        means = {name: (total / self._count).item() for name, total in self._sums.items()}  # waits here
+        # a term that comes or goes with a schedule has fewer steps than the others; waits here
+        means = {name: (total / self._counts[name]).item() for name, total in self._sums.items()}
         now = time.perf_counter()
         seconds = now - self._since - self._paused
         self.seconds += seconds
         ms_per_step = 1000 * seconds / self._count
         images_per_second = self._count * self.config.train.batch_size / seconds
         record = {"step": step, **means, "lr": lr, "ms_per_step": ms_per_step, "img_per_s": images_per_second}
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            first = step - self._count + 1
+        problem = self.guard.report()
+        if problem is not None:
             raise UserError(
-                f"training stopped between steps {first} and {step}: not finite: {', '.join(bad)}. "
+                f"training stopped at {problem}. "
                 f"{self._last_good()}. Lower optimizer.lr or set optimizer.max_grad_norm"
             )
         self._file.write(json.dumps(record) + "\n")
@@ -118,7 +121,7 @@ class TrainLog:
             print(
                 f"step {step}  {values}  lr {lr:.3g}  {ms_per_step:.1f} ms/step  ETA {left:.0f} s", flush=True
             )
-        self._sums, self._count, self._paused = {}, 0, 0.0
+        self._sums, self._counts, self._count, self._paused = {}, {}, 0, 0.0
         self._since = time.perf_counter()
 
     def image(self, step: int, images: Tensor, columns: int) -> None:

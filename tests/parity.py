@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import StageEncoder, TokenEncoder
+from pixelgen.losses.gate import NoiseGate
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 from pixelgen.models.jit import JiT
@@ -211,7 +212,7 @@ def build_objective(
         p_dino_weight=arguments["dino_weight"],
         perceptual_ratio=arguments["percept_ratio"],
         projector_width=projector_width,
-        gate_t=arguments["percept_t_threshold"],
+        gate=NoiseGate("hard", arguments["percept_t_threshold"]),
         p_dino_gate="released",
         t_eps=arguments["t_eps"],
         balance="released",  # from step 400000 on, every 50 steps

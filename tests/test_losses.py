@@ -18,7 +18,7 @@ from pixelgen.losses.alignment import Projector
 from pixelgen.losses.balance import BalanceWeight
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.flow_matching import flow_matching
-from pixelgen.losses.gate import gate, masked_mean, released_mean
+from pixelgen.losses.gate import SCHEDULES, NoiseGate, Selection, masked_mean
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 from pixelgen.models.sizes import model_config
@@ -97,10 +97,6 @@ def grad_of(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 # --- the reductions ---
 
 
-def test_gate_is_inclusive() -> None:
-    assert gate(torch.tensor([0.0, 0.29, 0.3, 1.0]), 0.3).tolist() == [False, False, True, True]
-
-
 def test_masked_mean_is_the_mean_of_what_is_kept() -> None:
     values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
     kept = masked_mean(values, torch.tensor([True, False, True]))
@@ -112,15 +108,6 @@ def test_masked_mean_is_the_mean_of_what_is_kept() -> None:
 def test_masked_mean_is_not_touched_by_a_nan_that_is_not_kept() -> None:
     values = torch.tensor([1.0, math.nan])
     assert float(masked_mean(values, torch.tensor([True, False]))) == 1.0
-
-
-def test_released_mean_gates_whole_batches_only() -> None:
-    values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
-    some = released_mean(values, torch.tensor([True, False, False]))
-    assert float(some) == 3.0
-    torch.testing.assert_close(grad_of(some, values)[0], torch.full((3,), 1 / 3))
-    nothing = released_mean(values, torch.zeros(3, dtype=torch.bool))
-    assert float(nothing) == 1.0 and grad_of(nothing, values)[0].tolist() == [0.0, 0.0, 0.0]
 
 
 # --- the terms ---
@@ -143,12 +130,12 @@ def test_terms_equal_their_formulas(kernels: str) -> None:
     for p, q, w in zip(stages(x_pred), stages(x), stages.layer_weights, strict=True):
         difference = F.normalize(p, dim=1, eps=1e-10) - F.normalize(q, dim=1, eps=1e-10)
         lpips = lpips + (difference.square() * w[:, None, None]).sum(1).mean((1, 2))
-    expected = {"flow_matching": flow, "alignment": repa, "lpips": lpips, "p_dino": dino}
+    keep = t >= 0.3
+    expected = {"flow_matching": flow, "alignment": repa, "lpips": lpips * keep, "p_dino": dino * keep}
     assert objective.per_sample.keys() == expected.keys()
     for name, value in expected.items():
         assert objective.per_sample[name].shape == (B,) and objective.per_sample[name].dtype == torch.float32
         torch.testing.assert_close(objective.per_sample[name], value.detach(), rtol=1e-5, atol=1e-6)
-    keep = t >= 0.3
     torch.testing.assert_close(terms["flow_matching"], flow.mean())
     torch.testing.assert_close(terms["alignment"], repa.mean())
     torch.testing.assert_close(terms["lpips"], lpips[keep].mean())
@@ -233,17 +220,122 @@ def test_nothing_gated_has_no_perceptual_gradient(mode: str, p_dino: float) -> N
     terms = objective(**batch)
     assert float(terms["lpips"]) == 0 and float(terms["p_dino"]) == p_dino
     assert float(terms["gated_fraction"]) == 0
-    for name in ("lpips", "p_dino"):
-        assert (grad_of(terms[name], batch["x_pred"])[0] == 0).all()
+    assert not terms["lpips"].requires_grad and not terms["p_dino"].requires_grad
+    grads = [grad_of(terms[name], batch["x_pred"])[0] for name in ("loss", "flow_matching")]
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("mode", ["paper", "released"])
 def test_gate_zero_is_no_gate(mode: str) -> None:
-    objective = make_objective(p_dino_gate=mode, gate_t=0.0)
+    objective = make_objective(p_dino_gate=mode, gate=NoiseGate("hard", 0.0))
     terms = objective(**make_batch((0.0, 0.1, 0.2, 0.29)))
     for name in ("lpips", "p_dino"):
         torch.testing.assert_close(terms[name], objective.per_sample[name].mean())
     assert float(terms["gated_fraction"]) == 1
+
+
+# --- gathering ---
+
+
+class CountingStages(TwoStages):
+    """Counts the images it sees."""
+
+    seen = 0
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.seen += len(x)
+        return super().forward(x)
+
+
+def masked(objective: Objective, batch: dict[str, Tensor], **arguments: Any) -> dict[str, Tensor]:
+    """The same terms with every image through every network, as where the host does not know t."""
+
+    def everyone(t: Tensor, gate: NoiseGate, *, device: torch.device) -> Selection:
+        return Selection(None, None, gate.passes(t))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pixelgen.losses.objective.select_samples", everyone)
+        return objective(**batch, **arguments)
+
+
+@pytest.mark.parametrize("mode", ["paper", "released"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gathering_gives_the_loss_and_gradients_of_masking(schedule: str, mode: str) -> None:
+    stages = CountingStages()
+    objective = make_objective(
+        lpips=LPIPS(stages, ops=select("auto")),
+        gate=NoiseGate(schedule, 0.4, 0.05),
+        p_dino_gate=mode,
+        adversarial_weight=0.1,
+    )
+    batch = make_batch((0.1, 0.05, 0.9, 0.6))
+    leaves = (batch["x_pred"], batch["features"], *objective.parameters())
+    gathered = objective(**batch)
+    assert stages.seen == 2 * 2
+    grads = grad_of(gathered["loss"], *leaves)
+    per_sample = objective.per_sample
+    expected = masked(objective, batch)
+    assert stages.seen == 2 * 2 + 2 * B
+    for name in expected:
+        torch.testing.assert_close(gathered[name], expected[name])
+    for actual, wanted in zip(grads, grad_of(expected["loss"], *leaves), strict=True):
+        torch.testing.assert_close(actual, wanted)
+    for name, values in per_sample.items():
+        is_seen = values != 0
+        torch.testing.assert_close(values[is_seen], objective.per_sample[name][is_seen])
+
+
+def test_no_network_runs_when_no_sample_passes() -> None:
+    stages, encoder = CountingStages(), MeanTokens()
+    objective = make_objective(
+        lpips=LPIPS(stages, ops=select("auto")), encoder=encoder, adversarial_weight=0.1
+    )
+    terms = objective(**make_batch((0.0, 0.1, 0.2, 0.29)))
+    assert stages.seen == 0
+    assert encoder.calls == [False]  # the clean images, for the alignment
+    assert "adversarial" not in terms and float(terms["lpips"]) == 0
+
+
+def test_alignment_follows_its_schedule() -> None:
+    encoder = MeanTokens()
+    objective = make_objective(
+        encoder=encoder, lpips_weight=0, p_dino_weight=0, alignment_schedule=[(10, 0.1), (20, 0.0)]
+    )
+    assert [objective.alignment_weight(step) for step in (0, 9, 10, 19, 20, 10**6)] == [
+        *(0.5, 0.5),
+        *(0.1, 0.1),
+        *(0.0, 0.0),
+    ]
+    batch = make_batch()
+    for step, weight in ((0, 0.5), (10, 0.1)):
+        terms = objective(**batch, step=step)
+        torch.testing.assert_close(terms["loss"], terms["flow_matching"] + weight * terms["alignment"])
+    encoder.calls.clear()
+    batch.pop("features")  # not needed any more
+    assert "alignment" not in objective(**batch, step=20) and encoder.calls == []
+
+
+def test_adversarial_term_starts_at_its_step() -> None:
+    objective = make_objective(adversarial_weight=0.3, adversarial_start_step=5, alignment_weight=0)
+    batch = make_batch()
+    before = objective(**batch, step=4)
+    assert "adversarial" not in before and "discriminator" not in before
+    terms = objective(**batch, step=5)
+    expected = before["loss"] + 0.3 * terms["adversarial"] + terms["discriminator"]
+    torch.testing.assert_close(terms["loss"], expected)
+    assert (grad_of(terms["adversarial"], batch["x_pred"])[0][0] == 0).all()  # gated out
+    assert any(key.startswith("discriminator.") for key in objective.state_dict())
+
+
+def test_global_balance_keeps_its_weight_when_nothing_passes() -> None:
+    objective = make_objective(balance="global", balance_start_step=0, alignment_weight=0)
+    assert objective.balance is not None
+    linear = nn.Linear(5, C * P * P)
+    hidden, x = torch.randn(B, T, 5), to_tokens(make_batch()["x"])
+    terms = objective(linear(hidden), x, torch.zeros(B), step=0, balance_parameter=linear.weight)
+    assert float(terms["balance_weight"]) == 1.0
+    terms = objective(linear(hidden), x, torch.ones(B), step=0, balance_parameter=linear.weight)
+    assert float(terms["balance_weight"]) != 1.0
 
 
 # --- what is computed ---
@@ -457,9 +549,13 @@ def test_flat_features_have_finite_gradient() -> None:
     ("overrides", "message"),
     [
         ({"lpips_weight": -0.1}, r"lpips_weight must not be negative, got -0.1"),
-        ({"gate_t": 1.5}, r"gate_t must lie in \[0, 1\], got 1.5"),
         ({"p_dino_gate": "none"}, r"p_dino_gate must be 'paper' or 'released', got 'none'"),
-        ({"balance": "on"}, r"balance must be 'off' or 'released', got 'on'"),
+        ({"balance": "on"}, r"balance must be 'off', 'released' or 'global', got 'on'"),
+        (
+            {"alignment_schedule": [(5, 0.1), (5, 0.0)]},
+            r"alignment_schedule's steps must increase, got \[5, 5\]",
+        ),
+        ({"alignment_schedule": [(5, -1.0)]}, r"alignment_schedule's weight of step 5 must not be negative"),
         ({"encoder": None}, r"encoder must be given"),
         ({"lpips": None}, r"lpips must be given"),
     ],
@@ -492,7 +588,7 @@ def test_lpips_of_another_shape_is_refused() -> None:
     def four_dimensional(x_pred: Tensor, x: Tensor) -> Tensor:
         return mean_absolute(x_pred, x)[:, None, None, None]
 
-    with pytest.raises(ValueError, match=r"lpips must return \(B,\) = \(4,\), got \(4, 1, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"lpips must return \(B,\) = \(3,\), got \(3, 1, 1, 1\)"):
         make_objective(lpips=four_dimensional)(**make_batch())
 
 
@@ -509,7 +605,10 @@ def test_build_objective_from_the_configuration(tmp_path: Any, monkeypatch: pyte
     x = torch.randn(2, model.num_tokens, model.patch_dim)
     terms = objective(x, x, torch.tensor([0.1, 0.9]), torch.randn(2, model.num_tokens, model.width))
     assert {"alignment", "lpips", "p_dino"} <= terms.keys()
-    assert float(terms["lpips"]) == 0 and (tmp_path / "embedded_features.safetensors").is_file()
+    assert (
+        float(terms["lpips"]) == pytest.approx(0, abs=1e-9)
+        and (tmp_path / "embedded_features.safetensors").is_file()
+    )
 
     def never() -> tuple[Tensor, Tensor]:
         raise AssertionError("no term needs the images")

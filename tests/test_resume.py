@@ -56,6 +56,15 @@ def test_resume_in_another_process_is_bit_equal(tmp_path, monkeypatch, with_embe
     # All terms, dropout and the balance weight, so that every kind of state takes part.
     more = ["--loss.balance", "released", "--loss.balance_start_step", "4", "--loss.balance_every", "4"]
     more += ["--model.proj_dropout", "0.1", "--model.depth", "4", "--train.log_every", "5"]
+    more += [
+        "--loss.gate",
+        "learned",
+        "--loss.adversarial_weight",
+        "0.1",
+        "--loss.adversarial_start_step",
+        "3",
+    ]
+    more += ["--loss.alignment_schedule", "[[8, 0.2], [15, 0.0]]"]
     assert main(options(tmp_path, "straight", 20, *more)) == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 10)

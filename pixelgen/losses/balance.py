@@ -1,8 +1,11 @@
-"""Balance of perceptual and flow matching terms by gradient norm, as released code does late in training."""
+"""Balance of perceptual and flow matching terms by the norms of their gradients, late in training."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -16,11 +19,19 @@ class BalanceWeight(nn.Module):
     Args:
         start_step: first step that may update the weight; 400000 in the released code.
         every: steps between updates; 50 there.
+        form: ``"released"`` is the released code's: each rank by its own batch, and a batch without a gated
+            sample moves w to its bound. ``"global"`` sums the gradients over all ranks, so that they agree,
+            and keeps the weight where no sample of any rank passes the gate.
     """
 
     weight: Tensor
 
-    def __init__(self, start_step: int = 400_000, every: int = 50) -> None:
+    def __init__(
+        self,
+        start_step: int = 400_000,
+        every: int = 50,
+        form: Literal["released", "global"] = "released",
+    ) -> None:
         super().__init__()
         if start_step < 0 or every < 1:
             raise ValueError(
@@ -28,23 +39,36 @@ class BalanceWeight(nn.Module):
             )
         self.start_step = start_step
         self.every = every
+        self.form = form
         self.register_buffer("weight", torch.ones(()))
 
     def is_due(self, step: int) -> bool:
         """Whether this step updates the weight; each costs two extra partial backward passes."""
         return step >= self.start_step and step % self.every == 0
 
-    def update(self, flow_matching: Tensor, perceptual: Tensor, parameter: Tensor) -> None:
+    def update(self, flow_matching: Tensor, perceptual: Tensor, parameter: Tensor, count: Tensor) -> None:
         """Move the weight towards the ratio of the two gradient norms. No host sync.
 
         Args:
             flow_matching: scalar loss.
-            perceptual: scalar, the weighted sum of the perceptual terms without this factor.
-            parameter: W, the weight of the denoiser's last linear layer; both losses must depend on it.
+            perceptual: scalar, the weighted sum of the perceptual terms without this factor; without a
+                gradient where nothing passed the gate.
+            parameter: W, the weight of the denoiser's last linear layer, on which the losses depend.
+            count: scalar tensor, how many samples passed the gate.
         """
         (grad_flow,) = torch.autograd.grad(flow_matching, parameter, retain_graph=True)
-        (grad_perceptual,) = torch.autograd.grad(perceptual, parameter, retain_graph=True)
+        grad_perceptual = torch.zeros_like(grad_flow)
+        if perceptual.requires_grad:
+            (grad_perceptual,) = torch.autograd.grad(perceptual, parameter, retain_graph=True)
         with torch.no_grad():
-            ratio = grad_flow.float().norm() / (grad_perceptual.float().norm() + 1e-4)
+            grads = torch.stack([grad_flow.float(), grad_perceptual.float()])
+            count = count.to(grads)
+            if self.form == "global" and dist.is_available() and dist.is_initialized():
+                dist.all_reduce(grads)
+                dist.all_reduce(count)
+            flow_norm, perceptual_norm = torch.linalg.vector_norm(grads.flatten(1), dim=1)
+            ratio = flow_norm / (perceptual_norm + 1e-4)
             # Out of place: the loss of the step before may still hold the old value for its backward pass.
-            self.weight = 0.8 * self.weight + 0.2 * ratio.clamp(0, 100)
+            moved = 0.8 * self.weight + 0.2 * ratio.clamp(0, 100)
+            is_empty = (count == 0) & (self.form == "global")
+            self.weight = torch.where(is_empty, self.weight, moved)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pixelgen.encoders.build import build_stage_encoder, build_token_encoder
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, embedded_features
+from pixelgen.losses.gate import NoiseGate
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 from pixelgen.models.sizes import ModelConfig
@@ -45,7 +46,12 @@ def build_objective(
         UserError: unknown encoder names, weights that cannot be had, images that do not fit.
     """
     needs_lpips = loss.lpips_weight * loss.perceptual_ratio > 0
-    needs_tokens = loss.alignment_weight > 0 or loss.p_dino_weight * loss.perceptual_ratio > 0
+    needs_tokens = (
+        loss.alignment_weight > 0
+        or any(weight > 0 for _, weight in loss.alignment_schedule)
+        or loss.p_dino_weight * loss.perceptual_ratio > 0
+        or loss.adversarial_weight > 0
+    )
     embedded: EmbeddedFeatures | None = None
     if (needs_lpips and loss.stages == "embedded") or (needs_tokens and loss.tokens == "embedded"):
         config = EmbeddedConfig(
@@ -75,15 +81,19 @@ def build_objective(
         encoder=encoder,
         lpips=lpips,
         alignment_weight=loss.alignment_weight,
+        alignment_schedule=loss.alignment_schedule,
         lpips_weight=loss.lpips_weight,
         p_dino_weight=loss.p_dino_weight,
         perceptual_ratio=loss.perceptual_ratio,
         projector_width=loss.projector_width,
-        gate_t=loss.gate_t,
+        gate=NoiseGate(loss.gate, loss.gate_t, loss.gate_width),
         p_dino_gate=loss.p_dino_gate,
         balance=loss.balance,
         balance_start_step=loss.balance_start_step,
         balance_every=loss.balance_every,
+        adversarial_weight=loss.adversarial_weight,
+        adversarial_start_step=loss.adversarial_start_step,
+        adversarial_r1_weight=loss.adversarial_r1_weight,
         t_eps=t_eps,
         kernels=kernels,
     )

@@ -1,37 +1,163 @@
-"""Noise gating: which samples the perceptual terms see, and how per-sample terms become one number."""
+"""Noise gating: how much each sample counts in the perceptual terms, and which samples they see at all."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Schedule = Literal["hard", "cosine", "sigmoid", "snr", "learned"]
+SCHEDULES: tuple[Schedule, ...] = ("hard", "cosine", "sigmoid", "snr", "learned")
+# The sigmoid is cut off where it falls below this, so that most noisy samples need no perceptual networks.
+_SIGMOID_FLOOR = 0.01
 
 
-def gate(t: Tensor, gate_t: float) -> Tensor:
-    """The samples that perceptual terms see: ``t >= gate_t`` (PixelGen, arXiv 2602.02493; 0.3 there).
+class NoiseGate(nn.Module):
+    """Weight w(t) in [0, 1] of a sample at time t; below ``first_t`` it is exactly 0.
+
+        hard      1 for t >= gate_t, else 0             (PixelGen, arXiv 2602.02493, with gate_t = 0.3)
+        cosine    (1 - cos(pi u)) / 2, u = (t - gate_t) / width within [0, 1]
+        sigmoid   1 / (1 + exp(-(t - gate_t) / width)), 0 where that is below 0.01
+        snr       t^2 / (t^2 + (1 - t)^2) for t >= gate_t         signal over signal and noise of x_t
+        learned   exp(-u_b) of the bin b of t, for t >= gate_t; u is trained
+
+    The learned weights follow arXiv 2312.02696, eq. 21: with l the weighted perceptual loss of a sample, the
+    terms become l exp(-u_b) + c u_b, c the batch's mean of l, so exp(u_b) tends to E[l | bin] / E[l] and
+    every bin comes to count alike.
 
     Args:
-        t: (B,) time after the shift; 0 is noise, 1 is data.
+        schedule: one of the names above.
         gate_t: threshold in [0, 1]; 0 lets every sample pass.
+        width: width of the cosine's and the sigmoid's ramp, above 0; not used by the others.
+        bins: number of bins of the learned weights.
 
-    Returns:
-        (B,) bool.
+    Raises:
+        ValueError: an argument outside these ranges.
     """
-    return t >= gate_t
+
+    def __init__(
+        self, schedule: Schedule = "hard", gate_t: float = 0.3, width: float = 0.2, bins: int = 16
+    ) -> None:
+        super().__init__()
+        if schedule not in SCHEDULES:
+            raise ValueError(f"NoiseGate: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if not 0 <= gate_t <= 1:
+            raise ValueError(f"NoiseGate: gate_t must lie in [0, 1], got {gate_t}")
+        if not width > 0:
+            raise ValueError(f"NoiseGate: width must be above 0, got {width}")
+        if bins < 1:
+            raise ValueError(f"NoiseGate: bins must be at least 1, got {bins}")
+        self.schedule, self.gate_t, self.width, self.bins = schedule, gate_t, width, bins
+        if schedule == "learned":
+            self.log_scale = nn.Parameter(torch.zeros(bins))
+
+    @property
+    def first_t(self) -> float:
+        """Samples below this time have weight 0."""
+        if self.schedule == "sigmoid":
+            return self.gate_t - self.width * math.log(1 / _SIGMOID_FLOOR - 1)
+        return self.gate_t
+
+    def passes(self, t: Tensor) -> Tensor:
+        """(B,) bool: the samples that the perceptual terms see, ``t >= first_t``."""
+        return t >= self.first_t
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Time (B,) to weights (B,) fp32; only the learned ones have a gradient."""
+        t = t.float()
+        if self.schedule == "hard":
+            weight = torch.ones_like(t)
+        elif self.schedule == "cosine":
+            progress = ((t - self.gate_t) / self.width).clamp(0, 1)
+            weight = 0.5 * (1 - torch.cos(math.pi * progress))
+        elif self.schedule == "sigmoid":
+            weight = torch.sigmoid((t - self.gate_t) / self.width)
+        elif self.schedule == "snr":
+            weight = t.square() / (t.square() + (1 - t).square())
+        else:
+            weight = torch.exp(-self._of_bin(t))
+        return torch.where(self.passes(t), weight, 0.0)
+
+    def penalty(self, t: Tensor, loss: Tensor, is_real: Tensor) -> Tensor:
+        """What the learned weights pay for being small: c times the mean of u, a scalar.
+
+        Args:
+            t: (K,) time of the samples that pass.
+            loss: (K,) their weighted perceptual loss; its gradient is not used.
+            is_real: (K,) bool, False for padding.
+        """
+        return masked_mean(loss.detach(), is_real) * masked_mean(self._of_bin(t.float()), is_real)
+
+    def _of_bin(self, t: Tensor) -> Tensor:
+        return self.log_scale[(t * self.bins).long().clamp(0, self.bins - 1)]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The samples of a batch that the perceptual terms see.
+
+    Attributes:
+        count: how many, known on the host; None when that would have meant to wait for the device.
+        index: (K,) int64 rows of the batch, on the device; None for all rows in order. Behind the first
+            ``count`` come repetitions, up to the next bucket.
+        is_real: (K,) bool: False for repetitions, and for rows that do not pass.
+    """
+
+    count: int | None
+    index: Tensor | None
+    is_real: Tensor
+
+    def rows(self, values: Tensor) -> Tensor:
+        """The selected rows of (B, ...)."""
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def rows_of(self, wider: Selection, values: Tensor) -> Tensor:
+        """The rows of values that hold those of ``wider``: all of the batch, or the same ones as here."""
+        return values if wider.index is self.index else self.rows(values)
+
+    def scatter(self, values: Tensor, batch: int) -> Tensor:
+        """(K,) values back to (B,); zeros where nothing was computed."""
+        if self.index is None:
+            return values
+        return values.new_zeros(batch).index_copy_(0, self.index, values)
+
+
+def select_samples(t: Tensor, gate: NoiseGate, *, device: torch.device, buckets: int = 8) -> Selection:
+    """Picks the samples that pass the gate.
+
+    With t on the host their number is known, and K is that number rounded up to a multiple of B / buckets:
+    few shapes, so that compiled networks are not compiled anew for every batch. With t on another device all
+    rows are kept, since to count them the host would have to wait.
+
+    Args:
+        t: (B,) time.
+        gate: the gate.
+        device: where index and is_real are needed.
+        buckets: how many sizes K may have.
+    """
+    passes = gate.passes(t)
+    if t.device.type != "cpu":
+        return Selection(None, None, passes)
+    rows = passes.nonzero()[:, 0]
+    count, batch = len(rows), len(t)
+    if count == batch:
+        return Selection(count, None, to_device(passes, device))
+    if count == 0:
+        return Selection(0, to_device(rows, device), to_device(passes[:0], device))
+    bucket = -(-batch // buckets)
+    size = min(-(-count // bucket) * bucket, batch)
+    index = torch.cat([rows, rows[:1].expand(size - count)])
+    return Selection(count, to_device(index, device), to_device(torch.arange(size) < count, device))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def masked_mean(per_sample: Tensor, keep: Tensor) -> Tensor:
     """Mean of per_sample (B,) over keep (B,) bool; zero with zero gradient if none is kept. No host sync."""
     return torch.where(keep, per_sample, 0.0).sum() / keep.sum().clamp_min(1)
-
-
-def released_mean(per_sample: Tensor, keep: Tensor) -> Tensor:
-    """The P-DINO reduction of the released code: the mean over *all* samples as soon as one is kept.
-
-    The released mask gets one axis too many and cancels, so it only decides per batch; with nothing kept the
-    term is 1 with zero gradient. No host sync.
-
-    Args:
-        per_sample: (B,) values.
-        keep: (B,) bool.
-    """
-    return torch.where(keep.any(), per_sample.mean(), 1.0)

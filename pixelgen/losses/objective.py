@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -10,11 +11,12 @@ from pixelgen_kernels import select
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
-from pixelgen.encoders.embedded import EmbeddedStages, EmbeddedTokens
+from pixelgen.losses.adversarial import Discriminator
 from pixelgen.losses.alignment import Projector, alignment
 from pixelgen.losses.balance import BalanceWeight
+from pixelgen.losses.features import FeatureNetworks
 from pixelgen.losses.flow_matching import flow_matching
-from pixelgen.losses.gate import gate, masked_mean, released_mean
+from pixelgen.losses.gate import NoiseGate, Selection, masked_mean, select_samples
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.p_dino import p_dino
 
@@ -22,34 +24,40 @@ from pixelgen.losses.p_dino import p_dino
 class Objective(nn.Module):
     """loss = flow matching + a * alignment + r * b * (l * LPIPS + p * P-DINO)   (PixelGen, arXiv 2602.02493).
 
-    Flow matching and alignment are means over all samples, LPIPS and P-DINO over those with ``t >= gate_t``;
-    b is 1 or the balance weight. A term of weight 0 is not computed. Everything trained or saved is in
-    ``projector`` and ``balance``; the frozen encoders belong to neither parameters nor state dict, but follow
-    ``.to(device)``.
+    Flow matching and alignment are means over all samples. The perceptual terms, LPIPS and P-DINO, are means
+    over the samples that pass the noise gate, times the gate's weight; the others are not run through their
+    networks at all. b is 1 or the balance weight. A term of weight 0 is not computed. Everything trained or
+    saved is in ``projector``, ``gate``, ``balance`` and ``discriminator``; the frozen encoders belong to
+    neither parameters nor state dict, but follow ``.to(device)``.
 
     Args:
         feature_width: width C of the features that ``forward`` will be given.
         patch_size: patch size of the token layout.
         image_size: (H, W) of the images.
         encoder: frozen tokens for alignment and P-DINO: any module (B, C, H, W) -> (B, T, D) with an
-            attribute ``width`` = D. May be None when both weights are 0.
+            attribute ``width`` = D. May be None when no term needs it.
         lpips: ``LPIPS``, or any callable (x_pred, x) -> (B,) on images. May be None when its weight is 0.
         alignment_weight: a.
+        alignment_schedule: (step, a) pairs in the order of steps: a from that step on. Before the first,
+            ``alignment_weight`` holds.
         lpips_weight: l.
         p_dino_weight: p.
         perceptual_ratio: r.
         projector_width: hidden width of the alignment's projector.
-        gate_t: threshold of the noise gate; 0 for no gate.
+        gate: the noise gate; by default hard at 0.3.
         p_dino_gate: ``"paper"``: the gate acts per sample. ``"released"``: as the released code's mask, which
             cancels: all samples count as soon as one passes, and the term is 1 if none does.
-        balance: ``"off"``, or ``"released"`` for the released code's balance weight.
+        balance: ``"off"``, or a form of ``BalanceWeight``.
         balance_start_step: first step that updates it.
         balance_every: steps between updates.
+        adversarial_weight: weight of the experimental adversarial term; 0 for none.
+        adversarial_start_step: first step of that term and of its discriminator's training.
+        adversarial_r1_weight: gradient penalty of the discriminator.
         t_eps: floor of 1 - t.
         kernels: ``"auto"`` for the fused ops, ``"eager"`` for plain PyTorch.
 
     Raises:
-        ValueError: a negative weight, a gate outside [0, 1], an unknown mode, or a missing encoder.
+        ValueError: a negative weight, a schedule out of order, an unknown mode, or a missing encoder.
     """
 
     def __init__(
@@ -61,15 +69,19 @@ class Objective(nn.Module):
         encoder: TokenEncoder | nn.Module | None = None,
         lpips: LPIPS | Callable[[Tensor, Tensor], Tensor] | None = None,
         alignment_weight: float = 0.5,
+        alignment_schedule: Sequence[tuple[int, float]] = (),
         lpips_weight: float = 0.1,
         p_dino_weight: float = 0.01,
         perceptual_ratio: float = 1.0,
         projector_width: int = 2048,
-        gate_t: float = 0.3,
+        gate: NoiseGate | None = None,
         p_dino_gate: Literal["paper", "released"] = "paper",
-        balance: Literal["off", "released"] = "off",
+        balance: Literal["off", "released", "global"] = "off",
         balance_start_step: int = 400_000,
         balance_every: int = 50,
+        adversarial_weight: float = 0.0,
+        adversarial_start_step: int = 0,
+        adversarial_r1_weight: float = 1.0,
         t_eps: float = 0.05,
         kernels: Literal["auto", "eager"] = "auto",
     ) -> None:
@@ -79,60 +91,80 @@ class Objective(nn.Module):
             "lpips_weight": lpips_weight,
             "p_dino_weight": p_dino_weight,
             "perceptual_ratio": perceptual_ratio,
+            "adversarial_weight": adversarial_weight,
+            **{f"alignment_schedule's weight of step {step}": a for step, a in alignment_schedule},
         }
         for name, value in weights.items():
             if not value >= 0:
                 raise ValueError(f"Objective: {name} must not be negative, got {value}")
-        if not 0 <= gate_t <= 1:
-            raise ValueError(f"Objective: gate_t must lie in [0, 1], got {gate_t}")
+        steps = [step for step, _ in alignment_schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"Objective: alignment_schedule's steps must increase, got {steps}")
         if p_dino_gate not in ("paper", "released"):
             raise ValueError(f"Objective: p_dino_gate must be 'paper' or 'released', got {p_dino_gate!r}")
-        if balance not in ("off", "released"):
-            raise ValueError(f"Objective: balance must be 'off' or 'released', got {balance!r}")
-        self.uses_alignment = alignment_weight > 0
+        if balance not in ("off", "released", "global"):
+            raise ValueError(f"Objective: balance must be 'off', 'released' or 'global', got {balance!r}")
+        self.alignment_steps = ((-1, alignment_weight), *alignment_schedule)
+        self.uses_alignment = any(weight > 0 for _, weight in self.alignment_steps)
         self.uses_lpips = lpips_weight * perceptual_ratio > 0
         self.uses_p_dino = p_dino_weight * perceptual_ratio > 0
-        if encoder is None and (self.uses_alignment or self.uses_p_dino):
-            raise ValueError("Objective: encoder must be given for the alignment and P-DINO terms, got None")
+        self.uses_adversarial = adversarial_weight > 0
+        if encoder is None and (self.uses_alignment or self.uses_p_dino or self.uses_adversarial):
+            raise ValueError(
+                "Objective: encoder must be given for the alignment, P-DINO and adversarial terms, got None"
+            )
         if lpips is None and self.uses_lpips:
             raise ValueError("Objective: lpips must be given for the LPIPS term, got None")
-        self.alignment_weight = alignment_weight
         self.lpips_weight = lpips_weight
         self.p_dino_weight = p_dino_weight
         self.perceptual_ratio = perceptual_ratio
-        self.gate_t = gate_t
         self.p_dino_gate = p_dino_gate
-        self.patch_size = patch_size
-        self.image_size = image_size
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start_step = adversarial_start_step
         self.t_eps = t_eps
         self.ops = select(kernels)
-        # Identity has no parameters, so that optimizer and checkpoint need not ask whether the term is on.
+        self.gate = NoiseGate() if gate is None else gate
+        # Identity has no parameters, so that optimizer and checkpoint need not ask whether a term is on.
         self.projector: nn.Module = nn.Identity()
+        self.discriminator: nn.Module = nn.Identity()
         if self.uses_alignment:
             self.projector = Projector(feature_width, projector_width, int(encoder.width))  # type: ignore[union-attr, arg-type]
-        self.balance = BalanceWeight(balance_start_step, balance_every) if balance == "released" else None
-        # In a tuple, not registered: VGG16 and DINOv2 must be in no checkpoint and no optimizer.
-        self._frozen = (encoder, lpips)
-        self._shares_trunk = self.uses_lpips and _share_trunk(encoder, lpips)
-        #: The (B,) values of the last call's terms, detached: what to look at when a loss is not finite.
+        if self.uses_adversarial:
+            width = int(encoder.width)  # type: ignore[union-attr, arg-type]
+            self.discriminator = Discriminator(width, r1_weight=adversarial_r1_weight)
+        self.balance = (
+            None if balance == "off" else BalanceWeight(balance_start_step, balance_every, form=balance)
+        )
+        # Not registered: VGG16 and DINOv2 must be in no checkpoint and no optimizer.
+        self._networks = FeatureNetworks(
+            encoder, lpips, patch_size=patch_size, image_size=image_size, ops=self.ops
+        )
+        #: The (B,) values of the last call's terms, detached: what to look at when a loss is not finite. 0
+        #: for samples that the gate kept from the term's network.
         self.per_sample: dict[str, Tensor] = {}
 
     @property
     def encoder(self) -> Any:
         """The frozen token encoder, or None."""
-        return self._frozen[0]
+        return self._networks.encoder
 
     @property
     def lpips(self) -> Any:
         """The LPIPS distance, or None."""
-        return self._frozen[1]
+        return self._networks.lpips
+
+    def speed_up_networks(self, *, half: bool, compiled: bool) -> None:
+        """Frozen networks in bf16 and channels-last, and compiled; see ``FeatureNetworks.speed_up``."""
+        self._networks.speed_up(half=half, compiled=compiled)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        for module in self._frozen:
-            if isinstance(module, nn.Module):
-                module._apply(fn, recurse)
+        self._networks.apply(fn, recurse)
         return self
+
+    def alignment_weight(self, step: int) -> float:
+        """Weight of the alignment at a step."""
+        return [weight for first, weight in self.alignment_steps if first <= step][-1]
 
     def forward(
         self,
@@ -143,23 +175,28 @@ class Objective(nn.Module):
         *,
         step: int = 0,
         balance_parameter: Tensor | None = None,
+        host_t: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """All terms of one batch.
 
         Call it inside the autocast context of the denoiser: the encoders follow it, every distance is fp32.
 
         Args:
-            x_pred: prediction, tokens (B, T, P*P*C) with channels last in a patch, or images (B, C, H, W).
-            x: the clean images in [-1, 1] in the same layout.
-            t: (B,) time after the shift.
-            features: (B, T, C) of the denoiser, for alignment; one per token of the encoder.
-            step: training step, for the balance weight.
-            balance_parameter: weight of the denoiser's last linear layer; needed with ``balance="released"``.
+            x_pred: prediction, tokens (B, T, P*P*C) with the patch vector (row, column, channel) as the
+                denoiser returns them, or images (B, C, H, W), in [-1, 1], not clamped.
+            x: the clean images in the same layout.
+            t: (B,) time.
+            features: (B, T, C) of the denoiser, needed while the alignment's weight is not 0.
+            step: training step; it matters for the schedules.
+            balance_parameter: weight of the denoiser's last linear layer, needed for the balance.
+            host_t: the values of t on the host. With them the perceptual networks run on the samples that
+                pass the gate only; without, and with t on another device, they run on all.
 
         Returns:
-            Scalars on the device: ``loss`` (carries the graph), ``flow_matching``, ``alignment``, ``lpips``
-            and ``p_dino`` (unweighted; absent where the weight is 0), ``gated_fraction`` (the share of
-            samples that pass the gate) and ``balance_weight`` (absent with ``balance="off"``). No host sync.
+            Scalars: ``loss`` with gradient, and what it is made of, unweighted: ``flow_matching``,
+            ``alignment``, ``lpips``, ``p_dino`` (only terms that were computed), ``gate_penalty`` (learned
+            gate), ``adversarial`` and ``discriminator``, ``gated_fraction`` (share of the samples that pass
+            the gate) and ``balance_weight`` (absent with ``balance="off"``). No host sync.
 
         Raises:
             ValueError: shapes that do not fit, or a missing argument.
@@ -169,105 +206,143 @@ class Objective(nn.Module):
                 f"Objective: x_pred and x must both be tokens (B, T, P*P*C) or images (B, C, H, W), "
                 f"got {tuple(x_pred.shape)} and {tuple(x.shape)}"
             )
-        if t.shape != (len(x),):
+        if t.shape != (len(x),) or (host_t is not None and host_t.shape != t.shape):
             raise ValueError(f"Objective: t must have shape (B,) = ({len(x)},), got {tuple(t.shape)}")
-        per_sample = self._per_sample_terms(x_pred, x, t, features)
-        self.per_sample = {name: term.detach() for name, term in per_sample.items()}
-
-        keep = gate(t, self.gate_t) if self.gate_t > 0 else torch.ones_like(t, dtype=torch.bool)
-        terms = {"flow_matching": per_sample["flow_matching"].mean()}
+        flow = flow_matching(x_pred, x, t, t_eps=self.t_eps, ops=self.ops)
+        self.per_sample = {"flow_matching": flow.detach()}
+        passing = select_samples(t if host_t is None else host_t, self.gate, device=x_pred.device)
+        seen = self._look(x_pred, x, passing, step)
+        terms = {"flow_matching": flow.mean()}
         loss = terms["flow_matching"]
-        if self.uses_alignment:
-            terms["alignment"] = per_sample["alignment"].mean()
-            loss = loss + self.alignment_weight * terms["alignment"]
-        perceptual: Tensor | None = None
-        if self.uses_lpips:
-            terms["lpips"] = masked_mean(per_sample["lpips"], keep)
-            perceptual = self.lpips_weight * terms["lpips"]
-        if self.uses_p_dino:
-            reduce = released_mean if self.p_dino_gate == "released" else masked_mean
-            terms["p_dino"] = reduce(per_sample["p_dino"], keep)
-            weighted = self.p_dino_weight * terms["p_dino"]
-            perceptual = weighted if perceptual is None else perceptual + weighted
-        if perceptual is not None:
+
+        if seen.target_of_all is not None:
+            distance = self._alignment(features, seen.target_of_all)
+            terms["alignment"] = distance.mean()
+            loss = loss + self.alignment_weight(step) * terms["alignment"]
+        if self.uses_lpips or self.uses_p_dino:
+            perceptual = self._perceptual(t, passing, seen, terms)
             ratio: float | Tensor = self.perceptual_ratio
             if self.balance is not None:
-                self._update_balance(terms["flow_matching"], perceptual, balance_parameter, step)
+                if self.balance.is_due(step):
+                    self._update_balance(terms["flow_matching"], perceptual, balance_parameter, passing)
                 ratio = ratio * self.balance.weight
             loss = loss + ratio * perceptual
         if self.balance is not None:
             terms["balance_weight"] = self.balance.weight
-        terms["gated_fraction"] = keep.float().mean()
+        if isinstance(self.discriminator, Discriminator) and seen.is_adversarial:
+            adversarial = self._adversarial(self.discriminator, t, passing, seen, terms)
+            loss = loss + adversarial
+        terms["gated_fraction"] = self.gate.passes(t).float().mean()
         return {"loss": loss, **terms}
 
-    def _per_sample_terms(
-        self, x_pred: Tensor, x: Tensor, t: Tensor, features: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Every term of non-zero weight, ungated and unweighted, as (B,) fp32."""
-        terms = {"flow_matching": flow_matching(x_pred, x, t, t_eps=self.t_eps, ops=self.ops)}
-        if not (self.uses_alignment or self.uses_lpips or self.uses_p_dino):
-            return terms
-        image = self._image(x)
-        with torch.no_grad():  # one encoding of the clean image serves alignment and P-DINO
-            target_maps, target = self._encode(image, tokens=self.uses_alignment or self.uses_p_dino)
-        if self.uses_alignment:
-            if features is None:
-                raise ValueError("Objective: features must be given for the alignment term, got None")
-            _check_tokens("features", features, target)
-            terms["alignment"] = alignment(self._project(features), target, ops=self.ops)
-        if self.uses_lpips or self.uses_p_dino:
-            image_pred = self._image(x_pred)
-            maps, tokens = self._encode(image_pred, tokens=self.uses_p_dino)
-            if self.uses_lpips:
-                shared = self._shares_trunk
-                terms["lpips"] = (
-                    self.lpips.distance(maps, target_maps) if shared else self.lpips(image_pred, image)
-                )
-                if terms["lpips"].shape != t.shape:
-                    raise ValueError(
-                        f"Objective: lpips must return (B,) = ({len(t)},), got {tuple(terms['lpips'].shape)}"
-                    )
-            if self.uses_p_dino:
-                terms["p_dino"] = p_dino(tokens, target, ops=self.ops)
-        return terms
-
-    def _image(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, P*P*C) or images to images (B, C, H, W), fp32 (fp64 if x is)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (
-            x
-            if x.ndim == 4
-            else self.ops.unpatchify(x, self.patch_size, self.image_size, channel_order="last")
+    def _look(self, x_pred: Tensor, x: Tensor, passing: Selection, step: int) -> _Seen:
+        """Runs the frozen networks on the images that some term needs, and on no others."""
+        everyone = Selection(len(x), None, passing.is_real.new_ones(len(x)))
+        is_empty = passing.count == 0
+        is_adversarial = self.uses_adversarial and step >= self.adversarial_start_step and not is_empty
+        # With the released gate P-DINO sees every sample of a batch in which one passes.
+        of_tokens = everyone if self.uses_p_dino and self.p_dino_gate == "released" else passing
+        needs_tokens = (self.uses_p_dino and not is_empty) or is_adversarial
+        of_maps = passing if self.uses_lpips and not is_empty else None
+        is_aligned = self.alignment_weight(step) > 0
+        of_target = everyone if is_aligned else of_tokens if needs_tokens else None
+        with torch.no_grad():  # one encoding of the clean images serves every term
+            clean = self._networks(x, of_target, of_maps)
+        predicted = self._networks(x_pred, of_tokens if needs_tokens else None, of_maps)
+        target = None
+        if needs_tokens and clean.tokens is not None and of_target is not None:
+            target = of_tokens.rows_of(of_target, clean.tokens)
+        return _Seen(
+            of_tokens=of_tokens,
+            tokens=predicted.tokens,
+            target=target,
+            target_of_all=clean.tokens if is_aligned else None,
+            maps=predicted.maps,
+            target_maps=clean.maps,
+            is_adversarial=is_adversarial,
         )
 
-    def _encode(self, image: Tensor, *, tokens: bool) -> tuple[Any, Any]:
-        """LPIPS' feature maps where the tokens are made from them, else None; the tokens if asked for."""
-        if self._shares_trunk:
-            maps = self.lpips.encode(image)
-            return maps, self.encoder.from_stages(maps) if tokens else None
-        return None, self.encoder(image) if tokens else None
+    def _alignment(self, features: Tensor | None, target: Tensor) -> Tensor:
+        """REPA per sample, (B,)."""
+        if features is None:
+            raise ValueError("Objective: features must be given for the alignment term, got None")
+        _check_tokens("features", features, target)
+        # in the projector's dtype outside autocast too
+        projected = self.projector(features.to(next(self.projector.parameters()).dtype))
+        distance = alignment(projected, target, ops=self.ops)
+        self.per_sample["alignment"] = distance.detach()
+        return distance
 
-    def _project(self, features: Tensor) -> Tensor:
-        """Features (B, T, C) through the projector, outside autocast too."""
-        return self.projector(features.to(next(self.projector.parameters()).dtype))
+    def _perceptual(self, t: Tensor, passing: Selection, seen: _Seen, terms: dict[str, Tensor]) -> Tensor:
+        """Adds LPIPS and P-DINO to the terms; returns their weighted sum."""
+        batch, weight = len(t), self.gate(passing.rows(t))
+        nothing = torch.zeros((), device=t.device)
+        # of each sample, weighted by all but the gate: what the learned gate is judged by
+        total: Tensor = torch.zeros_like(weight)
+        perceptual = nothing
+        if self.uses_lpips:
+            terms["lpips"] = nothing
+            if seen.maps is not None and seen.target_maps is not None:
+                distance = self._networks.lpips_distance(seen.maps, seen.target_maps)
+                self.per_sample["lpips"] = passing.scatter(distance.detach(), batch)
+                terms["lpips"] = masked_mean(weight * distance, passing.is_real)
+                total = total + self.lpips_weight * distance
+            perceptual = perceptual + self.lpips_weight * terms["lpips"]
+        if self.uses_p_dino:
+            is_released = self.p_dino_gate == "released"
+            terms["p_dino"] = nothing + 1 if is_released else nothing
+            if seen.tokens is not None and seen.target is not None:
+                distance = p_dino(seen.tokens, seen.target, ops=self.ops)
+                self.per_sample["p_dino"] = seen.of_tokens.scatter(distance.detach(), batch)
+                if is_released:
+                    # where t is on the device alone, the host does not know whether a sample passes
+                    terms["p_dino"] = torch.where(passing.is_real.any(), distance.mean(), 1.0)
+                else:
+                    terms["p_dino"] = masked_mean(weight * distance, passing.is_real)
+                    total = total + self.p_dino_weight * distance
+            perceptual = perceptual + self.p_dino_weight * terms["p_dino"]
+        if self.gate.schedule == "learned":
+            terms["gate_penalty"] = self.gate.penalty(passing.rows(t), total, passing.is_real)
+            perceptual = perceptual + terms["gate_penalty"]
+        return perceptual
 
-    def _update_balance(self, flow: Tensor, perceptual: Tensor, parameter: Tensor | None, step: int) -> None:
-        if self.balance is None or not self.balance.is_due(step):
-            return
+    def _update_balance(
+        self, flow: Tensor, perceptual: Tensor, parameter: Tensor | None, passing: Selection
+    ) -> None:
         if parameter is None:
-            raise ValueError("Objective: balance_parameter must be given with balance='released', got None")
-        self.balance.update(flow, perceptual, parameter)
+            raise ValueError("Objective: balance_parameter must be given with a balance, got None")
+        assert self.balance is not None
+        self.balance.update(flow, perceptual, parameter, passing.is_real.sum())
+
+    def _adversarial(
+        self,
+        discriminator: Discriminator,
+        t: Tensor,
+        passing: Selection,
+        seen: _Seen,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        """Adds both sides of the adversarial game to the terms; returns their weighted sum."""
+        assert seen.tokens is not None and seen.target is not None
+        fake = passing.rows_of(seen.of_tokens, seen.tokens)
+        real = passing.rows_of(seen.of_tokens, seen.target)
+        per_sample = self.gate(passing.rows(t)).detach() * discriminator.generator_term(fake)
+        terms["adversarial"] = masked_mean(per_sample, passing.is_real)
+        terms["discriminator"] = discriminator.discriminator_term(real, fake, passing.is_real)
+        return self.adversarial_weight * terms["adversarial"] + terms["discriminator"]
 
 
-def _share_trunk(encoder: object, lpips: object) -> bool:
-    """Whether LPIPS and tokens read one embedded network, which then runs once per image, not twice."""
-    return (
-        isinstance(encoder, EmbeddedTokens)
-        and isinstance(lpips, LPIPS)
-        and lpips.resize_from_patch is None
-        and isinstance(lpips.stages, EmbeddedStages)
-        and lpips.stages.features is encoder.features
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Frozen features of one batch; None for what no term needs."""
+
+    of_tokens: Selection  # the rows of tokens and target
+    tokens: Tensor | None
+    target: Tensor | None
+    target_of_all: Tensor | None  # for the alignment
+    maps: list[Tensor] | None
+    target_maps: list[Tensor] | None
+    is_adversarial: bool
 
 
 def _check_tokens(name: str, tokens: Tensor, target: Tensor) -> None:

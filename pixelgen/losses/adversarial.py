@@ -1,0 +1,69 @@
+"""Experimental: a discriminator on frozen tokens that tells predicted from clean images (a projected GAN)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pixelgen.losses.gate import masked_mean
+
+
+class Discriminator(nn.Module):
+    """One logit per token of the frozen encoder, hinge loss, gradient penalty R1.
+
+    The encoder projects images to features in which a small head suffices (projected GANs, arXiv 2111.01007);
+    R1 (arXiv 1801.04406) keeps the head smooth around real tokens. Off by default and experimental: PixelGen
+    (arXiv 2602.02493) leaves an adversarial term as an open question.
+
+    Args:
+        width: width D of the encoder's tokens.
+        hidden_width: width of the head's two hidden layers.
+        r1_weight: factor of the gradient penalty; 0 for none.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    def __init__(self, width: int, hidden_width: int = 256, r1_weight: float = 1.0) -> None:
+        super().__init__()
+        if not r1_weight >= 0:
+            raise ValueError(f"Discriminator: r1_weight must not be negative, got {r1_weight}")
+        self.r1_weight = r1_weight
+        self.head = nn.Sequential(
+            nn.Linear(width, hidden_width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden_width, hidden_width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden_width, 1),
+        )
+
+    def generator_term(self, fake: Tensor) -> Tensor:
+        """-D(fake) per sample, (B,) fp32: what the denoiser lowers. No gradient for the discriminator."""
+        frozen = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
+        return -functional_call(self.head, frozen, (_normalised(fake),)).mean((1, 2))
+
+    def discriminator_term(self, real: Tensor, fake: Tensor, is_real: Tensor) -> Tensor:
+        """The discriminator's own loss, a scalar; no gradient for the tokens.
+
+            mean over samples of relu(1 - D(real)) + relu(1 + D(fake)) + r1_weight / 2 |d D(real) / d real|^2
+
+        Args:
+            real: (B, T, D) tokens of clean images.
+            fake: (B, T, D) tokens of predictions.
+            is_real: (B,) bool, False for rows that do not count.
+        """
+        real = _normalised(real.detach()).requires_grad_(self.r1_weight > 0)
+        with torch.autocast(real.device.type, enabled=False):  # a second derivative, in fp32
+            on_real, on_fake = self.head(real), self.head(_normalised(fake.detach()))
+            per_sample = F.relu(1 - on_real).mean((1, 2)) + F.relu(1 + on_fake).mean((1, 2))
+            if self.r1_weight > 0:
+                (gradient,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
+                per_sample = per_sample + self.r1_weight / 2 * gradient.square().sum(2).mean(1)
+        return masked_mean(per_sample, is_real)
+
+
+def _normalised(tokens: Tensor) -> Tensor:
+    """Tokens (B, T, D) with unit variance per token, fp32: frozen encoders differ in scale."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])

@@ -1,0 +1,96 @@
+"""The noise gate's schedules, and the choice of the samples that perceptual terms see."""
+
+import math
+
+import pytest
+import torch
+
+from pixelgen.losses.gate import SCHEDULES, NoiseGate, masked_mean, select_samples
+
+CPU = torch.device("cpu")
+
+
+def test_hard_gate_is_inclusive() -> None:
+    assert NoiseGate("hard", 0.3)(torch.tensor([0.0, 0.29, 0.3, 1.0])).tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_weights_lie_in_0_to_1_and_are_0_below_the_first_time(schedule: str) -> None:
+    gate = NoiseGate(schedule, 0.4, 0.1)
+    t = torch.linspace(0, 1, 101)
+    weight = gate(t)
+    assert weight.dtype == torch.float32 and (weight >= 0).all() and (weight <= 1).all()
+    assert not weight[t < gate.first_t].any()
+    assert torch.equal(gate.passes(t), t >= gate.first_t)
+    assert (weight[1:] >= weight[:-1] - 1e-6).all()  # rises with the signal
+
+
+def test_ramps_follow_their_formulas() -> None:
+    t = torch.tensor([0.2, 0.25, 0.3, 0.4, 0.9])
+    expected = [0.5 * (1 - math.cos(math.pi * min(max((x - 0.2) / 0.2, 0), 1))) for x in t.tolist()]
+    torch.testing.assert_close(NoiseGate("cosine", 0.2, 0.2)(t), torch.tensor(expected))
+    sigmoid = NoiseGate("sigmoid", 0.3, 0.05)
+    assert sigmoid.first_t == pytest.approx(0.3 - 0.05 * math.log(99))
+    torch.testing.assert_close(sigmoid(t), torch.sigmoid((t - 0.3) / 0.05))
+    torch.testing.assert_close(NoiseGate("snr", 0.0)(t), t**2 / (t**2 + (1 - t) ** 2))
+
+
+def test_learned_weights_come_to_count_every_bin_alike() -> None:
+    gate = NoiseGate("learned", 0.0, bins=2)
+    t = torch.tensor([0.1, 0.2, 0.7, 0.8])
+    loss = torch.tensor([4.0, 4.0, 1.0, 1.0])  # four times as large where it is noisy
+    is_real = torch.ones(4, dtype=torch.bool)
+    optimizer = torch.optim.SGD(gate.parameters(), lr=0.2)
+    for _ in range(400):
+        total = masked_mean(gate(t) * loss, is_real) + gate.penalty(t, loss, is_real)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    weight = gate(t).detach()
+    torch.testing.assert_close(weight * loss, torch.full((4,), 2.5), rtol=1e-3, atol=0)
+
+
+def test_selection_is_padded_to_a_bucket_by_samples_that_pass() -> None:
+    t = torch.full((16,), 0.1)
+    t[[3, 7, 8]] = 0.9
+    selection = select_samples(t, NoiseGate(), device=CPU)
+    assert selection.count == 3 and selection.index is not None
+    assert selection.index.tolist() == [3, 7, 8, 3]
+    assert selection.is_real.tolist() == [True, True, True, False]
+    values = selection.rows(torch.arange(16.0))
+    assert selection.scatter(values, 16).nonzero()[:, 0].tolist() == [3, 7, 8]
+
+
+def test_sizes_of_selections_are_few() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(200):
+        selection = select_samples(torch.rand(48, generator=generator), NoiseGate(), device=CPU)
+        sizes.add(len(selection.is_real))
+    assert all(size % 6 == 0 for size in sizes) and len(sizes) <= 8
+
+
+@pytest.mark.parametrize(("low", "count"), [(0.0, 0), (0.3, 5)])
+def test_none_and_all(low: float, count: int) -> None:
+    selection = select_samples(torch.full((5,), low), NoiseGate(), device=CPU)
+    assert selection.count == count and len(selection.is_real) == count
+    assert selection.rows(torch.ones(5, 2)).shape == (count, 2)
+
+
+def test_times_on_another_device_are_not_counted() -> None:
+    selection = select_samples(torch.rand(6, device="meta"), NoiseGate(), device=torch.device("meta"))
+    assert selection.count is None and selection.index is None and selection.is_real.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedule": "soft"}, "schedule must be one of hard, cosine, sigmoid, snr, learned, got 'soft'"),
+        ({"gate_t": 1.5}, r"gate_t must lie in \[0, 1\], got 1.5"),
+        ({"width": 0.0}, "width must be above 0, got 0.0"),
+        ({"bins": 0}, "bins must be at least 1, got 0"),
+    ],
+)
+def test_bad_gates_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"NoiseGate: {message}"):
+        NoiseGate(**arguments)

@@ -1,0 +1,40 @@
+"""The report of the first loss that is not finite."""
+
+import math
+
+import torch
+
+from pixelgen.guard import FiniteGuard
+
+CPU = torch.device("cpu")
+
+
+def step_terms(loss: float, lpips: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"loss": torch.tensor(loss), "lpips": torch.tensor(lpips)}
+
+
+def test_finite_steps_give_no_report() -> None:
+    guard = FiniteGuard(CPU)
+    for step in range(1, 4):
+        guard.update(step, step_terms(1.0), {"lpips": torch.ones(3)})
+    assert guard.report() is None
+
+
+def test_the_first_bad_step_is_named_with_terms_and_samples() -> None:
+    guard = FiniteGuard(CPU)
+    guard.update(1, step_terms(1.0), {"lpips": torch.ones(4)})
+    guard.update(
+        2,
+        step_terms(math.nan, math.inf),
+        {"lpips": torch.tensor([1.0, math.nan, 1.0, math.inf]), "p_dino": torch.ones(4)},
+    )
+    guard.update(3, step_terms(math.nan), {"lpips": torch.full((4,), math.nan)})
+    guard.update(4, {"loss": torch.tensor(math.nan)}, {})  # a term that is not computed any more
+    assert guard.report() == "step 2: not finite: loss, lpips; lpips of samples 1, 3 of the batch"
+
+
+def test_many_samples_are_cut_short() -> None:
+    guard = FiniteGuard(CPU)
+    guard.update(5, {"loss": torch.tensor(math.inf)}, {"flow_matching": torch.full((20,), math.nan)})
+    report = guard.report()
+    assert report is not None and report.endswith("samples 0, 1, 2, 3, 4, 5, 6, 7 of the batch and more")
