@@ -12,10 +12,12 @@
 #include <utility>
 #include <vector>
 
+#include "cosine_distance.h"
 #include "cpu/dispatch.h"
 #include "cuda/device.h"
 #include "flow_matching_loss.h"
 #include "gate_residual_norm_modulate.h"
+#include "lpips_distance.h"
 #include "noise_patchify.h"
 #include "patchify.h"
 #include "philox.h"
@@ -408,6 +410,75 @@ void define_flow_matching_loss(py::module_& m) {
             PIXELGEN_CUDA_FUNCTION(flow_matching_loss_bwd));
 }
 
+void define_lpips_distance(py::module_& m) {
+  using P = LpipsDistanceParams;
+  using G = LpipsDistanceGradParams;
+  const Fields shared{FIELD(P, pred),
+                      FIELD(P, target),
+                      FIELD(P, weight),
+                      FIELD(P, statistics),
+                      FIELD(P, positions_per_chunk),
+                      FIELD(P, B),
+                      FIELD(P, C),
+                      FIELD(P, H),
+                      FIELD(P, W),
+                      FIELD(P, pred_stride_b),
+                      FIELD(P, pred_stride_c),
+                      FIELD(P, pred_stride_h),
+                      FIELD(P, pred_stride_w),
+                      FIELD(P, target_stride_b),
+                      FIELD(P, target_stride_c),
+                      FIELD(P, target_stride_h),
+                      FIELD(P, target_stride_w),
+                      FIELD(P, weight_stride),
+                      FIELD(P, eps),
+                      FIELD(P, pred_dtype),
+                      FIELD(P, target_dtype),
+                      FIELD(P, weight_dtype)};
+  const Fields grads{FIELD(G, grad_distance),
+                     FIELD(G, grad_distance_stride),
+                     FIELD(G, grad_distance_dtype),
+                     FIELD(G, grad_pred),
+                     FIELD(G, grad_pred_stride_b),
+                     FIELD(G, grad_pred_stride_c),
+                     FIELD(G, grad_pred_stride_h),
+                     FIELD(G, grad_pred_stride_w)};
+  define<P>(m, "lpips_distance_fwd", "The distance of each sample, and statistics.",
+            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::lpips_distance_fwd);
+  define<G>(m, "lpips_distance_bwd", "grad_pred.",
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::lpips_distance_bwd);
+}
+
+void define_cosine_distance(py::module_& m) {
+  using P = CosineDistanceParams;
+  using G = CosineDistanceGradParams;
+  const Fields shared{FIELD(P, pred),
+                      FIELD(P, target),
+                      FIELD(P, statistics),
+                      FIELD(P, tokens_per_chunk),
+                      FIELD(P, B),
+                      FIELD(P, T),
+                      FIELD(P, D),
+                      FIELD(P, pred_stride_b),
+                      FIELD(P, pred_stride_t),
+                      FIELD(P, pred_stride_d),
+                      FIELD(P, target_stride_b),
+                      FIELD(P, target_stride_t),
+                      FIELD(P, target_stride_d),
+                      FIELD(P, eps),
+                      FIELD(P, pred_dtype),
+                      FIELD(P, target_dtype)};
+  const Fields grads{FIELD(G, grad_distance),
+                     FIELD(G, grad_distance_stride),
+                     FIELD(G, grad_distance_dtype),
+                     FIELD(G, grad_pred),
+                     FIELD(G, grad_target)};
+  define<P>(m, "cosine_distance_fwd", "The distance of each sample, and statistics.",
+            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::cosine_distance_fwd);
+  define<G>(m, "cosine_distance_bwd", "grad_pred and grad_target.",
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::cosine_distance_bwd);
+}
+
 // --- what was built
 
 py::dict build_info() {
@@ -452,4 +523,6 @@ PYBIND11_MODULE(_C, m) {
   define_philox(m);
   define_noise_patchify(m);
   define_flow_matching_loss(m);
+  define_lpips_distance(m);
+  define_cosine_distance(m);
 }

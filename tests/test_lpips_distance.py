@@ -1,3 +1,5 @@
+import itertools
+
 import op_testing
 import pytest
 import torch
@@ -24,6 +26,124 @@ def test_accuracy(shape, dtype, device):
         "target": op_testing.as_chunk(inputs["target"], dim=1),
     }
     op_testing.check_accuracy(lpips_distance, lpips_distance_ref, last, ["pred"])
+
+
+LAYOUTS = {
+    "dense": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "chunk": lambda x: op_testing.as_chunk(x, dim=1),
+    "crop": lambda x: op_testing.as_chunk(x, dim=3),
+    "crop of channels last": lambda x: op_testing.as_chunk(x.permute(0, 2, 3, 1), dim=2).permute(0, 3, 1, 2),
+    "batch inside": op_testing.transposed,
+    "sides exchanged": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other": lambda x: torch.stack((x, x.new_full(x.shape, torch.nan)), -1).flatten(3)[..., ::2],
+    "odd address": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(2, 13, 5, 7), (2, 16, 8, 8), (1, 7, 1, 1), (2, 5, 6, 1), (1, 1030, 3, 17)]
+)
+def test_layouts_and_mixed_dtypes(shape, layout, device):
+    dtypes = (*op_testing.DTYPES, torch.float64)
+    for i, (dtype, target_dtype) in enumerate(itertools.product(dtypes, dtypes)):
+        inputs = make_inputs(shape, dtype, device)
+        inputs["pred"] = LAYOUTS[layout](inputs["pred"])
+        other = list(LAYOUTS)[i % len(LAYOUTS)] if i % 2 else layout
+        inputs["target"] = LAYOUTS[other](inputs["target"].to(target_dtype))
+        inputs["weight"] = op_testing.as_chunk(inputs["weight"].to(dtypes[i % 3])[:, None])[:, 0]
+        if torch.float64 not in (dtype, target_dtype):
+            op_testing.check_accuracy(lpips_distance, lpips_distance_ref, inputs, ["pred"])
+        else:  # the reference is no oracle here
+            actual = op_testing.run(lpips_distance, inputs, ["pred"])
+            torch.testing.assert_close(actual, op_testing.run(lpips_distance_ref, inputs, ["pred"]))
+
+
+# VGG16's stages, of images of 32 pixels
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("dtype", op_testing.DTYPES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stage", [(64, 32), (128, 16), (256, 8), (512, 4), (512, 2)])
+def test_stages_of_vgg(stage, memory_format, dtype, device):
+    C, side = stage
+    inputs = make_inputs((2, C, side, side), dtype, device)
+    inputs |= {name: inputs[name].to(memory_format=memory_format) for name in ("pred", "target")}
+    op_testing.check_accuracy(lpips_distance, lpips_distance_ref, inputs, ["pred"])
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_nearly_equal_features(memory_format, device):
+    """A difference of sums of squares would have no right digit here."""
+    inputs = make_inputs((2, 64, 8, 8), device=device)
+    inputs["target"] = inputs["pred"] * (1 + 1e-4 * inputs["target"])
+    inputs |= {name: inputs[name].to(memory_format=memory_format) for name in ("pred", "target")}
+    op_testing.check_accuracy(lpips_distance, lpips_distance_ref, inputs, ["pred"])
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+def test_equal_features_have_distance_zero(device):
+    inputs = make_inputs((2, 8, 6, 4), device=device)
+    inputs["target"] = inputs["pred"].to(memory_format=torch.channels_last)
+    (distance,), grads = op_testing.run(lpips_distance, inputs, ["pred"])
+    assert not distance.any()
+    assert not grads["pred"].any()
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+def test_expanded_tensors(device):
+    """Strides of 0: one target for all samples, one pred for all columns, and the gradient of a sum."""
+    inputs = make_inputs((3, 4, 5, 6), device=device)
+    inputs["target"] = inputs["target"][:1].expand(3, 4, 5, 6)
+    inputs["pred"] = inputs["pred"][..., :1].expand(3, 4, 5, 6)
+    pred = inputs["pred"].requires_grad_()
+    grads = [torch.autograd.grad(fn(**inputs).sum(), pred)[0] for fn in (lpips_distance, lpips_distance_ref)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("device", op_testing.DEVICES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_nan_and_infinity_stay_in_their_position(memory_format, device):
+    inputs = make_inputs((4, 8, 6, 4), device=device)
+    inputs |= {name: inputs[name].to(memory_format=memory_format) for name in ("pred", "target")}
+    clean = lpips_distance(**inputs)
+    inputs["pred"][1, 2, 3, 1], inputs["target"][2, 0, 0, 2] = torch.nan, torch.nan
+    inputs["pred"][3, 1, 5, 3] = torch.inf
+    pred = inputs["pred"].requires_grad_()
+    distance = lpips_distance(**inputs)
+    assert distance[0] == clean[0]
+    assert distance[1:].isnan().all()
+    grad = torch.autograd.grad(distance.sum(), pred)[0]
+    expected = torch.autograd.grad(lpips_distance_ref(**inputs).sum(), pred)[0]
+    assert grad[0].isfinite().all()
+    assert grad[1, :, 3, 1].isnan().all() and grad[2, :, 0, 2].isnan().any()
+    is_spoilt = torch.zeros(4, 6, 4, dtype=torch.bool)
+    is_spoilt[1, 3, 1] = is_spoilt[2, 0, 2] = is_spoilt[3, 5, 3] = True
+    for each in (grad, expected):
+        assert torch.equal((~each.isfinite()).any(1).cpu(), is_spoilt)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bits_do_not_depend_on_the_thread_count(memory_format):
+    inputs = make_inputs((3, 300, 30, 31))  # several chunks, the last one shorter
+    inputs |= {name: inputs[name].to(memory_format=memory_format) for name in ("pred", "target")}
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(op_testing.run(lpips_distance, inputs, ["pred"]))
+    finally:
+        torch.set_num_threads(threads)
+    for (distance,), grads in results[1:]:
+        assert torch.equal(distance, results[0][0][0])
+        assert torch.equal(grads["pred"], results[0][1]["pred"])
+
+
+def test_outputs_are_fresh():
+    op_testing.check_no_alias(lpips_distance, make_inputs((2, 3, 4, 4)))
 
 
 def test_gradient_keeps_the_memory_layout():
@@ -82,10 +202,12 @@ def test_only_pred_has_a_gradient():
 
 def test_opcheck():
     inputs = make_inputs((2, 3, 4, 5))
-    op_testing.check_opcheck(_fwd, inputs["pred"].requires_grad_(), inputs["target"], inputs["weight"], 1e-10)
-    inputs = make_inputs((2, 3, 4, 5), torch.bfloat16)
-    pred = inputs["pred"].to(memory_format=torch.channels_last)
-    op_testing.check_opcheck(_bwd, torch.ones(2), pred, inputs["target"], inputs["weight"], 1e-10)
+    pred, target, weight = inputs.values()
+    op_testing.check_opcheck(_fwd, pred.clone().requires_grad_(), target, weight, 1e-10)
+    last = pred.bfloat16().to(memory_format=torch.channels_last)
+    for relaid in (last, op_testing.transposed(pred), pred[:1].expand_as(pred)):
+        _, statistics = _fwd(relaid, target, weight, 1e-10)
+        op_testing.check_opcheck(_bwd, torch.ones(2), relaid, target, weight, statistics)
 
 
 def test_gradcheck():

@@ -13,8 +13,10 @@ import pytest
 import torch
 from op_testing import Inputs, as_chunk, draw
 from pixelgen_kernels import (
+    cosine_distance,
     flow_matching_loss,
     gate_residual_norm_modulate,
+    lpips_distance,
     noise_patchify,
     patchify,
     qk_norm_rope,
@@ -52,6 +54,12 @@ def _gated(dtype: torch.dtype) -> Inputs:
     gate, shift, scale = draw(B, 6 * C, dtype=dtype).chunk(6, -1)[:3]
     x, y = draw(B, T, C, dtype=dtype), draw(B, T, C, dtype=dtype, seed=1)
     return {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale, "weight": draw(C)}
+
+
+def _feature_maps(dtype: torch.dtype, memory_format: torch.memory_format) -> Inputs:
+    pred, target = (draw(B, 128, 32, 32, dtype=dtype, seed=seed) for seed in (0, 1))
+    pred, target = (tensor.to(memory_format=memory_format) for tensor in (pred, target))
+    return {"pred": pred, "target": target, "weight": draw(128)}
 
 
 def _qkv(dtype: torch.dtype) -> Inputs:
@@ -101,6 +109,25 @@ OPS = {
         },
         differentiable=("x_pred",),
         statistics=4 * B * T * C // 500,  # partial sums: its output is B numbers
+    ),
+    # statistics of each position or token; partial sums
+    "lpips_distance": Op(
+        fn=lpips_distance,
+        inputs=lambda dtype: _feature_maps(dtype, torch.contiguous_format),
+        differentiable=("pred",),
+        statistics=4 * B * (3 * 32 * 32 + 4),
+    ),
+    "lpips_distance of channels-last maps": Op(
+        fn=lpips_distance,
+        inputs=lambda dtype: _feature_maps(dtype, torch.channels_last),
+        differentiable=("pred",),
+        statistics=4 * B * (3 * 32 * 32 + 4),
+    ),
+    "cosine_distance": Op(
+        fn=cosine_distance,
+        inputs=lambda dtype: {"pred": draw(B, T, C, dtype=dtype), "target": draw(B, T, C, seed=1)},
+        differentiable=("pred", "target"),
+        statistics=4 * B * (3 * T + T // 32),
     ),
     "qk_norm_rope": Op(
         fn=partial(qk_norm_rope, num_heads=N, num_prefix_tokens=PREFIX),

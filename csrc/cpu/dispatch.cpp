@@ -1,8 +1,10 @@
 // Picks, once, the widest instruction set that was compiled and that this processor runs.
 #include "dispatch.h"
 
+#include "../cosine_distance.h"
 #include "../flow_matching_loss.h"
 #include "../gate_residual_norm_modulate.h"
+#include "../lpips_distance.h"
 #include "../noise_patchify.h"
 #include "../patchify.h"
 #include "../philox.h"
@@ -88,5 +90,9 @@ PIXELGEN_DISPATCH(philox_normal, PhiloxParams)
 PIXELGEN_DISPATCH(noise_patchify, NoisePatchifyParams)
 PIXELGEN_DISPATCH(flow_matching_loss_fwd, FlowMatchingLossParams)
 PIXELGEN_DISPATCH(flow_matching_loss_bwd, FlowMatchingLossGradParams)
+PIXELGEN_DISPATCH(lpips_distance_fwd, LpipsDistanceParams)
+PIXELGEN_DISPATCH(lpips_distance_bwd, LpipsDistanceGradParams)
+PIXELGEN_DISPATCH(cosine_distance_fwd, CosineDistanceParams)
+PIXELGEN_DISPATCH(cosine_distance_bwd, CosineDistanceGradParams)
 
 }  // namespace pixelgen::cpu

@@ -18,6 +18,7 @@ from pixelgen_kernels._checks import (
     register_autograd,
     stats_dtype,
 )
+from pixelgen_kernels.native import _C, address, dtype_tag, launch
 
 __all__ = ["cosine_distance", "cosine_distance_bwd_ref", "cosine_distance_ref"]
 
@@ -40,52 +41,153 @@ def cosine_distance_ref(pred: Tensor, target: Tensor, *, eps: float = 1e-8) -> T
 
 
 def cosine_distance_bwd_ref(
-    grad_distance: Tensor, pred: Tensor, target: Tensor, eps: float
+    grad_distance: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    eps: float,
+    wants_pred: bool = True,
+    wants_target: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of pred and target, (B, T, D), each in its dtype.
+    """Gradients of pred and target, (B, T, D), each in its dtype; one that is not wanted has no elements.
 
+    With `statistics` (B, 3, T), the rows |pred|, |target| and <p, q>:
     grad_pred = grad_distance_b / T * (<p, q> p - q) / |pred|; where |pred| < eps the norm is a constant and
     the first term is absent. grad_target likewise with p and q exchanged.
     """
     dtype = stats_dtype(pred, target)
+    norm_pred, norm_target, cosine = statistics[..., None].unbind(1)
+    inverse_pred, inverse_target = (
+        torch.where(norm == 0, 0, norm.clamp_min(eps).reciprocal()) for norm in (norm_pred, norm_target)
+    )
     factor = grad_distance.to(dtype)[:, None, None] / pred.shape[1]
-    norm_pred, inverse_pred = _inverse_norm(pred.to(dtype), eps)
-    norm_target, inverse_target = _inverse_norm(target.to(dtype), eps)
     p, q = pred.to(dtype) * inverse_pred, target.to(dtype) * inverse_target
-    cosine = (p * q).sum(-1, keepdim=True)
-    grad_pred = (p * cosine.masked_fill(norm_pred < eps, 0) - q) * (inverse_pred * factor)
-    grad_target = (q * cosine.masked_fill(norm_target < eps, 0) - p) * (inverse_target * factor)
-    return grad_pred.to(pred.dtype).contiguous(), grad_target.to(target.dtype).contiguous()
+    grad_pred, grad_target = pred.new_empty(0), target.new_empty(0)
+    if wants_pred:
+        grad = (p * cosine.masked_fill(norm_pred < eps, 0) - q) * (inverse_pred * factor)
+        grad_pred = grad.to(pred.dtype).contiguous()
+    if wants_target:
+        grad = (q * cosine.masked_fill(norm_target < eps, 0) - p) * (inverse_target * factor)
+        grad_target = grad.to(target.dtype).contiguous()
+    return grad_pred, grad_target
 
 
-@torch.library.custom_op("pixelgen::cosine_distance_fwd", mutates_args=())
-def _fwd(pred: Tensor, target: Tensor, eps: float) -> Tensor:
-    return cosine_distance_ref(pred, target, eps=eps)
+# Elements that are added up before the second pass: what fills an even share of the cores.
+ELEMENTS_PER_CHUNK = {"cpu": 16384, "cuda": 8192}
 
 
-@torch.library.custom_op("pixelgen::cosine_distance_bwd", mutates_args=())
-def _bwd(grad_distance: Tensor, pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return cosine_distance_bwd_ref(grad_distance, pred, target, eps)
+def _fwd_by_reference(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = stats_dtype(pred, target)
+    pred, target = pred.to(dtype), target.to(dtype)
+    cosine = (pred * _inverse_norm(pred, eps)[1] * (target * _inverse_norm(target, eps)[1])).sum(-1)
+    rows = pred.square().sum(-1).sqrt(), target.square().sum(-1).sqrt(), cosine
+    return (1 - cosine).mean(-1), torch.stack(rows, 1)
+
+
+_fwd = torch.library.custom_op("pixelgen::cosine_distance_fwd", _fwd_by_reference, mutates_args=())
+_bwd = torch.library.custom_op("pixelgen::cosine_distance_bwd", cosine_distance_bwd_ref, mutates_args=())
+
+
+def _tokens_per_chunk(pred: Tensor) -> int:
+    return max(1, ELEMENTS_PER_CHUNK[pred.device.type] // pred.shape[2])
+
+
+def _shared_arguments(pred: Tensor, target: Tensor, statistics: Tensor, eps: float) -> dict[str, int | float]:
+    """What forward and backward both pass on."""
+    B, T, D = pred.shape
+    strides = {
+        f"{name}_stride_{letter}": stride
+        for name, tensor in (("pred", pred), ("target", target))
+        for letter, stride in zip("btd", tensor.stride(), strict=True)
+    }
+    return {
+        "pred": address(pred),
+        "target": address(target),
+        "statistics": address(statistics),
+        "tokens_per_chunk": _tokens_per_chunk(pred),
+        "B": B,
+        "T": T,
+        "D": D,
+        **strides,
+        "eps": eps,
+        "pred_dtype": dtype_tag(pred),
+        "target_dtype": dtype_tag(target),
+        **launch(pred),
+    }
+
+
+def _compiled_fwd(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    stats = stats_dtype(pred, target)
+    if pred.is_cuda and stats == torch.float64:  # not worth compiled code on a GPU
+        return _fwd_by_reference(pred, target, eps)
+    B, T, _ = pred.shape
+    distance = pred.new_empty(B, dtype=stats)
+    statistics = pred.new_empty((B, 3, T), dtype=stats)
+    if B > 0:
+        partials = pred.new_empty((B, -(-T // _tokens_per_chunk(pred))), dtype=stats)
+        shared = _shared_arguments(pred, target, statistics, eps)
+        _C.cosine_distance_fwd(distance=address(distance), partials=address(partials), **shared)
+    return distance, statistics
+
+
+def _compiled_bwd(
+    grad_distance: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    eps: float,
+    wants_pred: bool = True,
+    wants_target: bool = True,
+) -> tuple[Tensor, Tensor]:
+    if pred.is_cuda and statistics.dtype == torch.float64:
+        return cosine_distance_bwd_ref(grad_distance, pred, target, statistics, eps, wants_pred, wants_target)
+    grad_pred = pred.new_empty(pred.shape if wants_pred else 0)
+    grad_target = target.new_empty(target.shape if wants_target else 0)
+    if grad_pred.numel() + grad_target.numel() > 0:
+        _C.cosine_distance_bwd(
+            grad_distance=address(grad_distance),
+            grad_distance_stride=grad_distance.stride(0),
+            grad_distance_dtype=dtype_tag(grad_distance),
+            grad_pred=address(grad_pred if wants_pred else None),
+            grad_target=address(grad_target if wants_target else None),
+            **_shared_arguments(pred, target, statistics, eps),
+        )
+    return grad_pred, grad_target
+
+
+_fwd.register_kernel("cpu", _compiled_fwd)
+_bwd.register_kernel("cpu", _compiled_bwd)
 
 
 @_fwd.register_fake
 def _(pred, target, eps):
-    return pred.new_empty(pred.shape[0], dtype=stats_dtype(pred, target))
+    B, T, _ = pred.shape
+    stats = stats_dtype(pred, target)
+    return pred.new_empty(B, dtype=stats), pred.new_empty((B, 3, T), dtype=stats)
 
 
 @_bwd.register_fake
-def _(grad_distance, pred, target, eps):
-    return pred.new_empty(pred.shape), target.new_empty(target.shape)
+def _(grad_distance, pred, target, statistics, eps, wants_pred=True, wants_target=True):
+    return (
+        pred.new_empty(pred.shape if wants_pred else 0),
+        target.new_empty(target.shape if wants_target else 0),
+    )
 
 
 def _setup_context(ctx, inputs, output):
     pred, target, ctx.eps = inputs
-    ctx.save_for_backward(pred, target)
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pred, target, statistics)
 
 
-def _backward(ctx, grad_distance):
-    grad_pred, grad_target = _bwd(grad_distance, *ctx.saved_tensors, ctx.eps)
-    return grad_pred, grad_target, None
+def _backward(ctx, grad_distance, grad_statistics):
+    if grad_distance is None:
+        return None, None, None
+    wants_pred, wants_target, _ = ctx.needs_input_grad
+    grad_pred, grad_target = _bwd(grad_distance, *ctx.saved_tensors, ctx.eps, wants_pred, wants_target)
+    return grad_pred if wants_pred else None, grad_target if wants_target else None, None
 
 
 _differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
@@ -117,4 +219,4 @@ def cosine_distance(pred: Tensor, target: Tensor, *, eps: float = 1e-8) -> Tenso
     check_positive(op, "eps", eps)
     if pred.shape[1] * pred.shape[2] == 0:
         raise ValueError(f"{op}: pred must have T >= 1 and D >= 1, got {tuple(pred.shape)}")
-    return _differentiable_fwd(pred, target, eps)
+    return _differentiable_fwd(pred, target, eps)[0]

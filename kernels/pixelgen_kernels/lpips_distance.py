@@ -20,6 +20,7 @@ from pixelgen_kernels._checks import (
     register_autograd,
     stats_dtype,
 )
+from pixelgen_kernels.native import _C, address, dtype_tag, launch
 
 __all__ = ["lpips_distance", "lpips_distance_bwd_ref", "lpips_distance_ref"]
 
@@ -46,53 +47,156 @@ def lpips_distance_ref(pred: Tensor, target: Tensor, weight: Tensor, *, eps: flo
 
 
 def lpips_distance_bwd_ref(
-    grad_distance: Tensor, pred: Tensor, target: Tensor, weight: Tensor, eps: float
+    grad_distance: Tensor, pred: Tensor, target: Tensor, weight: Tensor, statistics: Tensor
 ) -> Tensor:
     """Gradient of pred, (B, C, H, W), in its dtype and memory layout.
 
-    With n = |pred| and g_c = grad_distance_b * 2 weight_c (p_c - q_c) / (H W), the gradient of p:
-    grad_pred = g / (n + eps) - pred * (sum_c g_c pred_c) / (n (n + eps)^2), and 0 where n = 0.
+    With p and q as above and `statistics` (B, 3, H W), the rows |pred| + eps, |target| + eps and
+    r = sum_c weight_c (p_c - q_c) p_c / |pred|:
+    grad_pred_c = grad_distance_b * 2 / (H W) / (|pred| + eps) * (weight_c (p_c - q_c) - pred_c r).
+    Where all channels of a vector are zero, its row of statistics is 0, and so is the gradient.
     """
     dtype = stats_dtype(pred, target)
-    _, _, H, W = pred.shape
+    B, _, H, W = pred.shape
+    norm_pred, norm_target, radial = statistics.view(B, 3, 1, H, W).unbind(1)
+    inverse_pred, inverse_target = (
+        torch.where(norm == 0, 0, norm.reciprocal()) for norm in (norm_pred, norm_target)
+    )
     features = pred.to(dtype)
-    norm, is_zero = _channel_norm(features)
-    scale = (norm + eps).reciprocal().masked_fill(is_zero, 0)
-    unit = features * scale
-    factor = grad_distance.to(dtype)[:, None] * weight.to(dtype) * (2 / (H * W))  # (B, C)
-    grad_unit = (unit - _unit(target.to(dtype), eps)) * factor[:, :, None, None]
-    # unit / norm is the direction of pred divided by (norm + eps); where the norm is zero, unit is zero too
-    radial = (grad_unit * unit).sum(1, keepdim=True) / norm.masked_fill(is_zero, 1)
-    return copy_like(pred, (grad_unit * scale).sub_(unit * radial))
+    difference = features * inverse_pred - target.to(dtype) * inverse_target
+    factor = (grad_distance.to(dtype) * (2 / (H * W)))[:, None, None, None] * inverse_pred
+    grad = (difference * weight.to(dtype)[:, None, None] - features * radial) * factor
+    return copy_like(pred, grad)
 
 
-@torch.library.custom_op("pixelgen::lpips_distance_fwd", mutates_args=())
-def _fwd(pred: Tensor, target: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return lpips_distance_ref(pred, target, weight, eps=eps)
+# Elements that are added up before the second pass: what fills an even share of the cores.
+ELEMENTS_PER_CHUNK = {"cpu": 131072, "cuda": 16384}
 
 
-@torch.library.custom_op("pixelgen::lpips_distance_bwd", mutates_args=())
-def _bwd(grad_distance: Tensor, pred: Tensor, target: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return lpips_distance_bwd_ref(grad_distance, pred, target, weight, eps)
+def _fwd_by_reference(pred: Tensor, target: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = stats_dtype(pred, target)
+    pred, target, weight = pred.to(dtype), target.to(dtype), weight.to(dtype)
+    (norm_pred, pred_is_zero), (norm_target, target_is_zero) = _channel_norm(pred), _channel_norm(target)
+    p = _unit(pred, eps)
+    along = ((p - _unit(target, eps)) * p * weight[:, None, None]).sum(1, keepdim=True)
+    rows = (
+        (norm_pred + eps).masked_fill(pred_is_zero, 0),
+        (norm_target + eps).masked_fill(target_is_zero, 0),
+        (along / norm_pred).masked_fill(pred_is_zero, 0),
+    )
+    return lpips_distance_ref(pred, target, weight, eps=eps), torch.cat(rows, 1).flatten(2)
+
+
+_fwd = torch.library.custom_op("pixelgen::lpips_distance_fwd", _fwd_by_reference, mutates_args=())
+_bwd = torch.library.custom_op("pixelgen::lpips_distance_bwd", lpips_distance_bwd_ref, mutates_args=())
+
+
+def _positions(height: int, width: int, *strides: tuple[int, ...]) -> tuple[int, int]:
+    """(H, W) as few rows as these strides allow: one, where the positions of all maps are evenly spaced."""
+    if width == 1 or all(stride[2] == width * stride[3] for stride in strides):
+        return 1, height * width
+    return height, width
+
+
+def _map_arguments(name: str, strides: tuple[int, ...], width: int) -> dict[str, int]:
+    """Strides of a map whose rows have `width` positions; those of one column are its rows'."""
+    b, c, h, w = strides
+    names = (f"{name}_stride_{letter}" for letter in "bchw")
+    return dict(zip(names, (b, c, h, h if width == 1 else w), strict=True))
+
+
+def _shared_arguments(
+    pred: Tensor, target: Tensor, weight: Tensor, statistics: Tensor, eps: float, *more: tuple[int, ...]
+) -> dict[str, int | float]:
+    """What forward and backward both pass on; `more` are the strides of other maps."""
+    B, C, H, W = pred.shape
+    rows, columns = _positions(H, W, pred.stride(), target.stride(), *more)
+    return {
+        "pred": address(pred),
+        "target": address(target),
+        "weight": address(weight),
+        "statistics": address(statistics),
+        "positions_per_chunk": _positions_per_chunk(pred),
+        "B": B,
+        "C": C,
+        "H": rows,
+        "W": columns,
+        **_map_arguments("pred", pred.stride(), W),
+        **_map_arguments("target", target.stride(), W),
+        "weight_stride": weight.stride(0),
+        "eps": eps,
+        "pred_dtype": dtype_tag(pred),
+        "target_dtype": dtype_tag(target),
+        "weight_dtype": dtype_tag(weight),
+        **launch(pred),
+    }
+
+
+def _positions_per_chunk(pred: Tensor) -> int:
+    return max(1, ELEMENTS_PER_CHUNK[pred.device.type] // pred.shape[1])
+
+
+def _compiled_fwd(pred: Tensor, target: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    stats = stats_dtype(pred, target)
+    if pred.is_cuda and stats == torch.float64:  # not worth compiled code on a GPU
+        return _fwd_by_reference(pred, target, weight, eps)
+    B, _, H, W = pred.shape
+    distance = pred.new_empty(B, dtype=stats)
+    statistics = pred.new_empty((B, 3, H * W), dtype=stats)
+    if B > 0:
+        partials = pred.new_empty((B, -(-H * W // _positions_per_chunk(pred))), dtype=stats)
+        shared = _shared_arguments(pred, target, weight, statistics, eps)
+        _C.lpips_distance_fwd(distance=address(distance), partials=address(partials), **shared)
+    return distance, statistics
+
+
+def _compiled_bwd(
+    grad_distance: Tensor, pred: Tensor, target: Tensor, weight: Tensor, statistics: Tensor
+) -> Tensor:
+    if pred.is_cuda and statistics.dtype == torch.float64:
+        return lpips_distance_bwd_ref(grad_distance, pred, target, weight, statistics)
+    grad_pred = torch.empty_like(pred)
+    if grad_pred.numel() > 0:
+        strides = grad_pred.stride()
+        _C.lpips_distance_bwd(
+            grad_distance=address(grad_distance),
+            grad_distance_stride=grad_distance.stride(0),
+            grad_distance_dtype=dtype_tag(grad_distance),
+            grad_pred=address(grad_pred),
+            **_map_arguments("grad_pred", strides, pred.shape[3]),
+            **_shared_arguments(pred, target, weight, statistics, 0.0, strides),
+        )
+    return grad_pred
+
+
+_fwd.register_kernel("cpu", _compiled_fwd)
+_bwd.register_kernel("cpu", _compiled_bwd)
 
 
 @_fwd.register_fake
 def _(pred, target, weight, eps):
-    return pred.new_empty(pred.shape[0], dtype=stats_dtype(pred, target))
+    B, _, H, W = pred.shape
+    stats = stats_dtype(pred, target)
+    return pred.new_empty(B, dtype=stats), pred.new_empty((B, 3, H * W), dtype=stats)
 
 
 @_bwd.register_fake
-def _(grad_distance, pred, target, weight, eps):
+def _(grad_distance, pred, target, weight, statistics):
     return torch.empty_like(pred)
 
 
 def _setup_context(ctx, inputs, output):
-    pred, target, weight, ctx.eps = inputs
-    ctx.save_for_backward(pred, target, weight)
+    pred, target, weight, _ = inputs
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pred, target, weight, statistics)
 
 
-def _backward(ctx, grad_distance):
-    return _bwd(grad_distance, *ctx.saved_tensors, ctx.eps), None, None, None
+def _backward(ctx, grad_distance, grad_statistics):
+    if grad_distance is None:
+        return None, None, None, None
+    return _bwd(grad_distance, *ctx.saved_tensors), None, None, None
 
 
 _differentiable_fwd = register_autograd(_fwd, _backward, _setup_context)
@@ -127,4 +231,4 @@ def lpips_distance(pred: Tensor, target: Tensor, weight: Tensor, *, eps: float =
     check_positive(op, "eps", eps)
     if 0 in pred.shape[1:]:
         raise ValueError(f"{op}: pred must have C, H and W of at least 1, got {tuple(pred.shape)}")
-    return _differentiable_fwd(pred, target.detach(), weight.detach(), eps)
+    return _differentiable_fwd(pred, target.detach(), weight.detach(), eps)[0]

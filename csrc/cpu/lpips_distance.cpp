@@ -1,0 +1,382 @@
+// Bound by bytes: pred and target are read once from memory, and a second time, for the difference
+// of the unit vectors, from the cache: a block of positions with all of its channels fits there.
+// Backward needs one pass, for the norms are kept. Vectors run over positions, or over channels
+// where those are the neighbours in memory.
+#include "../lpips_distance.h"
+
+#include "../math/distance.h"
+#include "strided.h"
+
+namespace pixelgen::cpu::PIXELGEN_ISA {
+namespace {
+
+using math::Divisor;
+
+constexpr int64_t kBlock = 256;           // positions at a time, at most
+constexpr int64_t kFewest = 16;           // and at least: a cache line of each channel
+constexpr int64_t kTileElements = 32768;  // of a block with all of its channels, read twice
+constexpr int kRows = 8;                  // channels at a time
+constexpr int64_t kSegment = 1024;        // channels of a position that are converted at a time
+
+bool channels_are_neighbours(const LpipsDistanceParams& p) {
+  return p.C > 1 && (p.W == 1 || p.pred_stride_c < p.pred_stride_w);
+}
+
+// Calls fn(first, h, w, n) for the positions [first, first + n) = (h, [w, w + n)), at most `block`
+// at a time, for those from `begin` to before `end`. A block lies within one row.
+template <typename Fn>
+inline void for_blocks(const LpipsDistanceParams& p, int64_t begin, int64_t end, int64_t block,
+                       Fn fn) {
+  for (int64_t first = begin; first < end;) {
+    const int64_t h = first / p.W, w = first % p.W;
+    const int64_t n = min_of(min_of(p.W - w, end - first), block);
+    fn(first, h, w, n);
+    first += n;
+  }
+}
+
+// One of the two maps at one sample.
+struct Map {
+  const void* data;
+  DType dtype;
+  int64_t offset, stride_c, stride_h, stride_w;
+};
+
+inline Map pred_of(const LpipsDistanceParams& p, int64_t b) {
+  return {p.pred,          p.pred_dtype,    b * p.pred_stride_b,
+          p.pred_stride_c, p.pred_stride_h, p.pred_stride_w};
+}
+
+inline Map target_of(const LpipsDistanceParams& p, int64_t b) {
+  return {p.target,          p.target_dtype,    b * p.target_stride_b,
+          p.target_stride_c, p.target_stride_h, p.target_stride_w};
+}
+
+// n positions of some channels; those of a channel are neighbours.
+template <typename Real>
+struct Rows {
+  const Real* first;
+  int64_t stride;
+};
+
+template <typename Real>
+inline Rows<Real> rows_of(const Map& map, int64_t c, int count, int64_t h, int64_t w, int64_t n,
+                          Real* buffer) {
+  const int64_t offset = map.offset + c * map.stride_c + h * map.stride_h + w * map.stride_w;
+  const Real* first = as_real(map.data, map.dtype, offset, map.stride_w, buffer, n);
+  if (first != buffer) return {first, map.stride_c};
+  for (int r = 1; r < count; ++r) {
+    as_real(map.data, map.dtype, offset + r * map.stride_c, map.stride_w, buffer + r * kBlock, n);
+  }
+  return {buffer, kBlock};
+}
+
+// term(0) + ... + term(kCount - 1), in pairs. Spelt out: loops within a loop are not made vectors.
+template <int kCount, typename Real, typename Term>
+inline Real sum_rows(Term term) {
+  if constexpr (kCount == 8)
+    return ((term(0) + term(1)) + (term(2) + term(3))) +
+           ((term(4) + term(5)) + (term(6) + term(7)));
+  else
+    return term(0);
+}
+
+// sums += the squares of kCount rows.
+template <int kCount, typename Real>
+inline void add_squares(Rows<Real> rows, double* __restrict sums, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    sums[i] += sum_rows<kCount, Real>([&](int r) {
+      const Real value = rows.first[r * rows.stride + i];
+      return value * value;
+    });
+  }
+}
+
+// What a block keeps per position. The sums are double: adding hundreds of channels one by one in
+// float would cost digits.
+template <typename Real>
+struct Block {
+  alignas(64) double p_sums[kBlock], q_sums[kBlock];
+  alignas(64) Real p_value[kBlock], p_inverse[kBlock], q_value[kBlock], q_inverse[kBlock];
+  alignas(64) Real radial[kBlock], factor[kBlock];
+  alignas(64) Real p_buffer[kRows * kBlock], q_buffer[kRows * kBlock];
+};
+
+// The norm with eps, or 0.
+template <typename Real>
+inline Real norm_with_eps(double square, double eps) {
+  return square == 0 ? Real(0) : Real(__builtin_sqrt(square) + eps);
+}
+
+template <typename Real>
+inline void set_divisors(const Real* __restrict norms, Real* __restrict value,
+                         Real* __restrict inverse, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Divisor<Real> divisor = math::divisor(norms[i]);
+    value[i] = divisor.value;
+    inverse[i] = divisor.inverse;
+  }
+}
+
+// p_sums += weight (u - v)^2, q_sums += weight (u - v) u of kCount rows.
+template <int kCount, typename Real>
+inline void add_differences(Rows<Real> p, Rows<Real> q, const Real* weights, Block<Real>& block,
+                            int64_t n) {
+  double *__restrict distances = block.p_sums, *__restrict alongs = block.q_sums;
+  const Real *p_value = block.p_value, *p_inverse = block.p_inverse;
+  const Real *q_value = block.q_value, *q_inverse = block.q_inverse;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Divisor<Real> p_divisor{p_value[i], p_inverse[i]}, q_divisor{q_value[i], q_inverse[i]};
+    const auto unit = [&](int r) { return math::quotient(p.first[r * p.stride + i], p_divisor); };
+    const auto difference = [&](int r) {
+      return unit(r) - math::quotient(q.first[r * q.stride + i], q_divisor);
+    };
+    distances[i] += sum_rows<kCount, Real>(
+        [&](int r) { return weights[r] * difference(r) * difference(r); });
+    alongs[i] +=
+        sum_rows<kCount, Real>([&](int r) { return weights[r] * difference(r) * unit(r); });
+  }
+}
+
+// Calls fn(c, count) for all channels, count = integral constant of 8 or 1.
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+template <typename Fn>
+inline void for_channels(int64_t C, Fn fn) {
+  int64_t c = 0;
+  for (; c + kRows <= C; c += kRows) fn(c, Count<kRows>{});
+  for (; c < C; ++c) fn(c, Count<1>{});
+}
+
+// The sum over the positions of a chunk; their statistics go to `norms`, three rows of `size`.
+template <typename Real>
+double chunk_by_position(const LpipsDistanceParams& p, int64_t b, int64_t begin, int64_t end,
+                         Real* norms, int64_t size) {
+  const Map pred = pred_of(p, b), target = target_of(p, b);
+  const int64_t fitting = kTileElements / p.C;
+  const int64_t at_a_time = fitting < kFewest ? kFewest : min_of(fitting, kBlock);
+  Block<Real> block;
+  double total = 0;
+  for_blocks(p, begin, end, at_a_time, [&](int64_t first, int64_t h, int64_t w, int64_t n) {
+    Real *p_norm = norms + first, *q_norm = p_norm + size, *radial = q_norm + size;
+    for (int64_t i = 0; i < n; ++i) block.p_sums[i] = block.q_sums[i] = 0;
+    for_channels(p.C, [&](int64_t c, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      add_squares<kCount>(rows_of(pred, c, kCount, h, w, n, block.p_buffer), block.p_sums, n);
+      add_squares<kCount>(rows_of(target, c, kCount, h, w, n, block.q_buffer), block.q_sums, n);
+    });
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      p_norm[i] = norm_with_eps<Real>(block.p_sums[i], p.eps);
+      q_norm[i] = norm_with_eps<Real>(block.q_sums[i], p.eps);
+      block.factor[i] = Real(__builtin_sqrt(block.p_sums[i]));
+      block.p_sums[i] = block.q_sums[i] = 0;
+    }
+    set_divisors(p_norm, block.p_value, block.p_inverse, n);
+    set_divisors(q_norm, block.q_value, block.q_inverse, n);
+    for_channels(p.C, [&](int64_t c, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      Real weight[kCount];
+      for (int r = 0; r < kCount; ++r)
+        weight[r] = number<Real>(p.weight, p.weight_dtype, (c + r) * p.weight_stride);
+      add_differences<kCount>(rows_of(pred, c, kCount, h, w, n, block.p_buffer),
+                              rows_of(target, c, kCount, h, w, n, block.q_buffer), weight, block,
+                              n);
+    });
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      radial[i] = block.factor[i] == 0 ? Real(0) : Real(block.q_sums[i] / block.factor[i]);
+    total += sum_columns<double>(n, [&](int64_t i) { return block.p_sums[i]; });
+  });
+  return total;
+}
+
+// Calls fn(p, q, weight, c, n) with the channels [c, c + n) of a position.
+template <typename Real, typename Fn>
+inline void for_segments(const LpipsDistanceParams& p, const Map& pred, const Map& target,
+                         int64_t h, int64_t w, Fn fn) {
+  alignas(64) Real p_buffer[kSegment], q_buffer[kSegment], weight_buffer[kSegment];
+  const int64_t p_offset = pred.offset + h * pred.stride_h + w * pred.stride_w;
+  const int64_t q_offset = target.offset + h * target.stride_h + w * target.stride_w;
+  for (int64_t c = 0; c < p.C; c += kSegment) {
+    const int64_t n = min_of(p.C - c, kSegment);
+    fn(as_real(pred.data, pred.dtype, p_offset + c * pred.stride_c, pred.stride_c, p_buffer, n),
+       as_real(target.data, target.dtype, q_offset + c * target.stride_c, target.stride_c, q_buffer,
+               n),
+       as_real(p.weight, p.weight_dtype, c * p.weight_stride, p.weight_stride, weight_buffer, n), c,
+       n);
+  }
+}
+
+template <typename Real>
+double chunk_by_channel(const LpipsDistanceParams& p, int64_t b, int64_t begin, int64_t end,
+                        Real* norms, int64_t size) {
+  const Map pred = pred_of(p, b), target = target_of(p, b);
+  double total = 0;
+  for (int64_t first = begin; first < end; ++first) {
+    const int64_t h = first / p.W, w = first % p.W;
+    double p_square = 0, q_square = 0;
+    for_segments<Real>(p, pred, target, h, w,
+                       [&](const Real* u, const Real* v, const Real*, int64_t, int64_t n) {
+                         Real u_square = 0, v_square = 0;
+#pragma omp simd reduction(+ : u_square, v_square)
+                         for (int64_t c = 0; c < n; ++c) {
+                           u_square += u[c] * u[c];
+                           v_square += v[c] * v[c];
+                         }
+                         p_square += u_square;
+                         q_square += v_square;
+                       });
+    const Real p_norm = norm_with_eps<Real>(p_square, p.eps);
+    const Real q_norm = norm_with_eps<Real>(q_square, p.eps);
+    const Divisor<Real> p_divisor = math::divisor(p_norm), q_divisor = math::divisor(q_norm);
+    double distance = 0, along = 0;
+    for_segments<Real>(
+        p, pred, target, h, w,
+        [&](const Real* u, const Real* v, const Real* weight, int64_t, int64_t n) {
+          Real squares = 0, products = 0;
+#pragma omp simd reduction(+ : squares, products)
+          for (int64_t c = 0; c < n; ++c) {
+            const Real unit = math::quotient(u[c], p_divisor);
+            const Real difference = unit - math::quotient(v[c], q_divisor);
+            squares += weight[c] * difference * difference;
+            products += weight[c] * difference * unit;
+          }
+          distance += squares;
+          along += products;
+        });
+    norms[first] = p_norm;
+    norms[size + first] = q_norm;
+    norms[2 * size + first] = p_square == 0 ? Real(0) : Real(along / __builtin_sqrt(p_square));
+    total += distance;
+  }
+  return total;
+}
+
+template <typename Real>
+void forward(const LpipsDistanceParams& p, int num_threads) {
+  const int64_t size = p.H * p.W, chunks = ceil_div(size, p.positions_per_chunk);
+  const bool by_channel = channels_are_neighbours(p);
+  Real* partials = static_cast<Real*>(p.partials);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t item = 0; item < p.B * chunks; ++item) {
+    const int64_t b = item / chunks, begin = item % chunks * p.positions_per_chunk;
+    const int64_t end = min_of(begin + p.positions_per_chunk, size);
+    Real* norms = static_cast<Real*>(p.statistics) + 3 * size * b;
+    partials[item] = Real(by_channel ? chunk_by_channel(p, b, begin, end, norms, size)
+                                     : chunk_by_position(p, b, begin, end, norms, size));
+  }
+  for (int64_t b = 0; b < p.B; ++b) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[b * chunks + chunk];
+    static_cast<Real*>(p.distance)[b] = Real(sum / double(size));
+  }
+}
+
+// out = term(i), n elements `stride` apart.
+template <typename T, typename Term>
+inline void store_terms(T* __restrict out, int64_t stride, int64_t n, Term term) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) math::from_real(term(i), &out[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) math::from_real(term(i), &out[i * stride]);
+  }
+}
+
+template <typename T, typename Real>
+void grads_by_position(const LpipsDistanceGradParams& g, int64_t b, int64_t begin, int64_t end,
+                       const Real* norms, int64_t size, Real factor) {
+  const LpipsDistanceParams& p = g.forward;
+  const Map pred = pred_of(p, b), target = target_of(p, b);
+  Block<Real> block;
+  for_blocks(p, begin, end, kBlock, [&](int64_t first, int64_t h, int64_t w, int64_t n) {
+    const Real *p_norm = norms + first, *q_norm = p_norm + size, *radial = q_norm + size;
+    set_divisors(p_norm, block.p_value, block.p_inverse, n);
+    set_divisors(q_norm, block.q_value, block.q_inverse, n);
+    T* grad = static_cast<T*>(g.grad_pred) + b * g.grad_pred_stride_b + h * g.grad_pred_stride_h +
+              w * g.grad_pred_stride_w;
+    for (int64_t c = 0; c < p.C; ++c) {
+      const Real* u = rows_of(pred, c, 1, h, w, n, block.p_buffer).first;
+      const Real* v = rows_of(target, c, 1, h, w, n, block.q_buffer).first;
+      const Real weight = number<Real>(p.weight, p.weight_dtype, c * p.weight_stride);
+      store_terms(grad + c * g.grad_pred_stride_c, g.grad_pred_stride_w, n, [&](int64_t i) {
+        return math::unit_distance_grad(
+            u[i], v[i], weight, Divisor<Real>{block.p_value[i], block.p_inverse[i]},
+            Divisor<Real>{block.q_value[i], block.q_inverse[i]}, radial[i], factor);
+      });
+    }
+  });
+}
+
+template <typename T, typename Real>
+void grads_by_channel(const LpipsDistanceGradParams& g, int64_t b, int64_t begin, int64_t end,
+                      const Real* norms, int64_t size, Real factor) {
+  const LpipsDistanceParams& p = g.forward;
+  const Map pred = pred_of(p, b), target = target_of(p, b);
+  for (int64_t first = begin; first < end; ++first) {
+    const int64_t h = first / p.W, w = first % p.W;
+    const Divisor<Real> p_divisor = math::divisor(norms[first]);
+    const Divisor<Real> q_divisor = math::divisor(norms[size + first]);
+    const Real radial = norms[2 * size + first];
+    T* grad = static_cast<T*>(g.grad_pred) + b * g.grad_pred_stride_b + h * g.grad_pred_stride_h +
+              w * g.grad_pred_stride_w;
+    for_segments<Real>(
+        p, pred, target, h, w,
+        [&](const Real* u, const Real* v, const Real* weight, int64_t segment, int64_t n) {
+          store_terms(grad + segment * g.grad_pred_stride_c, g.grad_pred_stride_c, n,
+                      [&](int64_t c) {
+                        return math::unit_distance_grad(u[c], v[c], weight[c], p_divisor, q_divisor,
+                                                        radial, factor);
+                      });
+        });
+  }
+}
+
+template <typename T, typename Real>
+void backward(const LpipsDistanceGradParams& g, int num_threads) {
+  const LpipsDistanceParams& p = g.forward;
+  const int64_t size = p.H * p.W, chunks = ceil_div(size, p.positions_per_chunk);
+  const bool by_channel = channels_are_neighbours(p);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t item = 0; item < p.B * chunks; ++item) {
+    const int64_t b = item / chunks, begin = item % chunks * p.positions_per_chunk;
+    const int64_t end = min_of(begin + p.positions_per_chunk, size);
+    const Real* norms = static_cast<const Real*>(p.statistics) + 3 * size * b;
+    const double grad =
+        number<Real>(g.grad_distance, g.grad_distance_dtype, b * g.grad_distance_stride);
+    const Real factor = Real(grad * 2.0 / double(size));
+    if (by_channel)
+      grads_by_channel<T>(g, b, begin, end, norms, size, factor);
+    else
+      grads_by_position<T>(g, b, begin, end, norms, size, factor);
+  }
+}
+
+}  // namespace
+
+Status lpips_distance_fwd(const LpipsDistanceParams& p, int num_threads) {
+  if (p.pred_dtype == DType::kFloat64 || p.target_dtype == DType::kFloat64)
+    forward<double>(p, num_threads);
+  else
+    forward<float>(p, num_threads);
+  return nullptr;
+}
+
+Status lpips_distance_bwd(const LpipsDistanceGradParams& g, int num_threads) {
+  with_element_type(g.forward.pred_dtype, [&](auto element) {
+    using T = decltype(element);
+    if (g.forward.target_dtype == DType::kFloat64)
+      backward<T, double>(g, num_threads);
+    else
+      backward<T, typename Stats<T>::type>(g, num_threads);
+  });
+  return nullptr;
+}
+
+}  // namespace pixelgen::cpu::PIXELGEN_ISA
