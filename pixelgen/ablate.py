@@ -1,0 +1,401 @@
+"""``python -m pixelgen.ablate``: what each loss term does on the digits, as in Table 5 of the paper."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pixelgen.cli import parse, run
+from pixelgen.config import TrainConfig, config_from_yaml, load_config
+from pixelgen.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Rows that the others are held against: nothing, and what the paper adds its terms to.
+BASELINES = ("flow", "repa")
+# Column of ablation.csv -> heading, digits behind the point.
+FIGURES = {
+    "frechet": ("Frechet", 1),
+    "accuracy": ("accuracy", 4),
+    "variance": ("variance", 3),
+    "seconds_per_step": ("s/step", 4),
+}
+KEY = ("row", "seed", "steps", "sample_steps", "options")
+CELLS_FILE, TABLE_FILE, PLOT_FILE = "ablation.csv", "ablation.md", "ablation.png"
+SHARED = "features"  # OUT/features/SEED: embedded features, the same for all rows
+
+Line = dict[str, str]  # of ablation.csv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A row of the table: what it trains with.
+
+    Attributes:
+        label: as the table shows it.
+        alignment, lpips, p_dino: weights of the terms; the paper's unless the row is about them.
+        gate_t: threshold of the noise gate; 0 for none, as the paper adds its terms one by one.
+        paper_fid: FID of the same row in the paper (arXiv 2602.02493, Table 5: ImageNet 256, no guidance).
+    """
+
+    label: str
+    alignment: float = 0.5
+    lpips: float = 0.1
+    p_dino: float = 0.01
+    gate_t: float = 0.0
+    paper_fid: float
+
+    @property
+    def options(self) -> list[str]:
+        """The row as options of ``pixelgen.train``."""
+        weights = {
+            "alignment_weight": self.alignment,
+            "lpips_weight": self.lpips,
+            "p_dino_weight": self.p_dino,
+            "gate_t": self.gate_t,
+        }
+        return [part for name, value in weights.items() for part in (f"--loss.{name}", f"{value:g}")]
+
+
+ROWS = {
+    "flow": Study(label="flow matching alone", alignment=0, lpips=0, p_dino=0, paper_fid=34.85),
+    "repa": Study(label="+ REPA", lpips=0, p_dino=0, paper_fid=23.67),
+    "lpips": Study(label="+ REPA + LPIPS", p_dino=0, paper_fid=10.00),
+    "p_dino": Study(label="all terms, no gate", paper_fid=7.46),
+    "gate_0.1": Study(label="all terms, gate 0.1", gate_t=0.1, paper_fid=7.42),
+    "gate_0.3": Study(label="all terms, gate 0.3", gate_t=0.3, paper_fid=7.53),
+    "gate_0.6": Study(label="all terms, gate 0.6", gate_t=0.6, paper_fid=10.72),
+    "no_repa": Study(label="all but REPA, gate 0.3", alignment=0, gate_t=0.3, paper_fid=11.81),
+    "lpips_0.5": Study(label="+ REPA + 0.5 LPIPS", lpips=0.5, p_dino=0, paper_fid=9.36),
+    "p_dino_0.04": Study(label="all terms, no gate, 0.04 P-DINO", p_dino=0.04, paper_fid=6.62),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """Trains the digits with each set of loss terms at equal steps and compares the samples.
+
+    Writes OUT/ablation.csv (a line per row and seed), ablation.md and ablation.png (means and standard
+    deviations over the seeds). The runs stay in OUT/runs. What is finished is not run again: the same command
+    continues a grid that was stopped, and with more rows or seeds adds to it.
+
+    Args:
+        out: folder of the results; a grid that is there already is continued.
+        rows: rows of the grid separated by commas, from flow, repa, lpips, p_dino, gate_0.1, gate_0.3,
+            gate_0.6, no_repa, lpips_0.5, p_dino_0.04; null for all.
+        steps: optimizer steps of every run. The default grid, 10 rows and 3 seeds, takes about 50 minutes on
+            two idle cores.
+        seeds: seeds separated by commas, each of weights, data order, noise, embedded features and samples.
+        sample_steps: solver steps of the samples that are judged.
+        device: auto, cpu or cuda.
+        threads: CPU threads; 0 leaves the choice to PyTorch.
+    """
+
+    out: str = "ablation"
+    rows: str | None = None
+    steps: int = 1600
+    seeds: str = "0,1,2"
+    sample_steps: int = 10
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("sample_steps", 1), ("threads", 0)):
+            if getattr(self, name) < least:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} must be at least {least}, got {getattr(self, name)}")
+        for name in self.row_names:
+            if name not in ROWS:
+                raise UserError(f"--rows must be some of {', '.join(ROWS)}, got {name!r}")
+        if not all(seed.isdecimal() for seed in self.seed_names):
+            raise UserError(f"--seeds must be whole numbers separated by commas, got {self.seeds!r}")
+
+    @property
+    def row_names(self) -> list[str]:
+        """Names in ``ROWS``, each once."""
+        return list(ROWS) if self.rows is None else _names(self.rows)
+
+    @property
+    def seed_names(self) -> list[str]:
+        """Seeds as text, each once."""
+        return _names(self.seeds)
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A row with a seed: one run and its samples."""
+
+    row: str
+    seed: str
+    steps: int
+    sample_steps: int
+
+    @property
+    def name(self) -> str:
+        """Folder of the run, which does not depend on how it is sampled."""
+        return f"{self.row}-{self.steps}-seed{self.seed}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The columns of ``KEY``: a row whose definition has changed is another cell."""
+        return (
+            self.row,
+            self.seed,
+            str(self.steps),
+            str(self.sample_steps),
+            " ".join(ROWS[self.row].options),
+        )
+
+    def config(self, device: str, threads: int) -> TrainConfig:
+        """The preset ``digits`` with the row's terms; nothing is drawn on the way."""
+        log_every = max(1, min(50, self.steps // 6))
+        argv = [*ROWS[self.row].options, "--train.max_steps", str(self.steps), "--seed", self.seed]
+        argv += ["--train.log_every", str(log_every), "--train.sample_every", "0"]
+        argv += ["--device", device, "--threads", str(threads), "--name", self.name]
+        return load_config(argv, prog="pixelgen.ablate")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line, runs what is missing, writes table and plot."""
+    options = parse(AblateOptions, argv, prog="pixelgen.ablate")
+    # torch is imported only after the command line has been checked.
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    # Seed by seed: a grid that is stopped has every row of the first seeds.
+    cells = [
+        Cell(row=row, seed=seed, steps=options.steps, sample_steps=options.sample_steps)
+        for seed in options.seed_names
+        for row in options.row_names
+    ]
+    lines = read_lines(out / CELLS_FILE)
+    missing = [cell for cell in cells if cell.key not in lines]
+    print(f"{out}: {len(cells)} runs, {len(cells) - len(missing)} of them finished", flush=True)
+    began = time.perf_counter()
+    for count, cell in enumerate(missing, 1):
+        code, figures = run_cell(out, cell, options)
+        if code:
+            print(f"stopped in {cell.name}; the same command goes on from there", file=sys.stderr)
+            return code
+        lines[cell.key] = dict(zip(KEY, cell.key, strict=True)) | figures
+        write_lines(out / CELLS_FILE, lines.values())
+        left = (time.perf_counter() - began) / count * (len(missing) - count) / 60
+        shown = ", ".join(f"{FIGURES[column][0]} {value}" for column, value in figures.items())
+        print(f"{count} of {len(missing)}  {cell.name}: {shown}; about {left:.0f} min left", flush=True)
+    table = Table([lines[cell.key] for cell in cells])
+    text = table.markdown(options.steps, options.sample_steps)
+    (out / TABLE_FILE).write_text(text)
+    table.draw(options.steps).savefig(out / PLOT_FILE, format="png", dpi=110)
+    print(f"\n{text}\n{out / TABLE_FILE}, {out / PLOT_FILE} and, a line per run, {out / CELLS_FILE}")
+    return 0
+
+
+def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
+    """Trains a cell, or goes on where it was stopped, and evaluates it.
+
+    Returns:
+        The exit code of the training and, where that is 0, the columns of ``FIGURES``.
+    """
+    from pixelgen import evaluate
+    from pixelgen.plots import read_metrics
+    from pixelgen.trainlog import METRICS_FILE
+
+    run_dir = out / "runs" / cell.name
+    run_dir.parent.mkdir(exist_ok=True)
+    # A line for every few steps would bury the grid's own; on a terminal a bar shows where training is.
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(Path(f"{run_dir}.log").open("w"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(log))
+        config = cell.config(options.device, options.threads)
+        if code := train_cell(run_dir, config, out / SHARED / cell.seed):
+            return code, {}
+        figures = run_dir / "figures.json"
+        figures.unlink(missing_ok=True)
+        argv = ["--model", str(run_dir), "--guidance", "1", "--seed", cell.seed, "--out", str(figures)]
+        evaluate.main([*argv, "--steps", str(cell.sample_steps), "--device", options.device])
+    report = json.loads(figures.read_text())[0]
+    # The median: other work on the machine and the warm-up of the first steps are no property of the row.
+    milliseconds = read_metrics(run_dir / METRICS_FILE)["ms_per_step"][1].tolist()
+    values = {
+        "frechet": report["frechet_distance"],
+        "accuracy": report["svc_agreement"],
+        "variance": report["variance_ratio"],
+        "seconds_per_step": statistics.median(milliseconds) / 1000,
+    }
+    return 0, {column: f"{values[column]:.5g}" for column in FIGURES}
+
+
+def train_cell(run_dir: Path, config: TrainConfig, shared: Path) -> int:
+    """Trains in ``run_dir``, from its checkpoint if there is one; returns the exit code.
+
+    Args:
+        run_dir: folder of the run, existing or not.
+        config: its configuration.
+        shared: folder of the seed's embedded features; the first run that needs them leaves them there.
+
+    Raises:
+        UserError: the run in ``run_dir`` has another configuration.
+    """
+    from pixelgen import checkpoint as checkpoints
+    from pixelgen.data.digits import Digits
+    from pixelgen.encoders.embedded import FILE_NAME
+    from pixelgen.trainer import Trainer
+
+    if checkpoints.list_checkpoints(run_dir):
+        kept = config_from_yaml((run_dir / checkpoints.CONFIG_FILE).read_text())
+        if (kept.loss, kept.train, kept.seed) != (config.loss, config.train, config.seed):
+            raise UserError(f"{run_dir} was trained with other options; choose another --out")
+        return Trainer.resume(str(run_dir), config).train()
+    if run_dir.exists():  # stopped before its first checkpoint
+        shutil.rmtree(run_dir)
+    run_dir.mkdir()
+    if (shared / FILE_NAME).exists():
+        shutil.copy(shared / FILE_NAME, run_dir)
+    trainer = Trainer(config, run_dir, Digits())
+    if (run_dir / FILE_NAME).exists() and not (shared / FILE_NAME).exists():
+        shared.mkdir(parents=True, exist_ok=True)
+        partial = shared / f"{FILE_NAME}.tmp"
+        shutil.copy(run_dir / FILE_NAME, partial)
+        partial.replace(shared / FILE_NAME)  # whole, whenever this is stopped
+    return trainer.train()
+
+
+def read_lines(path: Path) -> dict[tuple[str, ...], Line]:
+    """The finished cells of a grid by the columns of ``KEY``; none where there is no file.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    if not path.exists():
+        return {}
+    columns = (*KEY, *FIGURES)
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != columns:
+            raise UserError(f"{path}: the columns must be {','.join(columns)}, got {reader.fieldnames}")
+        return {tuple(line[column] for column in KEY): line for line in reader}
+
+
+def write_lines(path: Path, lines: Iterable[Line]) -> None:
+    """Writes the cells of a grid; a process that is killed leaves the old file."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, (*KEY, *FIGURES))
+        writer.writeheader()
+        writer.writerows(lines)
+    partial.replace(path)
+
+
+class Table:
+    """Means and standard deviations over seeds, row by row.
+
+    Args:
+        lines: finished cells, at equal steps.
+    """
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self.values: dict[str, dict[str, Line]] = {}  # row -> seed -> line
+        for line in lines:
+            self.values.setdefault(line["row"], {})[line["seed"]] = line
+
+    def of_seeds(self, row: str, column: str) -> list[float]:
+        """The values of a row, in the order of its seeds."""
+        return [float(line[column]) for line in self.values[row].values()]
+
+    def mean(self, row: str, column: str) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.of_seeds(row, column))
+
+    def deviation(self, row: str, column: str) -> float | None:
+        """Standard deviation over the seeds (n - 1); None of one seed."""
+        values = self.of_seeds(row, column)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def gain(self, row: str, baseline: str) -> str:
+        """How much the Frechet distance falls against another row, and for how many seeds it does."""
+        if row == baseline or baseline not in self.values:
+            return ""
+        pairs = [
+            (float(line["frechet"]), float(self.values[baseline][seed]["frechet"]))
+            for seed, line in self.values[row].items()
+        ]
+        change = statistics.fmean(ours - theirs for ours, theirs in pairs)
+        return f"{change:+.1f}, {sum(ours < theirs for ours, theirs in pairs)} of {len(pairs)}"
+
+    def markdown(self, steps: int, sample_steps: int) -> str:
+        """The table as text."""
+        head = ["row", "terms", *(heading for heading, _ in FIGURES.values())]
+        head += [*(f"Frechet against `{name}`" for name in BASELINES), "the paper's FID"]
+        lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
+        for row in self.values:
+            cells = [f"`{row}`", ROWS[row].label]
+            for column, (_, digits) in FIGURES.items():
+                deviation = self.deviation(row, column)
+                spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
+                cells.append(f"{self.mean(row, column):.{digits}f}{spread}")
+            cells += [*(self.gain(row, name) for name in BASELINES), f"{ROWS[row].paper_fid:.2f}"]
+            lines.append(cells)
+        seeds = max(len(of_row) for of_row in self.values.values())
+        told = (
+            f"Digits, {steps} steps; number of seeds: {seeds}; mean ± standard deviation over them; "
+            f"{sample_steps} Heun steps without guidance. Against a row: mean change of the Frechet distance at "
+            "the same seed, below 0 is better, and for how many seeds it falls. The paper's FID: the same terms "
+            "on ImageNet 256 (arXiv 2602.02493, Table 5)."
+        )
+        return f"{told}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def draw(self, steps: int) -> Figure:
+        """A panel per figure: every seed, means and standard deviations."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        rows = list(self.values)
+        figure = Figure(figsize=(13, 1.4 + 0.42 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(FIGURES), sharey=True, squeeze=False)[0]
+        for panel, (column, (heading, _)) in zip(panels, FIGURES.items(), strict=True):
+            for place, row in enumerate(rows):
+                values = self.of_seeds(row, column)
+                panel.plot(values, [place] * len(values), "o", color="#9ecae1", markersize=4)
+                panel.errorbar(
+                    self.mean(row, column),
+                    place,
+                    xerr=self.deviation(row, column) or 0,
+                    fmt="D",
+                    color="#08519c",
+                    markersize=5,
+                    capsize=3,
+                )
+            panel.set_title(heading, fontsize=10)
+            panel.tick_params(labelsize=8)
+            panel.grid(True, color="#e5e5e5", linewidth=0.6)
+            panel.set_axisbelow(True)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].set_yticks(range(len(rows)), [ROWS[row].label for row in rows], fontsize=9)
+        panels[0].invert_yaxis()
+        figure.suptitle(f"Digits, {steps} steps: every seed, mean and standard deviation", fontsize=10)
+        return figure
+
+
+if __name__ == "__main__":
+    run(main, "pixelgen.ablate")
