@@ -10,7 +10,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The profiler, which counts memory on the CPU, otherwise writes four lines to the terminal at every use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-ONLY_KERNELS, ONLY_STEP = ("only", "shapes", "dtypes"), ("batch",)
+# Options that not every suite has.
+OPTIONS = {"kernels": ("only", "shapes", "dtypes"), "step": ("batch",), "perceptual": ("only", "batch")}
 
 
 def names(text: str) -> list[str]:
@@ -22,18 +23,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="kernels: times every op against eager PyTorch and torch.compile, once it is right. "
-        "step: times whole training steps. Rows go to a CSV in --out; tables and plots are drawn from it. "
+        "step: times whole training steps. perceptual: times LPIPS, P-DINO and REPA's targets, gathered and "
+        "masked, and their ops. Rows go to a CSV in --out; tables and plots are drawn from it. "
         "Options that take names take several, separated by commas, or are repeated.",
     )
 
     def add_names(option: str, metavar: str, text: str) -> None:
         parser.add_argument(option, metavar=metavar, action="extend", type=names, help=text)
 
-    parser.add_argument("--suite", choices=["kernels", "step"], default="kernels", help="what to time")
+    parser.add_argument("--suite", choices=list(OPTIONS), default="kernels", help="what to time")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one that PyTorch can use"
     )
-    add_names("--only", "OP", "kernels: these ops only")
+    add_names("--only", "OP", "kernels, perceptual: these ops only")
     add_names("--shapes", "MODEL", "kernels: the shapes of these models only, such as L/16")
     add_names(
         "--dtypes",
@@ -53,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="timed calls of each row; default: as many as fit into a second, at least 7",
     )
     parser.add_argument(
-        "--batch", type=int, metavar="B", help="step: images per step; default: 64, on the CPU 8"
+        "--batch", type=int, metavar="B", help="step, perceptual: images per step; default: 64, on the CPU 8"
     )
     parser.add_argument(
         "--out",
@@ -66,18 +68,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
-    for name in ONLY_STEP if arguments.suite == "kernels" else ONLY_KERNELS:
-        if getattr(arguments, name) is not None:
+    for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
+        if name not in OPTIONS[arguments.suite] and getattr(arguments, name) is not None:
             parser.error(f"--{name} has no meaning with --suite {arguments.suite}")
     return arguments
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    from benchmarks import kernels, step
+    from benchmarks import kernels, perceptual, step
     from pixelgen.errors import UserError
 
-    run = kernels.run if arguments.suite == "kernels" else step.run
+    run = {"kernels": kernels.run, "step": step.run, "perceptual": perceptual.run}[arguments.suite]
     try:
         return run(arguments)
     except UserError as error:

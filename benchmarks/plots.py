@@ -16,7 +16,13 @@ from matplotlib.patheffects import withStroke
 from benchmarks.report import Row, grouped, ratio
 from benchmarks.tables import heading
 
-COLORS = {"eager": "#9aa0a6", "compile": "#4285f4", "ours": "#e8710a", "ours_compile": "#a142f4"}
+COLORS = {
+    "eager": "#9aa0a6",
+    "compile": "#4285f4",
+    "masked": "#5f6368",
+    "ours": "#e8710a",
+    "ours_compile": "#a142f4",
+}
 DARK = "#3c4043"
 WIDTH = 0.27
 
@@ -83,8 +89,10 @@ def _providers(rows: list[Row]) -> list[str]:
 
 
 def _positions(groups: Groups, providers: list[str]) -> list[tuple[float, str, dict[str, Row]]]:
-    """(x, provider, mode -> row) of every bar."""
+    """(x, provider, mode -> row) of every bar of a panel."""
     bars = []
+    found = {name for modes in groups.values() for group in modes.values() for name in group}
+    providers = [name for name in providers if name in found]
     for index, modes in enumerate(groups.values()):
         for offset, name in enumerate(providers):
             by_mode = {mode: group[name] for mode, group in modes.items() if name in group}
@@ -99,10 +107,11 @@ def times(rows: list[Row], path: Path) -> None:
 
     def draw(axis: Axes, groups: Groups) -> None:
         for x, name, modes in _positions(groups, providers):
-            whole = modes.get("fwd_bwd", modes["fwd"])
+            whole = modes["fwd_bwd"] if "fwd_bwd" in modes else modes["fwd"]
             median = float(whole["median_ms"])
             axis.bar(x, median, WIDTH * 0.92, color=COLORS[name], alpha=0.45 if "fwd_bwd" in modes else 1)
-            axis.bar(x, float(modes["fwd"]["median_ms"]), WIDTH * 0.92, color=COLORS[name])
+            if "fwd" in modes:
+                axis.bar(x, float(modes["fwd"]["median_ms"]), WIDTH * 0.92, color=COLORS[name])
             spread = [[median - float(whole["p20_ms"])], [float(whole["p80_ms"]) - median]]
             axis.errorbar(x, median, yerr=[[max(0.0, v) for v in s] for s in spread], ecolor=DARK, lw=0.9)
             top = max(median, float(whole["p80_ms"]))

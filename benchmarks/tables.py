@@ -42,11 +42,38 @@ def kernels(rows: list[Row]) -> str:
     return f"{heading(rows[0])} {told}\n\n{_table(head, 4, lines)}\n"
 
 
+def branch(rows: list[Row]) -> str:
+    """One line per term: time and memory of the perceptual branch, masked and gathered."""
+    providers = ("masked", "ours")
+    lines = []
+    for (shape, dtype), group in grouped(rows, ("shape", "dtype")).items():
+        term, _, sizes = shape.partition(" ")
+        columns = [
+            [f"{float(group[name][column]):.4g}" if name in group else "" for name in providers]
+            for column in ("median_ms", "peak_mb")
+        ]
+        lines.append([term, sizes, dtype, *columns[0], _times(ratio(group, "masked")), *columns[1]])
+    head = ["term", "shape", "dtype", "masked ms", "ours ms", "vs masked", "masked MB", "ours MB"]
+    told = (
+        "Forward and backward; mean over the drawn batches of each batch's median; `seen`: samples above the "
+        "gate; memory at its peak in the batch with most of them."
+    )
+    return f"{heading(rows[0])} {told}\n\n{_table(head, 3, lines)}\n"
+
+
+def perceptual(rows: list[Row]) -> str:
+    """The table of the branch, then that of the ops; either may be absent."""
+    of_branch = [row for row in rows if row["op"] == "branch"]
+    of_ops = [row for row in rows if row["op"] != "branch"]
+    parts = ((branch, of_branch), (kernels, of_ops))
+    return "\n".join(table(some) for table, some in parts if some)
+
+
 def ratios(rows: list[Row]) -> str:
-    """How many times faster ours is than eager and compile: a line per op, mode and dtype."""
+    """How many times faster ours is than the others: a line per op, mode and dtype."""
     told: dict[tuple[str, str, str], list[str]] = {}
     for (op, mode, dtype, shape), group in grouped(rows, ("op", "mode", "dtype", "shape")).items():
-        gains = [(name, ratio(group, name)) for name in ("eager", "compile")]
+        gains = [(name, ratio(group, name)) for name in ("eager", "compile", "masked")]
         texts = [f"{_times(gain)} {name}" for name, gain in gains if gain is not None]
         if texts:
             told.setdefault((op, mode, dtype), []).append(f"{shape.split()[0]} {', '.join(texts)}")

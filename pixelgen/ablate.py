@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pixelgen.cli import parse, run
 from pixelgen.config import TrainConfig, config_from_yaml, load_config
@@ -106,7 +106,7 @@ class AblateOptions:
     steps: int = 1600
     seeds: str = "0,1,2"
     sample_steps: int = 10
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -358,9 +358,9 @@ class Table:
         seeds = max(len(of_row) for of_row in self.values.values())
         told = (
             f"Digits, {steps} steps; number of seeds: {seeds}; mean ± standard deviation over them; "
-            f"{sample_steps} Heun steps without guidance. Against a row: mean change of the Frechet distance at "
-            "the same seed, below 0 is better, and for how many seeds it falls. The paper's FID: the same terms "
-            "on ImageNet 256 (arXiv 2602.02493, Table 5)."
+            f"{sample_steps} Heun steps without guidance. Against a row: mean change of the Frechet distance "
+            "at the same seed, below 0 is better, and for how many seeds it falls. The paper's FID: the same "
+            "terms on ImageNet 256 (arXiv 2602.02493, Table 5)."
         )
         return f"{told}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -388,6 +388,8 @@ class Table:
                 )
             panel.set_title(heading, fontsize=10)
             panel.tick_params(labelsize=8)
+            panel.locator_params(axis="x", nbins=5)
+            panel.margins(x=0.1, y=0.5 / len(rows))
             panel.grid(True, color="#e5e5e5", linewidth=0.6)
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
