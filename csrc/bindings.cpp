@@ -444,9 +444,11 @@ void define_lpips_distance(py::module_& m) {
                      FIELD(G, grad_pred_stride_h),
                      FIELD(G, grad_pred_stride_w)};
   define<P>(m, "lpips_distance_fwd", "The distance of each sample, and statistics.",
-            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::lpips_distance_fwd);
+            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::lpips_distance_fwd,
+            PIXELGEN_CUDA_FUNCTION(lpips_distance_fwd));
   define<G>(m, "lpips_distance_bwd", "grad_pred.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::lpips_distance_bwd);
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::lpips_distance_bwd,
+            PIXELGEN_CUDA_FUNCTION(lpips_distance_bwd));
 }
 
 void define_cosine_distance(py::module_& m) {
@@ -474,9 +476,11 @@ void define_cosine_distance(py::module_& m) {
                      FIELD(G, grad_pred),
                      FIELD(G, grad_target)};
   define<P>(m, "cosine_distance_fwd", "The distance of each sample, and statistics.",
-            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::cosine_distance_fwd);
+            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::cosine_distance_fwd,
+            PIXELGEN_CUDA_FUNCTION(cosine_distance_fwd));
   define<G>(m, "cosine_distance_bwd", "grad_pred and grad_target.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::cosine_distance_bwd);
+            with_nested(grads, shared, offsetof(G, forward)), &cpu::cosine_distance_bwd,
+            PIXELGEN_CUDA_FUNCTION(cosine_distance_bwd));
 }
 
 // --- what was built

@@ -5,7 +5,8 @@ import pytest
 import torch
 from pixelgen_kernels.cosine_distance import _bwd, _fwd, cosine_distance, cosine_distance_ref
 
-SHAPES = [(1, 1, 1), (3, 7, 13), (2, 256, 768), (0, 4, 12)]
+# the smallest in several samples: eager may have one number exactly right by chance
+SHAPES = [(9, 1, 1), (3, 7, 13), (2, 256, 768), (0, 4, 12)]
 BOTH = ["pred", "target"]
 
 

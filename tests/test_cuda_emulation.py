@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_cosine_distance
 import test_flow_matching_loss
 import test_gate_residual_norm_modulate
+import test_lpips_distance
 import test_noise_patchify
 import test_rms_norm_modulate
 import torch
@@ -23,8 +25,10 @@ from cuda_emulation.emulator import CSRC, ORDERS, Emulator, Library, build, buil
 from op_testing import DTYPES, Inputs, as_chunk, check_accuracy, draw, run
 from pixelgen_kernels import (
     build_info,
+    cosine_distance,
     flow_matching_loss,
     gate_residual_norm_modulate,
+    lpips_distance,
     noise_patchify,
     patchify,
     philox_normal,
@@ -32,8 +36,10 @@ from pixelgen_kernels import (
     rms_norm_modulate,
     unpatchify,
 )
+from pixelgen_kernels.cosine_distance import cosine_distance_ref
 from pixelgen_kernels.flow_matching_loss import flow_matching_loss_ref
 from pixelgen_kernels.gate_residual_norm_modulate import gate_residual_norm_modulate_ref
+from pixelgen_kernels.lpips_distance import lpips_distance_ref
 from pixelgen_kernels.noise_patchify import noise_patchify_ref
 from pixelgen_kernels.patchify import patchify_ref, unpatchify_ref
 from pixelgen_kernels.philox import philox_uniform_ref
@@ -189,6 +195,57 @@ def gate_residual_norm_modulate_cases() -> Cases:
         yield f"(1, 2, 8192)-{variant}-layer-{name(dtype)}", widest
 
 
+def lpips_distance_cases() -> Cases:
+    def make(shape, dtype, target_dtype, change, change_target):
+        inputs = test_lpips_distance.make_inputs(shape, dtype)
+        target = change_target(inputs["target"].to(target_dtype))
+        return {**inputs, "pred": change(inputs["pred"]), "target": target}, ["pred"]
+
+    layouts = test_lpips_distance.LAYOUTS
+    # smallest, odd in every dimension, a part of a tile, one position, several chunks, no image
+    shapes = [(1, 1, 1, 1), (3, 13, 5, 7), (2, 16, 8, 8), (9, 40, 1, 1), (1, 128, 9, 24), (0, 4, 3, 3)]
+    # every way to share the channels of a position, or the positions of a tile, among the threads
+    stages = [
+        (1, 64, 16, 16),
+        (1, 192, 8, 8),
+        (1, 512, 4, 8),
+        (1, 1024, 2, 4),
+        (1, 2048, 1, 8),
+        (1, 4096, 1, 8),
+    ]
+    for shape, dtype, (layout, change) in itertools.product(shapes + stages, DTYPES, layouts.items()):
+        if shape in stages and layout not in ("dense", "channels last"):
+            continue
+        label = f"{shape}-{name(dtype)}-{layout}"
+        yield label, functools.partial(make, shape, dtype, dtype, change, change)
+    for dtypes in itertools.permutations(DTYPES, 2):
+        for layout, change in layouts.items():
+            label = f"mixed-{'-'.join(map(name, dtypes))}-{layout}"
+            yield label, functools.partial(make, (2, 16, 3, 8), *dtypes, change, change)
+    for (layout, change), (other, change_target) in itertools.permutations(layouts.items(), 2):
+        label = f"{layout}-{other}"
+        yield (
+            label,
+            functools.partial(make, (2, 16, 3, 8), torch.bfloat16, torch.bfloat16, change, change_target),
+        )
+
+
+def cosine_distance_cases() -> Cases:
+    layouts = test_cosine_distance.LAYOUTS.items()
+    # of several samples: one number alone may be right by chance
+    shapes = [(9, 1, 1), (3, 7, 13), (2, 24, 72), (1, 3, 1152), (0, 4, 12)]
+    for shape, dtypes, (layout, change) in itertools.product(
+        shapes, itertools.product(DTYPES, repeat=2), layouts
+    ):
+
+        def make(shape=shape, dtypes=dtypes, change=change):
+            inputs = test_cosine_distance.make_inputs(shape, dtypes[0])
+            target = inputs["target"].to(dtypes[1])
+            return {"pred": change(inputs["pred"]), "target": change(target)}, ["pred", "target"]
+
+        yield f"{shape}-{'-'.join(map(name, dtypes))}-{layout}", make
+
+
 @dataclass(frozen=True)
 class Entry:
     op: Callable
@@ -209,6 +266,8 @@ ENTRIES = {
     "gate_residual_norm_modulate": Entry(
         gate_residual_norm_modulate, gate_residual_norm_modulate_ref, gate_residual_norm_modulate_cases
     ),
+    "lpips_distance": Entry(lpips_distance, lpips_distance_ref, lpips_distance_cases),
+    "cosine_distance": Entry(cosine_distance, cosine_distance_ref, cosine_distance_cases),
     "rms_norm_modulate": Entry(rms_norm_modulate, rms_norm_modulate_ref, rms_norm_modulate_cases),
 }
 ALL_CASES = [

@@ -127,7 +127,7 @@ OPS = {
         fn=cosine_distance,
         inputs=lambda dtype: {"pred": draw(B, T, C, dtype=dtype), "target": draw(B, T, C, seed=1)},
         differentiable=("pred", "target"),
-        statistics=4 * B * (3 * T + T // 32),
+        statistics=4 * B * (3 * T + T // 16),
     ),
     "qk_norm_rope": Op(
         fn=partial(qk_norm_rope, num_heads=N, num_prefix_tokens=PREFIX),

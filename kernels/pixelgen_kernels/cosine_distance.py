@@ -18,7 +18,7 @@ from pixelgen_kernels._checks import (
     register_autograd,
     stats_dtype,
 )
-from pixelgen_kernels.native import _C, address, dtype_tag, launch
+from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda, launch
 
 __all__ = ["cosine_distance", "cosine_distance_bwd_ref", "cosine_distance_ref"]
 
@@ -72,8 +72,8 @@ def cosine_distance_bwd_ref(
     return grad_pred, grad_target
 
 
-# Elements that are added up before the second pass: what fills an even share of the cores.
-ELEMENTS_PER_CHUNK = {"cpu": 16384, "cuda": 8192}
+# Tokens that are added up before the second pass: what fills an even share of the cores; on a GPU, a block.
+TOKENS_PER_CHUNK = {"cpu": 16, "cuda": 8}
 
 
 def _fwd_by_reference(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -88,10 +88,6 @@ _fwd = torch.library.custom_op("pixelgen::cosine_distance_fwd", _fwd_by_referenc
 _bwd = torch.library.custom_op("pixelgen::cosine_distance_bwd", cosine_distance_bwd_ref, mutates_args=())
 
 
-def _tokens_per_chunk(pred: Tensor) -> int:
-    return max(1, ELEMENTS_PER_CHUNK[pred.device.type] // pred.shape[2])
-
-
 def _shared_arguments(pred: Tensor, target: Tensor, statistics: Tensor, eps: float) -> dict[str, int | float]:
     """What forward and backward both pass on."""
     B, T, D = pred.shape
@@ -104,7 +100,7 @@ def _shared_arguments(pred: Tensor, target: Tensor, statistics: Tensor, eps: flo
         "pred": address(pred),
         "target": address(target),
         "statistics": address(statistics),
-        "tokens_per_chunk": _tokens_per_chunk(pred),
+        "tokens_per_chunk": TOKENS_PER_CHUNK[pred.device.type],
         "B": B,
         "T": T,
         "D": D,
@@ -124,7 +120,7 @@ def _compiled_fwd(pred: Tensor, target: Tensor, eps: float) -> tuple[Tensor, Ten
     distance = pred.new_empty(B, dtype=stats)
     statistics = pred.new_empty((B, 3, T), dtype=stats)
     if B > 0:
-        partials = pred.new_empty((B, -(-T // _tokens_per_chunk(pred))), dtype=stats)
+        partials = pred.new_empty((B, -(-T // TOKENS_PER_CHUNK[pred.device.type])), dtype=stats)
         shared = _shared_arguments(pred, target, statistics, eps)
         _C.cosine_distance_fwd(distance=address(distance), partials=address(partials), **shared)
     return distance, statistics
@@ -155,8 +151,9 @@ def _compiled_bwd(
     return grad_pred, grad_target
 
 
-_fwd.register_kernel("cpu", _compiled_fwd)
-_bwd.register_kernel("cpu", _compiled_bwd)
+for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
+    _fwd.register_kernel(_device, _compiled_fwd)
+    _bwd.register_kernel(_device, _compiled_bwd)
 
 
 @_fwd.register_fake

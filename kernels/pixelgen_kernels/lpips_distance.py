@@ -20,7 +20,7 @@ from pixelgen_kernels._checks import (
     register_autograd,
     stats_dtype,
 )
-from pixelgen_kernels.native import _C, address, dtype_tag, launch
+from pixelgen_kernels.native import _C, address, dtype_tag, has_cuda, launch
 
 __all__ = ["lpips_distance", "lpips_distance_bwd_ref", "lpips_distance_ref"]
 
@@ -169,8 +169,9 @@ def _compiled_bwd(
     return grad_pred
 
 
-_fwd.register_kernel("cpu", _compiled_fwd)
-_bwd.register_kernel("cpu", _compiled_bwd)
+for _device in ("cpu", "cuda") if has_cuda() else ("cpu",):
+    _fwd.register_kernel(_device, _compiled_fwd)
+    _bwd.register_kernel(_device, _compiled_bwd)
 
 
 @_fwd.register_fake
