@@ -37,9 +37,17 @@ template <typename Real>
 double token_distance(const CosineDistanceParams& p, int64_t b, int64_t token, Real* statistics) {
   double pred_square = 0, target_square = 0, product = 0;
   for_blocks<Real>(p, b, token, [&](const Real* u, const Real* v, int64_t, int64_t n) {
-    pred_square += sum_columns<double>(n, [&](int64_t d) { return double(u[d]) * double(u[d]); });
-    target_square += sum_columns<double>(n, [&](int64_t d) { return double(v[d]) * double(v[d]); });
-    product += sum_columns<double>(n, [&](int64_t d) { return double(u[d]) * double(v[d]); });
+    double u_square = 0, v_square = 0, u_v = 0;
+#pragma omp simd reduction(+ : u_square, v_square, u_v)
+    for (int64_t d = 0; d < n; ++d) {
+      const double p_value = u[d], q_value = v[d];
+      u_square += p_value * p_value;
+      v_square += q_value * q_value;
+      u_v += p_value * q_value;
+    }
+    pred_square += u_square;
+    target_square += v_square;
+    product += u_v;
   });
   const double pred_norm = __builtin_sqrt(pred_square), target_norm = __builtin_sqrt(target_square);
   const double cosine = pred_norm == 0 || target_norm == 0
