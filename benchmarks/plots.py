@@ -115,9 +115,8 @@ def times(rows: list[Row], path: Path) -> None:
             spread = [[median - float(whole["p20_ms"])], [float(whole["p80_ms"]) - median]]
             axis.errorbar(x, median, yerr=[[max(0.0, v) for v in s] for s in spread], ecolor=DARK, lw=0.9)
             top = max(median, float(whole["p80_ms"]))
-            axis.annotate(
-                f"{median:.3g}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5
-            )
+            text = f"{median:.0f}" if median >= 1000 else f"{median:.3g}"  # no powers of ten
+            axis.annotate(text, (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
         axis.set_ylabel("ms")
         axis.margins(y=0.12)
 

@@ -388,7 +388,7 @@ class Table:
                 )
             panel.set_title(heading, fontsize=10)
             panel.tick_params(labelsize=8)
-            panel.locator_params(axis="x", nbins=5)
+            panel.locator_params(axis="x", nbins=4)
             panel.margins(x=0.1, y=0.5 / len(rows))
             panel.grid(True, color="#e5e5e5", linewidth=0.6)
             panel.set_axisbelow(True)
