@@ -435,20 +435,15 @@ void define_lpips_distance(py::module_& m) {
                       FIELD(P, pred_dtype),
                       FIELD(P, target_dtype),
                       FIELD(P, weight_dtype)};
-  const Fields grads{FIELD(G, grad_distance),
-                     FIELD(G, grad_distance_stride),
-                     FIELD(G, grad_distance_dtype),
-                     FIELD(G, grad_pred),
-                     FIELD(G, grad_pred_stride_b),
-                     FIELD(G, grad_pred_stride_c),
-                     FIELD(G, grad_pred_stride_h),
-                     FIELD(G, grad_pred_stride_w)};
+  const Fields grads{FIELD(G, grad_distance),       FIELD(G, grad_distance_stride),
+                     FIELD(G, grad_distance_dtype), FIELD(G, grad_pred),
+                     FIELD(G, grad_pred_stride_b),  FIELD(G, grad_pred_stride_c),
+                     FIELD(G, grad_pred_stride_h),  FIELD(G, grad_pred_stride_w)};
   define<P>(m, "lpips_distance_fwd", "The distance of each sample, and statistics.",
             shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::lpips_distance_fwd,
             PIXELGEN_CUDA_FUNCTION(lpips_distance_fwd));
-  define<G>(m, "lpips_distance_bwd", "grad_pred.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::lpips_distance_bwd,
-            PIXELGEN_CUDA_FUNCTION(lpips_distance_bwd));
+  define<G>(m, "lpips_distance_bwd", "grad_pred.", with_nested(grads, shared, offsetof(G, forward)),
+            &cpu::lpips_distance_bwd, PIXELGEN_CUDA_FUNCTION(lpips_distance_bwd));
 }
 
 void define_cosine_distance(py::module_& m) {
@@ -470,11 +465,8 @@ void define_cosine_distance(py::module_& m) {
                       FIELD(P, eps),
                       FIELD(P, pred_dtype),
                       FIELD(P, target_dtype)};
-  const Fields grads{FIELD(G, grad_distance),
-                     FIELD(G, grad_distance_stride),
-                     FIELD(G, grad_distance_dtype),
-                     FIELD(G, grad_pred),
-                     FIELD(G, grad_target)};
+  const Fields grads{FIELD(G, grad_distance), FIELD(G, grad_distance_stride),
+                     FIELD(G, grad_distance_dtype), FIELD(G, grad_pred), FIELD(G, grad_target)};
   define<P>(m, "cosine_distance_fwd", "The distance of each sample, and statistics.",
             shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::cosine_distance_fwd,
             PIXELGEN_CUDA_FUNCTION(cosine_distance_fwd));

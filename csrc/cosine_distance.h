@@ -13,7 +13,7 @@ namespace pixelgen {
 struct CosineDistanceParams {
   const void *pred, *target;  // (B, T, D), strides below
   void* distance;             // (B,) stats dtype; unused in backward
-  void* statistics;  // (B, 3, T) stats dtype, kept for backward: |pred|, |target|, cosine
+  void* statistics;           // (B, 3, T) stats dtype, kept for backward: |pred|, |target|, cosine
   // A sample's tokens are added up in chunks and the chunks' sums in a second pass, so the bits
   // depend on tokens_per_chunk alone.
   void* partials;  // (B, ceil(T / tokens_per_chunk)) stats dtype; unused in backward

@@ -124,7 +124,7 @@ inline void set_divisors(const Real* __restrict norms, Real* __restrict value,
 template <int kCount, typename Real>
 inline void add_differences(Rows<Real> p, Rows<Real> q, const Real* weights, Block<Real>& block,
                             int64_t n) {
-  double *__restrict distances = block.p_sums, *__restrict alongs = block.q_sums;
+  double* __restrict distances = block.p_sums, * __restrict alongs = block.q_sums;
   const Real *p_value = block.p_value, *p_inverse = block.p_inverse;
   const Real *q_value = block.q_value, *q_inverse = block.q_inverse;
 #pragma omp simd
@@ -134,8 +134,8 @@ inline void add_differences(Rows<Real> p, Rows<Real> q, const Real* weights, Blo
     const auto difference = [&](int r) {
       return unit(r) - math::quotient(q.first[r * q.stride + i], q_divisor);
     };
-    distances[i] += sum_rows<kCount, Real>(
-        [&](int r) { return weights[r] * difference(r) * difference(r); });
+    distances[i] +=
+        sum_rows<kCount, Real>([&](int r) { return weights[r] * difference(r) * difference(r); });
     alongs[i] +=
         sum_rows<kCount, Real>([&](int r) { return weights[r] * difference(r) * unit(r); });
   }
@@ -236,20 +236,19 @@ double chunk_by_channel(const LpipsDistanceParams& p, int64_t b, int64_t begin, 
     const Real q_norm = norm_with_eps<Real>(q_square, p.eps);
     const Divisor<Real> p_divisor = math::divisor(p_norm), q_divisor = math::divisor(q_norm);
     double distance = 0, along = 0;
-    for_segments<Real>(
-        p, pred, target, h, w,
-        [&](const Real* u, const Real* v, const Real* weight, int64_t, int64_t n) {
-          Real squares = 0, products = 0;
+    for_segments<Real>(p, pred, target, h, w,
+                       [&](const Real* u, const Real* v, const Real* weight, int64_t, int64_t n) {
+                         Real squares = 0, products = 0;
 #pragma omp simd reduction(+ : squares, products)
-          for (int64_t c = 0; c < n; ++c) {
-            const Real unit = math::quotient(u[c], p_divisor);
-            const Real difference = unit - math::quotient(v[c], q_divisor);
-            squares += weight[c] * difference * difference;
-            products += weight[c] * difference * unit;
-          }
-          distance += squares;
-          along += products;
-        });
+                         for (int64_t c = 0; c < n; ++c) {
+                           const Real unit = math::quotient(u[c], p_divisor);
+                           const Real difference = unit - math::quotient(v[c], q_divisor);
+                           squares += weight[c] * difference * difference;
+                           products += weight[c] * difference * unit;
+                         }
+                         distance += squares;
+                         along += products;
+                       });
     norms[first] = p_norm;
     norms[size + first] = q_norm;
     norms[2 * size + first] = p_square == 0 ? Real(0) : Real(along / __builtin_sqrt(p_square));

@@ -225,10 +225,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         if (c < p.C) {
 #pragma unroll
           for (int j = 0; j < N; ++j) {
-            const float u =
-                math::quotient(p_held[k * kPacks + m].value(j), p_divisor);
-            const float v =
-                math::quotient(q_held[k * kPacks + m].value(j), q_divisor);
+            const float u = math::quotient(p_held[k * kPacks + m].value(j), p_divisor);
+            const float v = math::quotient(q_held[k * kPacks + m].value(j), q_divisor);
             squares += weights[c + j] * (u - v) * (u - v);
             along += weights[c + j] * (u - v) * u;
           }
@@ -419,9 +417,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         float out[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          out[j] = math::unit_distance_grad(p_held[k].value(j),
-                                            q_held[k].value(j), weight[j], p_divisor,
-                                            q_divisor, radial, factor);
+          out[j] = math::unit_distance_grad(p_held[k].value(j), q_held[k].value(j), weight[j],
+                                            p_divisor, q_divisor, radial, factor);
         }
         store<N, true>(out, grad + position * g.grad_pred_stride_w + c, N);
       }
