@@ -12,73 +12,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from pixelgen.ablation import FIGURES, ROWS, Line, Table
 from pixelgen.cli import parse, run
 from pixelgen.config import TrainConfig, config_from_yaml, load_config
 from pixelgen.errors import UserError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-# Rows that the others are held against: nothing, and what the paper adds its terms to.
-BASELINES = ("flow", "repa")
-# Column of ablation.csv -> heading, digits behind the point.
-FIGURES = {
-    "frechet": ("Frechet", 1),
-    "accuracy": ("accuracy", 4),
-    "variance": ("variance", 3),
-    "seconds_per_step": ("s/step", 4),
-}
 KEY = ("row", "seed", "steps", "sample_steps", "options")
 CELLS_FILE, TABLE_FILE, PLOT_FILE = "ablation.csv", "ablation.md", "ablation.png"
 SHARED = "features"  # OUT/features/SEED: embedded features, the same for all rows
-
-Line = dict[str, str]  # of ablation.csv
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """A row of the table: what it trains with.
-
-    Attributes:
-        label: as the table shows it.
-        alignment, lpips, p_dino: weights of the terms; the paper's unless the row is about them.
-        gate_t: threshold of the noise gate; 0 for none, as the paper adds its terms one by one.
-        paper_fid: FID of the same row in the paper (arXiv 2602.02493, Table 5: ImageNet 256, no guidance).
-    """
-
-    label: str
-    alignment: float = 0.5
-    lpips: float = 0.1
-    p_dino: float = 0.01
-    gate_t: float = 0.0
-    paper_fid: float
-
-    @property
-    def options(self) -> list[str]:
-        """The row as options of ``pixelgen.train``."""
-        weights = {
-            "alignment_weight": self.alignment,
-            "lpips_weight": self.lpips,
-            "p_dino_weight": self.p_dino,
-            "gate_t": self.gate_t,
-        }
-        return [part for name, value in weights.items() for part in (f"--loss.{name}", f"{value:g}")]
-
-
-ROWS = {
-    "flow": Study(label="flow matching alone", alignment=0, lpips=0, p_dino=0, paper_fid=34.85),
-    "repa": Study(label="+ REPA", lpips=0, p_dino=0, paper_fid=23.67),
-    "lpips": Study(label="+ REPA + LPIPS", p_dino=0, paper_fid=10.00),
-    "p_dino": Study(label="all terms, no gate", paper_fid=7.46),
-    "gate_0.1": Study(label="all terms, gate 0.1", gate_t=0.1, paper_fid=7.42),
-    "gate_0.3": Study(label="all terms, gate 0.3", gate_t=0.3, paper_fid=7.53),
-    "gate_0.6": Study(label="all terms, gate 0.6", gate_t=0.6, paper_fid=10.72),
-    "no_repa": Study(label="all but REPA, gate 0.3", alignment=0, gate_t=0.3, paper_fid=11.81),
-    "lpips_0.5": Study(label="+ REPA + 0.5 LPIPS", lpips=0.5, p_dino=0, paper_fid=9.36),
-    "p_dino_0.04": Study(label="all terms, no gate, 0.04 P-DINO", p_dino=0.04, paper_fid=6.62),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +35,8 @@ class AblateOptions:
     Args:
         out: folder of the results; a grid that is there already is continued.
         rows: rows of the grid separated by commas, from flow, repa, lpips, p_dino, gate_0.1, gate_0.3,
-            gate_0.6, no_repa, lpips_0.5, p_dino_0.04; null for all.
-        steps: optimizer steps of every run. The default grid, 10 rows and 3 seeds, takes about 50 minutes on
+            gate_0.6, gate_cosine, gate_snr, gate_learned, no_repa, lpips_0.5, p_dino_0.04; null for all.
+        steps: optimizer steps of every run. The default grid, 13 rows and 3 seeds, takes about 65 minutes on
             two idle cores.
         seeds: seeds separated by commas, each of weights, data order, noise, embedded features and samples.
         sample_steps: solver steps of the samples that are judged.
@@ -304,99 +247,6 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
         writer.writeheader()
         writer.writerows(lines)
     partial.replace(path)
-
-
-class Table:
-    """Means and standard deviations over seeds, row by row.
-
-    Args:
-        lines: finished cells, at equal steps.
-    """
-
-    def __init__(self, lines: Iterable[Line]) -> None:
-        self.values: dict[str, dict[str, Line]] = {}  # row -> seed -> line
-        for line in lines:
-            self.values.setdefault(line["row"], {})[line["seed"]] = line
-
-    def of_seeds(self, row: str, column: str) -> list[float]:
-        """The values of a row, in the order of its seeds."""
-        return [float(line[column]) for line in self.values[row].values()]
-
-    def mean(self, row: str, column: str) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.of_seeds(row, column))
-
-    def deviation(self, row: str, column: str) -> float | None:
-        """Standard deviation over the seeds (n - 1); None of one seed."""
-        values = self.of_seeds(row, column)
-        return statistics.stdev(values) if len(values) > 1 else None
-
-    def gain(self, row: str, baseline: str) -> str:
-        """How much the Frechet distance falls against another row, and for how many seeds it does."""
-        if row == baseline or baseline not in self.values:
-            return ""
-        pairs = [
-            (float(line["frechet"]), float(self.values[baseline][seed]["frechet"]))
-            for seed, line in self.values[row].items()
-        ]
-        change = statistics.fmean(ours - theirs for ours, theirs in pairs)
-        return f"{change:+.1f}, {sum(ours < theirs for ours, theirs in pairs)} of {len(pairs)}"
-
-    def markdown(self, steps: int, sample_steps: int) -> str:
-        """The table as text."""
-        head = ["row", "terms", *(heading for heading, _ in FIGURES.values())]
-        head += [*(f"Frechet against `{name}`" for name in BASELINES), "the paper's FID"]
-        lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
-        for row in self.values:
-            cells = [f"`{row}`", ROWS[row].label]
-            for column, (_, digits) in FIGURES.items():
-                deviation = self.deviation(row, column)
-                spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
-                cells.append(f"{self.mean(row, column):.{digits}f}{spread}")
-            cells += [*(self.gain(row, name) for name in BASELINES), f"{ROWS[row].paper_fid:.2f}"]
-            lines.append(cells)
-        seeds = max(len(of_row) for of_row in self.values.values())
-        told = (
-            f"Digits, {steps} steps; number of seeds: {seeds}; mean ± standard deviation over them; "
-            f"{sample_steps} Heun steps without guidance. Against a row: mean change of the Frechet distance "
-            "at the same seed, below 0 is better, and for how many seeds it falls. The paper's FID: the same "
-            "terms on ImageNet 256 (arXiv 2602.02493, Table 5)."
-        )
-        return f"{told}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-    def draw(self, steps: int) -> Figure:
-        """A panel per figure: every seed, means and standard deviations."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        rows = list(self.values)
-        figure = Figure(figsize=(13, 1.4 + 0.42 * len(rows)), layout="constrained")
-        FigureCanvasAgg(figure)
-        panels = figure.subplots(1, len(FIGURES), sharey=True, squeeze=False)[0]
-        for panel, (column, (heading, _)) in zip(panels, FIGURES.items(), strict=True):
-            for place, row in enumerate(rows):
-                values = self.of_seeds(row, column)
-                panel.plot(values, [place] * len(values), "o", color="#9ecae1", markersize=4)
-                panel.errorbar(
-                    self.mean(row, column),
-                    place,
-                    xerr=self.deviation(row, column) or 0,
-                    fmt="D",
-                    color="#08519c",
-                    markersize=5,
-                    capsize=3,
-                )
-            panel.set_title(heading, fontsize=10)
-            panel.tick_params(labelsize=8)
-            panel.locator_params(axis="x", nbins=4)
-            panel.margins(x=0.1, y=0.5 / len(rows))
-            panel.grid(True, color="#e5e5e5", linewidth=0.6)
-            panel.set_axisbelow(True)
-            panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_yticks(range(len(rows)), [ROWS[row].label for row in rows], fontsize=9)
-        panels[0].invert_yaxis()
-        figure.suptitle(f"Digits, {steps} steps: every seed, mean and standard deviation", fontsize=10)
-        return figure
 
 
 if __name__ == "__main__":

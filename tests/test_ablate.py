@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from pixelgen import ablate
-from pixelgen.ablate import FIGURES, KEY, ROWS, Cell, Table
+from pixelgen.ablate import KEY, Cell
+from pixelgen.ablation import FIGURES, ROWS, Study, Table
 from pixelgen.encoders import embedded
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
@@ -113,7 +114,7 @@ def test_a_run_without_a_checkpoint_starts_anew(tmp_path):
 def test_a_run_of_another_row_is_not_taken_for_this_one(tmp_path, monkeypatch):
     argv = [*QUICK, "--rows", "flow", "--out", str(tmp_path)]
     assert ablate.main(argv) == 0
-    monkeypatch.setitem(ROWS, "flow", ablate.Study(label="x", alignment=0, lpips=0, p_dino=0.5, paper_fid=1))
+    monkeypatch.setitem(ROWS, "flow", Study(label="x", alignment=0, lpips=0, p_dino=0.5, paper_fid=1))
     with pytest.raises(UserError, match="runs/flow-4-seed0 was trained with other options; choose another"):
         ablate.main(argv)
 
@@ -129,16 +130,23 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path):
 def test_rows_differ_in_their_terms_alone():
     configs = {row: Cell(row=row, seed="3", steps=60, sample_steps=2).config("cpu", 0) for row in ROWS}
     terms = {
-        row: (c.loss.alignment_weight, c.loss.lpips_weight, c.loss.p_dino_weight, c.loss.gate_t)
+        row: (
+            c.loss.alignment_weight,
+            c.loss.lpips_weight,
+            c.loss.p_dino_weight,
+            c.loss.gate_t,
+            c.loss.gate,
+        )
         for row, c in configs.items()
     }
     assert len(set(terms.values())) == len(ROWS)
     assert terms["flow"][:3] == (0, 0, 0)
     assert terms["repa"][:3] == (0.5, 0, 0)
-    assert terms["p_dino"] == (0.5, 0.1, 0.01, 0)
-    assert terms["gate_0.3"] == (0.5, 0.1, 0.01, 0.3)
-    assert terms["no_repa"] == (0, 0.1, 0.01, 0.3)
+    assert terms["p_dino"] == (0.5, 0.1, 0.01, 0, "hard")
+    assert terms["gate_0.3"] == (0.5, 0.1, 0.01, 0.3, "hard")
+    assert terms["no_repa"] == (0, 0.1, 0.01, 0.3, "hard")
     assert {(c.seed, c.train.max_steps, c.train.sample_every) for c in configs.values()} == {(3, 60, 0)}
+    assert terms["gate_cosine"] == (0.5, 0.1, 0.01, 0.3, "cosine")
     same = {(c.model, c.data, c.time, c.optimizer, c.ema) for c in configs.values()}
     assert len(same) == 1
 
@@ -162,6 +170,11 @@ def test_means_deviations_and_gains():
     assert "Digits, 7 steps; number of seeds: 3;" in text and "9 Heun steps" in text
     same = "0.5000 ± 0.0000 | 0.250 ± 0.000 | 0.1000 ± 0.0000"
     assert f"| `flow` | flow matching alone | 20.0 ± 10.0 | {same} |  | +3.0, 0 of 3 | 34.85 |" in text
+
+
+def test_a_row_that_the_paper_does_not_have():
+    row = Table([line("gate_snr", "0", 12.5)]).markdown(7, 9).splitlines()[-1]
+    assert row.endswith("| 0.1000 |  |  |  |")
 
 
 def test_one_seed_has_no_deviation():
