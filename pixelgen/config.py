@@ -98,7 +98,7 @@ class TrainConfig(Section):
         self._require("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)")
         self._require("threads", self.threads >= 0, "be 0 or more")
         depth = self.model_config().depth
-        if self.loss.alignment_weight and not 1 <= self.loss.alignment_layer < depth:
+        if self.loss.uses_alignment and not 1 <= self.loss.alignment_layer < depth:
             raise UserError(
                 f"loss.alignment_layer must be at least 1 and below the model's depth {depth}, "
                 f"got {self.loss.alignment_layer}"

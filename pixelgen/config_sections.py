@@ -142,7 +142,7 @@ class LossConfig(Section):
         gate: how the two perceptual terms depend on t: hard acts fully where t >= gate_t; cosine and sigmoid
             rise smoothly there, snr follows the share of signal in x_t, learned has a weight per bin of t.
         gate_t: the threshold of the gate; 0 for everywhere.
-        gate_width: width of the rise of cosine and sigmoid.
+        gate_width: width in t of the rise of cosine, which begins at gate_t, and sigmoid, centred there.
         p_dino_gate: paper gates P-DINO per sample; released gates whole batches, as the published code.
         perceptual_ratio: factor of the sum of the two perceptual terms.
         balance: off, or a factor of that sum from a ratio of gradient norms at the last layer: global over
@@ -190,6 +190,11 @@ class LossConfig(Section):
     adversarial_lr: float = 1e-3
     adversarial_r1_weight: float = 1.0
 
+    @property
+    def uses_alignment(self) -> bool:
+        """Whether the alignment has a weight at any step."""
+        return self.alignment_weight > 0 or any(weight > 0 for _, weight in self.alignment_schedule)
+
     def __post_init__(self) -> None:
         self._require_choices()
         for name in (
@@ -207,6 +212,10 @@ class LossConfig(Section):
             step >= 0 and weight >= 0 for step, weight in self.alignment_schedule
         )
         self._require("alignment_schedule", is_schedule, "have rising steps and weights of 0 or more")
+        is_plain = self.p_dino_gate == "paper" or self.gate == "hard"
+        self._require(
+            "p_dino_gate", is_plain, f"be paper with loss.gate {self.gate}: released knows only hard"
+        )
         self._require("gate_width", self.gate_width > 0, "be above 0")
         self._require("adversarial_lr", self.adversarial_lr > 0, "be above 0")
         self._require("gate_t", 0 <= self.gate_t <= 1, "lie in [0, 1]")

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """The first step with a value that is not finite.
+
+    Attributes:
+        step: its number, from 1.
+        terms: names of the scalars that are not finite.
+        samples: by term, the places in the batch of the samples that are not.
+    """
+
+    step: int
+    terms: tuple[str, ...]
+    samples: dict[str, list[int]]
 
 
 class FiniteGuard:
@@ -38,18 +55,14 @@ class FiniteGuard:
         """The new masks where this is the first bad step, else the old ones; a term may come and go."""
         masks = {name: mask & is_first for name, mask in new.items()}
         for name, mask in old.items():
-            masks[name] = mask | masks[name] if name in masks and masks[name].shape == mask.shape else mask
+            masks[name] = mask | masks[name] if name in masks else mask
         return masks
 
-    def report(self) -> str | None:
-        """The first bad step in words, or None. Waits for the device."""
+    def first(self) -> NotFinite | None:
+        """The first bad step, or None. Waits for the device."""
         step = int(self._step)
         if step < 0:
             return None
-        terms = [name for name, mask in self._terms.items() if bool(mask)]
-        text = f"step {step}: not finite: {', '.join(terms)}"
-        for name, mask in self._samples.items():
-            if samples := mask.nonzero()[:, 0].tolist():
-                text += f"; {name} of samples {', '.join(map(str, samples[:8]))} of the batch"
-                text += " and more" if len(samples) > 8 else ""
-        return text
+        terms = tuple(name for name, mask in self._terms.items() if bool(mask))
+        samples = {name: mask.nonzero()[:, 0].tolist() for name, mask in self._samples.items()}
+        return NotFinite(step, terms, {name: places for name, places in samples.items() if places})

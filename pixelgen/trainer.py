@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from pixelgen import checkpoint as checkpoints
-from pixelgen.config import TrainConfig, config_to_yaml
-from pixelgen.data.loader import ImageDataset, build_dataset, build_loader
+from pixelgen.config import TrainConfig, config_from_yaml, config_to_yaml
+from pixelgen.data.loader import ImageDataset, build_dataset, build_loader, stream_indices
 from pixelgen.ema import Ema
 from pixelgen.errors import UserError
 from pixelgen.flow import logit_normal_time, shift_time
@@ -26,6 +26,7 @@ from pixelgen.guard import FiniteGuard
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.gate import to_device
 from pixelgen.models.jit import JiT
+from pixelgen.optim import adamw
 from pixelgen.pipeline import Pipeline, count_parameters, pick_device
 from pixelgen.trainlog import METRICS_FILE, TrainLog, truncate_metrics
 
@@ -43,6 +44,35 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         progress = min(1.0, max(0, step - optimizer.warmup_steps) / remaining)
         return optimizer.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
     return optimizer.lr * warm
+
+
+def _check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
+    """What a run trains is settled when it starts; weights and schedules may change at a resume.
+
+    Raises:
+        UserError: an option would add or remove something that the checkpoint does or does not hold.
+    """
+    saved = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
+
+    def parts(config: TrainConfig) -> dict[str, object]:
+        loss = config.loss
+        return {
+            "model": config.model_config(),
+            "loss.alignment_weight or its schedule": loss.uses_alignment,
+            "loss.projector_width": loss.uses_alignment and loss.projector_width,
+            "loss.tokens": (loss.uses_alignment or loss.adversarial_weight > 0) and loss.tokens,
+            "loss.gate": loss.gate == "learned",
+            "loss.balance": loss.balance != "off",
+            "loss.adversarial_weight": loss.adversarial_weight > 0,
+        }
+
+    before, now = parts(saved), parts(config)
+    changed = [name for name in now if now[name] != before[name]]
+    if changed:
+        raise UserError(
+            f"{changed[0]} cannot change so at a resume: {checkpoint} was saved by a run that trained other "
+            f"parts; start a new run"
+        )
 
 
 def _build_dataset(config: TrainConfig) -> ImageDataset:
@@ -89,22 +119,25 @@ class Trainer:
             {"model": self.model, "projector": self.objective.projector, "gate": self.objective.gate}
         )
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
+        # Decay would pull the gate's learned weights to 1.
+        is_gate = {id(p) for p in self.objective.gate.parameters()}
+        self.optimizer = adamw(
+            [
+                {"params": [p for p in self.parameters if id(p) not in is_gate]},
+                {"params": [p for p in self.parameters if id(p) in is_gate], "weight_decay": 0.0},
+            ],
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
-            fused=True,
         )
         # Of its own: the discriminator works against the denoiser, and other constants suit it.
         self.discriminator_optimizer: torch.optim.AdamW | None = None
         if config.loss.adversarial_weight > 0:
-            self.discriminator_optimizer = torch.optim.AdamW(
-                self.objective.discriminator.parameters(),
+            self.discriminator_optimizer = adamw(
+                [{"params": self.objective.discriminator.parameters()}],
                 lr=config.loss.adversarial_lr,
                 betas=(0.0, 0.99),
                 weight_decay=0.0,
-                fused=True,
             )
         self.guard = FiniteGuard(self.device)
         self.ema = Ema(self.model, config.ema.decay, config.ema.warmup)
@@ -161,6 +194,7 @@ class Trainer:
                 f"{checkpoint} is not the newest checkpoint of its run, {found[-1].name} is: remove the "
                 f"later ones first, or work on a copy of the run's folder"
             )
+        _check_same_parts(config, checkpoint)
         trainer = cls(config, run_dir, _build_dataset(config))
         trainer._load(checkpoint)
         return trainer
@@ -277,7 +311,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         self.optimizer.step()
-        if self.discriminator_optimizer is not None:
+        if self.discriminator_optimizer is not None and "discriminator" in terms:
+            parameters = self.objective.discriminator.parameters()
+            terms["discriminator_grad_norm"] = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
             self.discriminator_optimizer.step()
         self.ema.update(self.model)
         self.step += 1
@@ -318,7 +354,7 @@ class Trainer:
             num_workers=config.data.workers,
             pin_memory=self.device.type == "cuda",
         )
-        log = TrainLog(self.run_dir, config, self.step, self.guard)
+        log = TrainLog(self.run_dir, config, self.step, self.guard, self._image_name)
         try:
             with self._signals():
                 self._loop(batches, log)
@@ -332,6 +368,15 @@ class Trainer:
         print(f"trained to step {self.step} in {minutes:.1f} min; sample with: ", end="")
         print(f"python -m pixelgen.sample --model {self.run_dir}")
         return 0
+
+    def _image_name(self, step: int, place: int) -> str:
+        index = stream_indices(
+            step,
+            dataset_size=len(self.dataset),
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+        )[place]
+        return self.dataset.name(int(index))
 
     def _loop(self, batches: Iterator[tuple[Tensor, Tensor]], log: TrainLog) -> None:
         train = self.config.train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pixelgen.checkpoint import list_checkpoints
 from pixelgen.config import TrainConfig
 from pixelgen.errors import UserError
-from pixelgen.guard import FiniteGuard
+from pixelgen.guard import FiniteGuard, NotFinite
 from pixelgen.plots import save_grid, save_loss_curves
 
 METRICS_FILE = "metrics.jsonl"
@@ -44,12 +44,20 @@ class TrainLog:
         config: the run's configuration.
         step: optimizer steps done before this process.
         guard: has seen every step.
+        image_name: what to call the image at a place of the batch of a step, counted from 0.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, step: int, guard: FiniteGuard) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrainConfig,
+        step: int,
+        guard: FiniteGuard,
+        image_name: Callable[[int, int], str],
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run_dir, self.config, self.guard = run_dir, config, guard
+        self.run_dir, self.config, self.guard, self.image_name = run_dir, config, guard, image_name
         self.seconds = 0.0  # of training, without sampling and saving
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -99,12 +107,9 @@ class TrainLog:
         ms_per_step = 1000 * seconds / self._count
         images_per_second = self._count * self.config.train.batch_size / seconds
         record = {"step": step, **means, "lr": lr, "ms_per_step": ms_per_step, "img_per_s": images_per_second}
-        problem = self.guard.report()
+        problem = self.guard.first()
         if problem is not None:
-            raise UserError(
-                f"training stopped at {problem}. "
-                f"{self._last_good()}. Lower optimizer.lr or set optimizer.max_grad_norm"
-            )
+            raise UserError(self._not_finite(problem))
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in record.items():
@@ -135,9 +140,19 @@ class TrainLog:
         """Draws the loss curves anew."""
         save_loss_curves(self.run_dir / METRICS_FILE, self.run_dir / "loss.png")
 
-    def _last_good(self) -> str:
-        checkpoints = list_checkpoints(self.run_dir)
-        return f"{checkpoints[-1]} is good" if checkpoints else "There is no checkpoint yet"
+    def _not_finite(self, problem: NotFinite) -> str:
+        """Where the run went wrong, what there is to go back to, and what to change."""
+        text = f"training stopped at step {problem.step}: not finite: {', '.join(problem.terms)}"
+        for term, places in problem.samples.items():
+            named = [f"{place} ({self.image_name(problem.step - 1, place)})" for place in places[:8]]
+            text += f"; {term} of samples {', '.join(named)}{' and more' if len(places) > 8 else ''}"
+        found = list_checkpoints(self.run_dir)
+        text += f". The newest checkpoint is {found[-1]}" if found else ". There is no checkpoint yet"
+        bad = set(problem.terms) - {"loss"}
+        if bad <= {"adversarial", "discriminator", "discriminator_grad_norm"}:
+            return f"{text}. Lower loss.adversarial_lr or loss.adversarial_weight"
+        clip = "lower" if self.config.optimizer.max_grad_norm else "set"
+        return f"{text}. Lower optimizer.lr or {clip} optimizer.max_grad_norm"
 
     def close(self) -> None:
         """Closes files and the progress bar."""

@@ -59,6 +59,10 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """Returns what to call image ``index`` in a message."""
+        return f"digit {index}"
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Returns image ``index`` as uint8 (C, H, W) and its label."""
         return self.images[index], int(self.labels[index])

@@ -66,6 +66,10 @@ class ClassFolder:
         """Returns the file that holds image ``index``."""
         return Path(os.fsdecode(self._paths[index].item()))
 
+    def name(self, index: int) -> str:
+        """Returns the path of image ``index``."""
+        return str(self.path(index))
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Returns image ``index`` as uint8 (C, H, W) and its label.
 

@@ -37,6 +37,9 @@ class ImageDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Returns one image, uint8 (C, H, W), and its label."""
 
+    def name(self, index: int) -> str:
+        """Returns what to call image ``index`` in a message."""
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns images, uint8 (B, C, H, W), and labels, int64 (B,)."""
 

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pixelgen.losses.gate import masked_mean
-
 
 class Discriminator(nn.Module):
     """One logit per token of the frozen encoder, hinge loss, gradient penalty R1.
@@ -42,17 +40,17 @@ class Discriminator(nn.Module):
     def generator_term(self, fake: Tensor) -> Tensor:
         """-D(fake) per sample, (B,) fp32: what the denoiser lowers. No gradient for the discriminator."""
         frozen = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
-        return -functional_call(self.head, frozen, (_normalised(fake),)).mean((1, 2))
+        with torch.autocast(fake.device.type, enabled=False):
+            return -functional_call(self.head, frozen, (_normalised(fake),)).mean((1, 2))
 
-    def discriminator_term(self, real: Tensor, fake: Tensor, is_real: Tensor) -> Tensor:
-        """The discriminator's own loss, a scalar; no gradient for the tokens.
+    def discriminator_term(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The discriminator's own loss per sample, (B,) fp32; no gradient for the tokens.
 
-            mean over samples of relu(1 - D(real)) + relu(1 + D(fake)) + r1_weight / 2 |d D(real) / d real|^2
+            relu(1 - D(real)) + relu(1 + D(fake)) + r1_weight / 2 |d D(real) / d real|^2
 
         Args:
             real: (B, T, D) tokens of clean images.
             fake: (B, T, D) tokens of predictions.
-            is_real: (B,) bool, False for rows that do not count.
         """
         real = _normalised(real.detach()).requires_grad_(self.r1_weight > 0)
         with torch.autocast(real.device.type, enabled=False):  # a second derivative, in fp32
@@ -61,7 +59,7 @@ class Discriminator(nn.Module):
             if self.r1_weight > 0:
                 (gradient,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
                 per_sample = per_sample + self.r1_weight / 2 * gradient.square().sum(2).mean(1)
-        return masked_mean(per_sample, is_real)
+        return per_sample
 
 
 def _normalised(tokens: Tensor) -> Tensor:

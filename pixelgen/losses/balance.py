@@ -20,8 +20,9 @@ class BalanceWeight(nn.Module):
         start_step: first step that may update the weight; 400000 in the released code.
         every: steps between updates; 50 there.
         form: ``"released"`` is the released code's: each rank by its own batch, and a batch without a gated
-            sample moves w to its bound. ``"global"`` sums the gradients over all ranks, so that they agree,
-            and keeps the weight where no sample of any rank passes the gate.
+            sample moves w to its bound. ``"global"`` takes the mean of the gradients over all ranks, so that
+            they agree, and moves less far, 0.2 s instead of 0.2, where the weights that the gate gives to all
+            samples sum to s below 1: an empty gate says nothing.
     """
 
     weight: Tensor
@@ -46,7 +47,7 @@ class BalanceWeight(nn.Module):
         """Whether this step updates the weight; each costs two extra partial backward passes."""
         return step >= self.start_step and step % self.every == 0
 
-    def update(self, flow_matching: Tensor, perceptual: Tensor, parameter: Tensor, count: Tensor) -> None:
+    def update(self, flow_matching: Tensor, perceptual: Tensor, parameter: Tensor, gate: Tensor) -> None:
         """Move the weight towards the ratio of the two gradient norms. No host sync.
 
         Args:
@@ -54,7 +55,7 @@ class BalanceWeight(nn.Module):
             perceptual: scalar, the weighted sum of the perceptual terms without this factor; without a
                 gradient where nothing passed the gate.
             parameter: W, the weight of the denoiser's last linear layer, on which the losses depend.
-            count: scalar tensor, how many samples passed the gate.
+            gate: scalar tensor, the sum of the gate's weights over the samples.
         """
         (grad_flow,) = torch.autograd.grad(flow_matching, parameter, retain_graph=True)
         grad_perceptual = torch.zeros_like(grad_flow)
@@ -62,13 +63,15 @@ class BalanceWeight(nn.Module):
             (grad_perceptual,) = torch.autograd.grad(perceptual, parameter, retain_graph=True)
         with torch.no_grad():
             grads = torch.stack([grad_flow.float(), grad_perceptual.float()])
-            count = count.to(grads)
-            if self.form == "global" and dist.is_available() and dist.is_initialized():
-                dist.all_reduce(grads)
-                dist.all_reduce(count)
+            rate = torch.full_like(self.weight, 0.2)
+            if self.form == "global":
+                gate = gate.to(grads)
+                if dist.is_available() and dist.is_initialized():
+                    dist.all_reduce(grads)
+                    dist.all_reduce(gate)
+                    grads /= dist.get_world_size()
+                rate *= gate.clamp(max=1)
             flow_norm, perceptual_norm = torch.linalg.vector_norm(grads.flatten(1), dim=1)
             ratio = flow_norm / (perceptual_norm + 1e-4)
             # Out of place: the loss of the step before may still hold the old value for its backward pass.
-            moved = 0.8 * self.weight + 0.2 * ratio.clamp(0, 100)
-            is_empty = (count == 0) & (self.form == "global")
-            self.weight = torch.where(is_empty, self.weight, moved)
+            self.weight = (1 - rate) * self.weight + rate * ratio.clamp(0, 100)

@@ -47,10 +47,7 @@ def build_objective(
     """
     needs_lpips = loss.lpips_weight * loss.perceptual_ratio > 0
     needs_tokens = (
-        loss.alignment_weight > 0
-        or any(weight > 0 for _, weight in loss.alignment_schedule)
-        or loss.p_dino_weight * loss.perceptual_ratio > 0
-        or loss.adversarial_weight > 0
+        loss.uses_alignment or loss.p_dino_weight * loss.perceptual_ratio > 0 or loss.adversarial_weight > 0
     )
     embedded: EmbeddedFeatures | None = None
     if (needs_lpips and loss.stages == "embedded") or (needs_tokens and loss.tokens == "embedded"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
 from pixelgen.encoders.embedded import EmbeddedStages, EmbeddedTokens
-from pixelgen.losses.gate import Selection
+from pixelgen.losses.gate import BUCKETS, Selection
 from pixelgen.losses.lpips import LPIPS
 
 
@@ -78,7 +78,10 @@ class FeatureNetworks:
                 elif isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
             if compiled:
-                network.compile()
+                # One graph for each size of a selection, with gradient and without; PyTorch's own limit is 8.
+                limit = 2 * (BUCKETS + 1)
+                torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
+                network.compile(dynamic=False)
 
     def __call__(self, x: Tensor, of_tokens: Selection | None, of_maps: Selection | None) -> Features:
         """Features of selected rows; None asks for none of that kind.
@@ -92,10 +95,11 @@ class FeatureNetworks:
             maps = self.lpips.encode(self.image(of_tokens.rows(x)))
             tokens = self.encoder.from_stages(maps)
             return Features(tokens, [of_maps.rows_of(of_tokens, stage) for stage in maps])
-        tokens = None if of_tokens is None else self.encoder(self.image(of_tokens.rows(x)))
+        seen = None if of_tokens is None else self.image(of_tokens.rows(x))
+        tokens = None if seen is None else self.encoder(seen)
         if of_maps is None:
             return Features(tokens, None)
-        image = self.image(of_maps.rows(x))
+        image = seen if seen is not None and of_maps is of_tokens else self.image(of_maps.rows(x))
         return Features(tokens, self.lpips.encode(image) if isinstance(self.lpips, LPIPS) else [image])
 
     def lpips_distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:

@@ -11,18 +11,22 @@ from torch import Tensor, nn
 
 Schedule = Literal["hard", "cosine", "sigmoid", "snr", "learned"]
 SCHEDULES: tuple[Schedule, ...] = ("hard", "cosine", "sigmoid", "snr", "learned")
-# The sigmoid is cut off where it falls below this, so that most noisy samples need no perceptual networks.
-_SIGMOID_FLOOR = 0.01
+BUCKETS = 8  # sizes that a selection of a full batch may have
+# Within its width the sigmoid rises from 2 % to 98 %. It is cut off at this many widths below its centre, at
+# 0.2 %: noisier samples need no perceptual networks.
+_SIGMOID_STEEPNESS, _SIGMOID_REACH = 8, 0.75
 
 
 class NoiseGate(nn.Module):
-    """Weight w(t) in [0, 1] of a sample at time t; below ``first_t`` it is exactly 0.
+    """Weight w(t) of a sample at time t; below ``first_t`` it is exactly 0.
 
         hard      1 for t >= gate_t, else 0             (PixelGen, arXiv 2602.02493, with gate_t = 0.3)
         cosine    (1 - cos(pi u)) / 2, u = (t - gate_t) / width within [0, 1]
-        sigmoid   1 / (1 + exp(-(t - gate_t) / width)), 0 where that is below 0.01
+        sigmoid   1 / (1 + exp(-8 (t - gate_t) / width)) for t >= gate_t - 0.75 width
         snr       t^2 / (t^2 + (1 - t)^2) for t >= gate_t         signal over signal and noise of x_t
         learned   exp(-u_b) of the bin b of t, for t >= gate_t; u is trained
+
+    All but the learned ones lie in [0, 1].
 
     The learned weights follow arXiv 2312.02696, eq. 21: with l the weighted perceptual loss of a sample, the
     terms become l exp(-u_b) + c u_b, c the batch's mean of l, so exp(u_b) tends to E[l | bin] / E[l] and
@@ -58,7 +62,7 @@ class NoiseGate(nn.Module):
     def first_t(self) -> float:
         """Samples below this time have weight 0."""
         if self.schedule == "sigmoid":
-            return self.gate_t - self.width * math.log(1 / _SIGMOID_FLOOR - 1)
+            return self.gate_t - _SIGMOID_REACH * self.width
         return self.gate_t
 
     def passes(self, t: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class NoiseGate(nn.Module):
             progress = ((t - self.gate_t) / self.width).clamp(0, 1)
             weight = 0.5 * (1 - torch.cos(math.pi * progress))
         elif self.schedule == "sigmoid":
-            weight = torch.sigmoid((t - self.gate_t) / self.width)
+            weight = torch.sigmoid(_SIGMOID_STEEPNESS * (t - self.gate_t) / self.width)
         elif self.schedule == "snr":
             weight = t.square() / (t.square() + (1 - t).square())
         else:
@@ -125,7 +129,7 @@ class Selection:
         return values.new_zeros(batch).index_copy_(0, self.index, values)
 
 
-def select_samples(t: Tensor, gate: NoiseGate, *, device: torch.device, buckets: int = 8) -> Selection:
+def select_samples(t: Tensor, gate: NoiseGate, *, device: torch.device, buckets: int = BUCKETS) -> Selection:
     """Picks the samples that pass the gate.
 
     With t on the host their number is known, and K is that number rounded up to a multiple of B / buckets:

@@ -102,6 +102,11 @@ class Objective(nn.Module):
             raise ValueError(f"Objective: alignment_schedule's steps must increase, got {steps}")
         if p_dino_gate not in ("paper", "released"):
             raise ValueError(f"Objective: p_dino_gate must be 'paper' or 'released', got {p_dino_gate!r}")
+        if p_dino_gate == "released" and gate is not None and gate.schedule != "hard":
+            raise ValueError(
+                f"Objective: p_dino_gate must be 'paper' with a gate that is not hard, got 'released' and "
+                f"{gate.schedule!r}"
+            )
         if balance not in ("off", "released", "global"):
             raise ValueError(f"Objective: balance must be 'off', 'released' or 'global', got {balance!r}")
         self.alignment_steps = ((-1, alignment_weight), *alignment_schedule)
@@ -193,10 +198,11 @@ class Objective(nn.Module):
                 pass the gate only; without, and with t on another device, they run on all.
 
         Returns:
-            Scalars: ``loss`` with gradient, and what it is made of, unweighted: ``flow_matching``,
-            ``alignment``, ``lpips``, ``p_dino`` (only terms that were computed), ``gate_penalty`` (learned
-            gate), ``adversarial`` and ``discriminator``, ``gated_fraction`` (share of the samples that pass
-            the gate) and ``balance_weight`` (absent with ``balance="off"``). No host sync.
+            Scalars: ``loss`` with gradient, and what it is made of, before the weights of the terms and after
+            those of the gate: ``flow_matching``, ``alignment``, ``lpips``, ``p_dino`` (only terms that were
+            computed), ``gate_penalty`` (learned gate), ``adversarial``; ``discriminator``, whose gradient
+            reaches the discriminator alone, is part of ``loss`` too. Then ``gated_fraction`` (share of the
+            samples that pass the gate) and ``balance_weight`` (absent with ``balance="off"``). No host sync.
 
         Raises:
             ValueError: shapes that do not fit, or a missing argument.
@@ -206,8 +212,11 @@ class Objective(nn.Module):
                 f"Objective: x_pred and x must both be tokens (B, T, P*P*C) or images (B, C, H, W), "
                 f"got {tuple(x_pred.shape)} and {tuple(x.shape)}"
             )
-        if t.shape != (len(x),) or (host_t is not None and host_t.shape != t.shape):
-            raise ValueError(f"Objective: t must have shape (B,) = ({len(x)},), got {tuple(t.shape)}")
+        for name, time in (("t", t), ("host_t", t if host_t is None else host_t)):
+            if time.shape != (len(x),):
+                raise ValueError(
+                    f"Objective: {name} must have shape (B,) = ({len(x)},), got {tuple(time.shape)}"
+                )
         flow = flow_matching(x_pred, x, t, t_eps=self.t_eps, ops=self.ops)
         self.per_sample = {"flow_matching": flow.detach()}
         passing = select_samples(t if host_t is None else host_t, self.gate, device=x_pred.device)
@@ -220,12 +229,15 @@ class Objective(nn.Module):
             terms["alignment"] = distance.mean()
             loss = loss + self.alignment_weight(step) * terms["alignment"]
         if self.uses_lpips or self.uses_p_dino:
-            perceptual = self._perceptual(t, passing, seen, terms)
+            weight = self.gate(passing.rows(t))
+            perceptual, penalty = self._perceptual(t, weight, passing, seen, terms)
             ratio: float | Tensor = self.perceptual_ratio
             if self.balance is not None:
                 if self.balance.is_due(step):
-                    self._update_balance(terms["flow_matching"], perceptual, balance_parameter, passing)
+                    seen_weight = torch.where(passing.is_real, weight.detach(), 0.0).sum()
+                    self._update_balance(terms["flow_matching"], perceptual, balance_parameter, seen_weight)
                 ratio = ratio * self.balance.weight
+            perceptual = perceptual + penalty
             loss = loss + ratio * perceptual
         if self.balance is not None:
             terms["balance_weight"] = self.balance.weight
@@ -273,9 +285,11 @@ class Objective(nn.Module):
         self.per_sample["alignment"] = distance.detach()
         return distance
 
-    def _perceptual(self, t: Tensor, passing: Selection, seen: _Seen, terms: dict[str, Tensor]) -> Tensor:
-        """Adds LPIPS and P-DINO to the terms; returns their weighted sum."""
-        batch, weight = len(t), self.gate(passing.rows(t))
+    def _perceptual(
+        self, t: Tensor, weight: Tensor, passing: Selection, seen: _Seen, terms: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Adds LPIPS and P-DINO to the terms; returns their weighted sum and the learned gate's penalty."""
+        batch = len(t)
         nothing = torch.zeros((), device=t.device)
         # of each sample, weighted by all but the gate: what the learned gate is judged by
         total: Tensor = torch.zeros_like(weight)
@@ -303,16 +317,16 @@ class Objective(nn.Module):
             perceptual = perceptual + self.p_dino_weight * terms["p_dino"]
         if self.gate.schedule == "learned":
             terms["gate_penalty"] = self.gate.penalty(passing.rows(t), total, passing.is_real)
-            perceptual = perceptual + terms["gate_penalty"]
-        return perceptual
+            return perceptual, terms["gate_penalty"]
+        return perceptual, nothing
 
     def _update_balance(
-        self, flow: Tensor, perceptual: Tensor, parameter: Tensor | None, passing: Selection
+        self, flow: Tensor, perceptual: Tensor, parameter: Tensor | None, gate: Tensor
     ) -> None:
         if parameter is None:
             raise ValueError("Objective: balance_parameter must be given with a balance, got None")
         assert self.balance is not None
-        self.balance.update(flow, perceptual, parameter, passing.is_real.sum())
+        self.balance.update(flow, perceptual, parameter, gate)
 
     def _adversarial(
         self,
@@ -326,9 +340,13 @@ class Objective(nn.Module):
         assert seen.tokens is not None and seen.target is not None
         fake = passing.rows_of(seen.of_tokens, seen.tokens)
         real = passing.rows_of(seen.of_tokens, seen.target)
-        per_sample = self.gate(passing.rows(t)).detach() * discriminator.generator_term(fake)
-        terms["adversarial"] = masked_mean(per_sample, passing.is_real)
-        terms["discriminator"] = discriminator.discriminator_term(real, fake, passing.is_real)
+        weight, batch = self.gate(passing.rows(t)).detach(), len(t)
+        of_generator = discriminator.generator_term(fake)
+        of_discriminator = discriminator.discriminator_term(real, fake)
+        self.per_sample["adversarial"] = passing.scatter(of_generator.detach(), batch)
+        self.per_sample["discriminator"] = passing.scatter(of_discriminator.detach(), batch)
+        terms["adversarial"] = masked_mean(weight * of_generator, passing.is_real)
+        terms["discriminator"] = masked_mean(of_discriminator, passing.is_real)
         return self.adversarial_weight * terms["adversarial"] + terms["discriminator"]
 
 
