@@ -60,10 +60,10 @@ def _check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
             "model": config.model_config(),
             "loss.alignment_weight or its schedule": loss.uses_alignment,
             "loss.projector_width": loss.uses_alignment and loss.projector_width,
-            "loss.tokens": (loss.uses_alignment or loss.adversarial_weight > 0) and loss.tokens,
             "loss.gate": loss.gate == "learned",
             "loss.balance": loss.balance != "off",
             "loss.adversarial_weight": loss.adversarial_weight > 0,
+            "loss.tokens": (loss.uses_alignment or loss.adversarial_weight > 0) and loss.tokens,
         }
 
     before, now = parts(saved), parts(config)

@@ -148,8 +148,8 @@ class TrainLog:
             text += f"; {term} of samples {', '.join(named)}{' and more' if len(places) > 8 else ''}"
         found = list_checkpoints(self.run_dir)
         text += f". The newest checkpoint is {found[-1]}" if found else ". There is no checkpoint yet"
-        bad = set(problem.terms) - {"loss"}
-        if bad <= {"adversarial", "discriminator", "discriminator_grad_norm"}:
+        bad = set(problem.terms) - {"loss", "grad_norm"}  # those follow from the others
+        if bad and bad <= {"adversarial", "discriminator", "discriminator_grad_norm"}:
             return f"{text}. Lower loss.adversarial_lr or loss.adversarial_weight"
         clip = "lower" if self.config.optimizer.max_grad_norm else "set"
         return f"{text}. Lower optimizer.lr or {clip} optimizer.max_grad_norm"

@@ -196,7 +196,11 @@ def proj_dims(vectors: Vectors) -> tuple[int, int, int]:
 
 
 def build_objective(
-    vectors: Vectors, case: dict, model: JiT, kernels: Kernels
+    vectors: Vectors,
+    case: dict,
+    model: JiT,
+    kernels: Kernels,
+    p_dino_gate: Literal["paper", "released"] = "released",
 ) -> tuple[Objective, MeanDifference]:
     arguments, sidecar = case["constructor"], vectors.sidecar
     feature_width, projector_width, _ = proj_dims(vectors)
@@ -213,7 +217,7 @@ def build_objective(
         perceptual_ratio=arguments["percept_ratio"],
         projector_width=projector_width,
         gate=NoiseGate("hard", arguments["percept_t_threshold"]),
-        p_dino_gate="released",
+        p_dino_gate=p_dino_gate,
         t_eps=arguments["t_eps"],
         balance="released",  # from step 400000 on, every 50 steps
         kernels=kernels,

@@ -22,32 +22,37 @@ def test_each_side_has_gradients_of_its_own_only() -> None:
     assert fake.grad is not None and fake.grad.any()
     assert all(parameter.grad is None for parameter in discriminator.parameters())
     fake.grad = None
-    discriminator.discriminator_term(real, fake, torch.ones(B, dtype=torch.bool)).backward()
+    discriminator.discriminator_term(real, fake).sum().backward()
     assert fake.grad is None and real.grad is None
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
 
 
-def test_padding_does_not_count() -> None:
+def test_both_sides_follow_their_formulas_in_float32_under_autocast() -> None:
     torch.manual_seed(0)
-    discriminator = Discriminator(D, 8)
-    is_real = torch.tensor([True] * 4 + [False] * 2)
-    real, fake = tokens(1), tokens(2)
-    expected = discriminator.discriminator_term(real[:4], fake[:4], torch.ones(4, dtype=torch.bool))
-    fake[4:] = float("nan")
-    torch.testing.assert_close(discriminator.discriminator_term(real, fake, is_real), expected)
+    discriminator = Discriminator(D, 8, r1_weight=0.0)
+    real, fake = tokens(1) * 30, tokens(2) * 7 + 1  # normalised first, whatever their scale
+    of_real, of_fake = (
+        discriminator.head(torch.nn.functional.layer_norm(values, (D,))) for values in (real, fake)
+    )
+    expected = (1 - of_real).relu().mean((1, 2)) + (1 + of_fake).relu().mean((1, 2))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            per_sample = discriminator.discriminator_term(real, fake)
+            generator = discriminator.generator_term(fake)
+        assert per_sample.dtype == generator.dtype == torch.float32
+        torch.testing.assert_close(per_sample, expected)
+        torch.testing.assert_close(generator, -of_fake.mean((1, 2)))
 
 
 def test_r1_is_the_squared_gradient_at_real_tokens() -> None:
     torch.manual_seed(0)
     plain, penalised = Discriminator(D, 8, r1_weight=0.0), Discriminator(D, 8, r1_weight=3.0)
     penalised.load_state_dict(plain.state_dict())
-    real, fake, everyone = tokens(1), tokens(2), torch.ones(B, dtype=torch.bool)
+    real, fake = tokens(1), tokens(2)
     normalised = torch.nn.functional.layer_norm(real, (D,)).requires_grad_()
     (gradient,) = torch.autograd.grad(plain.head(normalised).sum(), normalised)
-    penalty = 1.5 * gradient.square().sum(2).mean()
-    difference = penalised.discriminator_term(real, fake, everyone) - plain.discriminator_term(
-        real, fake, everyone
-    )
+    penalty = 1.5 * gradient.square().sum(2).mean(1)
+    difference = penalised.discriminator_term(real, fake) - plain.discriminator_term(real, fake)
     torch.testing.assert_close(difference, penalty)
 
 
@@ -59,10 +64,9 @@ def test_the_discriminator_learns_and_the_generator_follows() -> None:
         torch.optim.Adam(discriminator.parameters(), 5e-3, betas=(0.0, 0.99)),
         torch.optim.Adam([shift], 5e-2, betas=(0.0, 0.99)),
     )
-    everyone = torch.ones(B, dtype=torch.bool)
     for step in range(300):
         real, fake = tokens(2 * step, shift=3.0), tokens(2 * step + 1) + shift
-        loss = discriminator.discriminator_term(real, fake, everyone)
+        loss = discriminator.discriminator_term(real, fake).mean()
         loss = loss + discriminator.generator_term(fake).mean()
         for player in players:
             player.zero_grad()

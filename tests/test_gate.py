@@ -30,19 +30,23 @@ def test_ramps_follow_their_formulas() -> None:
     expected = [0.5 * (1 - math.cos(math.pi * min(max((x - 0.2) / 0.2, 0), 1))) for x in t.tolist()]
     torch.testing.assert_close(NoiseGate("cosine", 0.2, 0.2)(t), torch.tensor(expected))
     sigmoid = NoiseGate("sigmoid", 0.3, 0.05)
-    assert sigmoid.first_t == pytest.approx(0.3 - 0.05 * math.log(99))
-    torch.testing.assert_close(sigmoid(t), torch.sigmoid((t - 0.3) / 0.05))
+    assert sigmoid.first_t == pytest.approx(0.3 - 0.75 * 0.05)
+    expected = torch.where(t >= sigmoid.first_t, torch.sigmoid(8 * (t - 0.3) / 0.05), 0)
+    torch.testing.assert_close(sigmoid(t), expected)
+    assert sigmoid(t)[2] == 0.5 and not sigmoid(t)[:2].any()
     torch.testing.assert_close(NoiseGate("snr", 0.0)(t), t**2 / (t**2 + (1 - t) ** 2))
 
 
 def test_learned_weights_come_to_count_every_bin_alike() -> None:
     gate = NoiseGate("learned", 0.0, bins=2)
     t = torch.tensor([0.1, 0.2, 0.7, 0.8])
-    loss = torch.tensor([4.0, 4.0, 1.0, 1.0])  # four times as large where it is noisy
+    loss = torch.tensor([4.0, 4.0, 1.0, 1.0], requires_grad=True)  # four times as large where it is noisy
+    (gradient,) = torch.autograd.grad(gate.penalty(t, loss, torch.ones(4).bool()), loss, allow_unused=True)
+    assert gradient is None
     is_real = torch.ones(4, dtype=torch.bool)
     optimizer = torch.optim.SGD(gate.parameters(), lr=0.2)
     for _ in range(400):
-        total = masked_mean(gate(t) * loss, is_real) + gate.penalty(t, loss, is_real)
+        total = masked_mean(gate(t) * loss.detach(), is_real) + gate.penalty(t, loss, is_real)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

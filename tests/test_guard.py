@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pixelgen.guard import FiniteGuard
+from pixelgen.guard import FiniteGuard, NotFinite
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def test_finite_steps_give_no_report() -> None:
     guard = FiniteGuard(CPU)
     for step in range(1, 4):
         guard.update(step, step_terms(1.0), {"lpips": torch.ones(3)})
-    assert guard.report() is None
+    assert guard.first() is None
 
 
 def test_the_first_bad_step_is_named_with_terms_and_samples() -> None:
@@ -30,11 +30,4 @@ def test_the_first_bad_step_is_named_with_terms_and_samples() -> None:
     )
     guard.update(3, step_terms(math.nan), {"lpips": torch.full((4,), math.nan)})
     guard.update(4, {"loss": torch.tensor(math.nan)}, {})  # a term that is not computed any more
-    assert guard.report() == "step 2: not finite: loss, lpips; lpips of samples 1, 3 of the batch"
-
-
-def test_many_samples_are_cut_short() -> None:
-    guard = FiniteGuard(CPU)
-    guard.update(5, {"loss": torch.tensor(math.inf)}, {"flow_matching": torch.full((20,), math.nan)})
-    report = guard.report()
-    assert report is not None and report.endswith("samples 0, 1, 2, 3, 4, 5, 6, 7 of the batch and more")
+    assert guard.first() == NotFinite(2, ("loss", "lpips"), {"lpips": [1, 3]})

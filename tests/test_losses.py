@@ -1,4 +1,4 @@
-"""The training objective: each term against its formula, the gate, the balance weight, and what is saved."""
+"""The training objective: each term against its formula, what is computed, and what is saved."""
 
 from __future__ import annotations
 
@@ -9,90 +9,31 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from objectives import (
+    WIDTH,
+    B,
+    C,
+    D,
+    MeanTokens,
+    P,
+    T,
+    TwoStages,
+    grad_of,
+    make_batch,
+    make_objective,
+    mean_absolute,
+    to_tokens,
+)
 from pixelgen_kernels import select
-from torch import Tensor, nn
+from torch import Tensor
 
-from pixelgen.encoders.base import StageEncoder, TokenEncoder
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedStages, EmbeddedTokens
 from pixelgen.losses.alignment import Projector
-from pixelgen.losses.balance import BalanceWeight
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.flow_matching import flow_matching
-from pixelgen.losses.gate import SCHEDULES, NoiseGate, Selection, masked_mean
+from pixelgen.losses.gate import masked_mean
 from pixelgen.losses.lpips import LPIPS
-from pixelgen.losses.objective import Objective
 from pixelgen.models.sizes import model_config
-
-B, C, SIDE, P, WIDTH, D = 4, 3, 8, 4, 6, 5
-T = (SIDE // P) ** 2
-
-
-class MeanTokens(TokenEncoder):
-    """Mean colour of each patch, through a fixed matrix; counts its calls and the gradient mode of each."""
-
-    width = D
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(C, D, generator=torch.Generator().manual_seed(1)))
-        self.calls: list[bool] = []
-        self.freeze()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.append(torch.is_grad_enabled())
-        return F.avg_pool2d(x, P).flatten(2).transpose(1, 2) @ self.matrix
-
-
-class TwoStages(StageEncoder):
-    """Two small convolutions."""
-
-    stage_widths = (4, 6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(C, 4, 3), nn.Conv2d(4, 6, 3, stride=2)
-        self.register_layer_weights([torch.rand(4), torch.rand(6)])
-        self.freeze()
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        first = self.first(x).relu()
-        return [first, self.second(first).relu()]
-
-
-def mean_absolute(x_pred: Tensor, x: Tensor) -> Tensor:
-    return (x_pred - x).abs().mean((1, 2, 3))
-
-
-def make_objective(**overrides: Any) -> Objective:
-    arguments: dict[str, Any] = {
-        "feature_width": WIDTH,
-        "patch_size": P,
-        "image_size": (SIDE, SIDE),
-        "encoder": MeanTokens(),
-        "lpips": mean_absolute,
-        "projector_width": 7,
-    }
-    return Objective(**(arguments | overrides))
-
-
-def make_batch(t: tuple[float, ...] = (0.1, 0.3, 0.5, 0.98)) -> dict[str, Tensor]:
-    return {
-        "x_pred": torch.randn(B, C, SIDE, SIDE, requires_grad=True),
-        "x": torch.rand(B, C, SIDE, SIDE) * 2 - 1,
-        "t": torch.tensor(t),
-        "features": torch.randn(B, T, WIDTH, requires_grad=True),
-    }
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """Images to tokens with the patch vector (row, column, channel)."""
-    patches = x.unflatten(2, (SIDE // P, P)).unflatten(4, (SIDE // P, P))  # (B, C, rows, P, columns, P)
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def grad_of(value: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(value, inputs, retain_graph=True, materialize_grads=True)
-
 
 # --- the reductions ---
 
@@ -190,154 +131,6 @@ def test_lpips_resizes_to_16_pixels_per_patch() -> None:
     assert torch.equal(stages.last, expected)
 
 
-# --- the gate in the objective ---
-
-
-def test_gated_out_samples_get_exactly_zero_gradient() -> None:
-    stages = TwoStages()
-    objective = make_objective(lpips=LPIPS(stages, ops=select("auto")), alignment_weight=0)
-    batch = make_batch()
-    terms = objective(**batch)
-    for name in ("lpips", "p_dino"):
-        grad = grad_of(terms[name], batch["x_pred"])[0]
-        assert (grad[0] == 0).all(), name
-        assert all((grad[i] != 0).any() for i in (1, 2, 3)), name
-
-
-def test_released_p_dino_gate_is_the_mean_over_all() -> None:
-    objective = make_objective(p_dino_gate="released")
-    batch = make_batch((0.1, 0.2, 0.29, 0.3))
-    terms = objective(**batch)
-    torch.testing.assert_close(terms["p_dino"], objective.per_sample["p_dino"].mean())
-    assert all((g != 0).any() for g in grad_of(terms["p_dino"], batch["x_pred"])[0])
-    torch.testing.assert_close(terms["lpips"], objective.per_sample["lpips"][3])  # LPIPS is gated per sample
-
-
-@pytest.mark.parametrize(("mode", "p_dino"), [("paper", 0.0), ("released", 1.0)])
-def test_nothing_gated_has_no_perceptual_gradient(mode: str, p_dino: float) -> None:
-    objective = make_objective(p_dino_gate=mode)
-    batch = make_batch((0.0, 0.1, 0.2, 0.29))
-    terms = objective(**batch)
-    assert float(terms["lpips"]) == 0 and float(terms["p_dino"]) == p_dino
-    assert float(terms["gated_fraction"]) == 0
-    assert not terms["lpips"].requires_grad and not terms["p_dino"].requires_grad
-    grads = [grad_of(terms[name], batch["x_pred"])[0] for name in ("loss", "flow_matching")]
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize("mode", ["paper", "released"])
-def test_gate_zero_is_no_gate(mode: str) -> None:
-    objective = make_objective(p_dino_gate=mode, gate=NoiseGate("hard", 0.0))
-    terms = objective(**make_batch((0.0, 0.1, 0.2, 0.29)))
-    for name in ("lpips", "p_dino"):
-        torch.testing.assert_close(terms[name], objective.per_sample[name].mean())
-    assert float(terms["gated_fraction"]) == 1
-
-
-# --- gathering ---
-
-
-class CountingStages(TwoStages):
-    """Counts the images it sees."""
-
-    seen = 0
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        self.seen += len(x)
-        return super().forward(x)
-
-
-def masked(objective: Objective, batch: dict[str, Tensor], **arguments: Any) -> dict[str, Tensor]:
-    """The same terms with every image through every network, as where the host does not know t."""
-
-    def everyone(t: Tensor, gate: NoiseGate, *, device: torch.device) -> Selection:
-        return Selection(None, None, gate.passes(t))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pixelgen.losses.objective.select_samples", everyone)
-        return objective(**batch, **arguments)
-
-
-@pytest.mark.parametrize("mode", ["paper", "released"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_gathering_gives_the_loss_and_gradients_of_masking(schedule: str, mode: str) -> None:
-    stages = CountingStages()
-    objective = make_objective(
-        lpips=LPIPS(stages, ops=select("auto")),
-        gate=NoiseGate(schedule, 0.4, 0.05),
-        p_dino_gate=mode,
-        adversarial_weight=0.1,
-    )
-    batch = make_batch((0.1, 0.05, 0.9, 0.6))
-    leaves = (batch["x_pred"], batch["features"], *objective.parameters())
-    gathered = objective(**batch)
-    assert stages.seen == 2 * 2
-    grads = grad_of(gathered["loss"], *leaves)
-    per_sample = objective.per_sample
-    expected = masked(objective, batch)
-    assert stages.seen == 2 * 2 + 2 * B
-    for name in expected:
-        torch.testing.assert_close(gathered[name], expected[name])
-    for actual, wanted in zip(grads, grad_of(expected["loss"], *leaves), strict=True):
-        torch.testing.assert_close(actual, wanted)
-    for name, values in per_sample.items():
-        is_seen = values != 0
-        torch.testing.assert_close(values[is_seen], objective.per_sample[name][is_seen])
-
-
-def test_no_network_runs_when_no_sample_passes() -> None:
-    stages, encoder = CountingStages(), MeanTokens()
-    objective = make_objective(
-        lpips=LPIPS(stages, ops=select("auto")), encoder=encoder, adversarial_weight=0.1
-    )
-    terms = objective(**make_batch((0.0, 0.1, 0.2, 0.29)))
-    assert stages.seen == 0
-    assert encoder.calls == [False]  # the clean images, for the alignment
-    assert "adversarial" not in terms and float(terms["lpips"]) == 0
-
-
-def test_alignment_follows_its_schedule() -> None:
-    encoder = MeanTokens()
-    objective = make_objective(
-        encoder=encoder, lpips_weight=0, p_dino_weight=0, alignment_schedule=[(10, 0.1), (20, 0.0)]
-    )
-    assert [objective.alignment_weight(step) for step in (0, 9, 10, 19, 20, 10**6)] == [
-        *(0.5, 0.5),
-        *(0.1, 0.1),
-        *(0.0, 0.0),
-    ]
-    batch = make_batch()
-    for step, weight in ((0, 0.5), (10, 0.1)):
-        terms = objective(**batch, step=step)
-        torch.testing.assert_close(terms["loss"], terms["flow_matching"] + weight * terms["alignment"])
-    encoder.calls.clear()
-    batch.pop("features")  # not needed any more
-    assert "alignment" not in objective(**batch, step=20) and encoder.calls == []
-
-
-def test_adversarial_term_starts_at_its_step() -> None:
-    objective = make_objective(adversarial_weight=0.3, adversarial_start_step=5, alignment_weight=0)
-    batch = make_batch()
-    before = objective(**batch, step=4)
-    assert "adversarial" not in before and "discriminator" not in before
-    terms = objective(**batch, step=5)
-    expected = before["loss"] + 0.3 * terms["adversarial"] + terms["discriminator"]
-    torch.testing.assert_close(terms["loss"], expected)
-    assert (grad_of(terms["adversarial"], batch["x_pred"])[0][0] == 0).all()  # gated out
-    assert any(key.startswith("discriminator.") for key in objective.state_dict())
-
-
-def test_global_balance_keeps_its_weight_when_nothing_passes() -> None:
-    objective = make_objective(balance="global", balance_start_step=0, alignment_weight=0)
-    assert objective.balance is not None
-    linear = nn.Linear(5, C * P * P)
-    hidden, x = torch.randn(B, T, 5), to_tokens(make_batch()["x"])
-    terms = objective(linear(hidden), x, torch.zeros(B), step=0, balance_parameter=linear.weight)
-    assert float(terms["balance_weight"]) == 1.0
-    terms = objective(linear(hidden), x, torch.ones(B), step=0, balance_parameter=linear.weight)
-    assert float(terms["balance_weight"]) != 1.0
-
-
 # --- what is computed ---
 
 
@@ -410,70 +203,6 @@ def test_embedded_trunk_runs_once_per_image_and_changes_nothing(monkeypatch: pyt
         torch.testing.assert_close(terms[name], expected[name])
     grads = [grad_of(value["loss"], batch["x_pred"])[0] for value in (terms, expected)]
     torch.testing.assert_close(*grads)
-
-
-# --- the balance weight ---
-
-
-def test_balance_weight_follows_the_released_formula() -> None:
-    objective = make_objective(
-        balance="released", balance_start_step=100, balance_every=50, perceptual_ratio=3.0, alignment_weight=0
-    )
-    assert objective.balance is not None
-    linear = nn.Linear(5, C * P * P, bias=False)
-    hidden, batch = torch.randn(B, T, 5), make_batch()
-    expected = 1.0
-    for step in (99, 50, 100, 101, 149, 150):
-        terms = objective(
-            linear(hidden), to_tokens(batch["x"]), batch["t"], step=step, balance_parameter=linear.weight
-        )
-        if step in (100, 150):
-            perceptual = 0.1 * terms["lpips"] + 0.01 * terms["p_dino"]
-            flow_norm, perceptual_norm = (
-                float(grad_of(value, linear.weight)[0].norm())
-                for value in (terms["flow_matching"], perceptual)
-            )
-            expected = 0.8 * expected + 0.2 * min(max(flow_norm / (perceptual_norm + 1e-4), 0), 100)
-        assert float(terms["balance_weight"]) == pytest.approx(expected, rel=1e-5), step
-        total = terms["flow_matching"] + 3 * terms["balance_weight"] * (
-            0.1 * terms["lpips"] + 0.01 * terms["p_dino"]
-        )
-        torch.testing.assert_close(terms["loss"], total)
-        terms["loss"].backward()
-    assert expected != 1.0
-
-
-def test_balance_weight_hits_its_clamp_when_nothing_is_gated() -> None:
-    """As in the released code: with no perceptual gradient the ratio is clamped, the weight jumps to 20.8."""
-    objective = make_objective(balance="released", balance_start_step=0, alignment_weight=0)
-    linear = nn.Linear(5, C * P * P)
-    terms = objective(
-        linear(torch.randn(B, T, 5)),
-        to_tokens(make_batch()["x"]),
-        torch.zeros(B),
-        step=0,
-        balance_parameter=linear.weight,
-    )
-    assert float(terms["balance_weight"]) == pytest.approx(0.8 + 0.2 * 100)
-
-
-def test_balance_weight_is_saved_and_restored() -> None:
-    objective = make_objective(balance="released")
-    assert objective.balance is not None
-    objective.balance.weight.fill_(2.5)
-    other = make_objective(balance="released")
-    other.load_state_dict(objective.state_dict())
-    assert other.balance is not None and float(other.balance.weight) == 2.5
-    terms = other(**make_batch(), step=1)  # not due: needs no parameter
-    assert float(terms["balance_weight"]) == 2.5
-
-
-def test_balance_needs_its_parameter_and_sane_constants() -> None:
-    objective = make_objective(balance="released", balance_start_step=0)
-    with pytest.raises(ValueError, match="balance_parameter must be given"):
-        objective(**make_batch(), step=0)
-    with pytest.raises(ValueError, match=r"every >= 1, got 0 and 0"):
-        BalanceWeight(0, 0)
 
 
 # --- what is trained, saved and moved ---

@@ -310,6 +310,37 @@ def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
         assert shapes == ({tuple(case["lpips_input_shape"][1:])} if terms["gated_fraction"] > 0 else set())
 
 
+@pytest.mark.parametrize(("vectors", "name"), params("objective", "cases"))
+def test_objective_in_paper_mode(vectors: Vectors, name: str):
+    """The paper's gate differs from the released one in P-DINO alone, and not where every sample passes."""
+    tensors, sidecar = vectors.tensors, vectors.sidecar
+    case = sidecar["cases"][name]
+    arguments = case["constructor"]
+    model = denoiser(vectors, sidecar["net"]["state_file"], sidecar["net"]["config"], "auto").train()
+    objective, _ = build_objective(vectors, case, model, "auto", p_dino_gate="paper")
+    t = tensors[f"{name}.t"]
+    passes = t >= arguments["percept_t_threshold"]
+    x_t, clean = noisy_inputs(tensors, t, arguments["noise_scale"], model, "tokens")
+    step = min(case["global_steps"])
+    prefix = f"{name}.step{step}" if f"{name}.step{step}.loss" in tensors else name
+    with torch.no_grad():
+        x_pred, features = model.forward_tokens(x_t, t, tensors["y"], arguments["align_layer"])
+    terms = objective(x_pred, clean, t, features, step=1)  # before the balance
+    same = ["fm_loss", "cos_loss", "lpips_loss"]
+    same += ["dino_percept_loss", "inter_cos_0", "loss"] if passes.all() else []
+    if step >= 400_000:
+        same = [theirs for theirs in same if theirs != "loss"]  # it holds the balance
+    for theirs in same:
+        if TERMS[theirs] in terms and (key := f"{prefix}.{theirs}") in tensors:
+            assert_matches(terms[TERMS[theirs]].view(1), tensors[key], FORWARD, key)
+    if objective.uses_p_dino and not passes.any():
+        assert terms["p_dino"].item() == 0
+    elif objective.uses_p_dino:
+        features = None if features is None else features[passes]
+        alone = objective(x_pred[passes], clean[passes], t[passes], features, step=1)
+        assert_matches(terms["p_dino"].view(1), alone["p_dino"].view(1), FORWARD, f"{name} p_dino")
+
+
 def terms_of_weight_zero(
     vectors: Vectors,
     case: dict,

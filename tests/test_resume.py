@@ -86,6 +86,48 @@ def test_resume_in_another_process_is_bit_equal(tmp_path, monkeypatch, with_embe
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+# Parts that start after the first checkpoint, whose optimizers have not moved when it is written.
+LATE = {
+    "alignment": ["--loss.alignment_weight", "0", "--loss.alignment_schedule", "[[6, 0.5]]"],
+    "adversarial": ["--loss.adversarial_weight", "0.1", "--loss.adversarial_start_step", "6"],
+    "gate": [*FLOW_ONLY[2:], "--loss.gate", "learned"],
+    "balance": ["--loss.balance", "global", "--loss.balance_start_step", "6", "--loss.balance_every", "2"],
+}
+
+
+@pytest.mark.parametrize("part", LATE)
+def test_saving_and_resuming_before_a_part_starts_changes_nothing(tmp_path, monkeypatch, with_embedded, part):
+    for name, every in (("straight", "0"), ("saved", "2"), ("stopped", "2")):
+        with monkeypatch.context() as patch:
+            if name == "stopped":
+                stop_after(patch, 4)
+            main(options(tmp_path, name, 10, *LATE[part], "--train.checkpoint_every", every))
+    assert checkpoints.find_checkpoint(tmp_path / "stopped").name == "step_00000004"
+    assert main(["--resume", str(tmp_path / "stopped")]) == 0
+    straight, *others = (
+        full_state(tmp_path / name, tmp_path / "state.pt") for name in ("straight", "saved", "stopped")
+    )
+    for other in others:
+        assert_same(straight, other)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        (["--loss.gate", "learned"], "loss.gate"),
+        (["--loss.balance", "global"], "loss.balance"),
+        (["--loss.adversarial_weight", "0.1"], "loss.adversarial_weight"),
+        (["--loss.alignment_weight", "0.5"], "loss.alignment_weight"),
+        (["--model.width", "32"], "model"),
+    ],
+)
+def test_what_a_run_trains_cannot_change_at_a_resume(tmp_path, capsys, with_embedded, option, named):
+    if not (tmp_path / "run").exists():
+        assert main(options(tmp_path, "run", 2, *FLOW_ONLY)) == 0
+    error = fails_with(capsys, ["--resume", str(tmp_path / "run"), "--train.max_steps", "4", *option])
+    assert f"{named}" in error and "cannot change so at a resume" in error
+
+
 def test_interrupt_saves_and_the_run_continues(tmp_path):
     arguments = options(tmp_path, "run", 100_000, *FLOW_ONLY, "--train.log_every", "5", "--threads", "1")
     command = [sys.executable, "-m", "pixelgen.train", *arguments]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from training import FLOW_ONLY, fails_with, options
 
 from pixelgen import checkpoint as checkpoints
 from pixelgen.config import load_config
+from pixelgen.data.loader import stream_indices
 from pixelgen.ema import Ema
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
@@ -96,11 +98,55 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_pa
     more = ["--train.checkpoint_every", "4", "--train.log_every", "4", *FLOW_ONLY]
     told = (
         r"training stopped at step 6: not finite: loss, flow_matching, grad_norm; "
-        r"flow_matching of samples 3, 11 of the batch\. .*step_00000004 is good"
+        r"flow_matching of samples 3 \(digit (\d+)\), 11 \(digit (\d+)\)\. "
+        r"The newest checkpoint is .*step_00000004\. Lower optimizer\.lr or lower optimizer\.max_grad_norm"
     )
+    with pytest.raises(UserError, match=told) as raised:
+        main(options(tmp_path, "run", 8, *more))
+    digits = [int(index) for index in re.search(told, str(raised.value)).groups()]
+    drawn = stream_indices(5, dataset_size=1797, batch_size=16, seed=0)
+    assert digits == drawn[[3, 11]].tolist()
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000004"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_prediction_that_is_not_finite_names_every_term_and_the_sample(
+    tmp_path, monkeypatch, with_embedded, value
+):
+    forward = Objective.forward
+
+    def poisoned(self, x_pred, x, t, *arguments, step, host_t, **named):
+        if step == 2:
+            x_pred = x_pred + torch.where(torch.arange(16) == host_t.argmax(), value, 0)[:, None, None]
+        return forward(self, x_pred, x, t, *arguments, step=step, host_t=host_t, **named)
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    told = r"step 3: not finite: loss, .*lpips, p_dino, .*; lpips of samples \d+ \(digit \d+\); p_dino of"
+    more = ["--train.log_every", "4", "--loss.adversarial_weight", "0.1"]
     with pytest.raises(UserError, match=told):
         main(options(tmp_path, "run", 8, *more))
-    assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000004"
+
+
+def test_a_discriminator_that_diverges_is_told_apart(tmp_path, with_embedded):
+    more = ["--loss.adversarial_weight", "0.1", "--loss.adversarial_lr", "1e30", "--train.log_every", "4"]
+    with pytest.raises(UserError, match=r"Lower loss\.adversarial_lr or loss\.adversarial_weight"):
+        main(options(tmp_path, "run", 8, *more, "--optimizer.max_grad_norm", "null"))
+
+
+def test_the_learned_gate_is_trained_without_decay(tmp_path, with_embedded):
+    config, _ = load_config(
+        [*options(tmp_path, "run", 8, "--loss.gate", "learned", "--optimizer.weight_decay", "1")]
+    )
+    trainer = Trainer.start(config)
+    log_scale = trainer.objective.gate.log_scale
+    images, labels = trainer.dataset.batch(range(16))
+    for _ in range(3):
+        trainer.train_step(images, labels)
+    assert log_scale.any() and not log_scale[0]  # the first bin lies below the gate
+    with torch.no_grad():
+        log_scale[0] = 1.0
+    trainer.train_step(images, labels)
+    assert log_scale[0] == 1.0
 
 
 def test_every_gate_and_the_adversarial_term_train(tmp_path, with_embedded):
