@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixelgen.encoders.base import TokenEncoder, as_rgb
-from pixelgen.encoders.weights import load_strictly, offline_error, read_state_dict, warn_random
+from pixelgen.encoders.weights import download_state_dict, load_strictly, read_state_dict, warn_random
 from pixelgen.errors import UserError
 
 # Our name to timm's.
@@ -20,6 +20,8 @@ MODELS = {
     "dinov2_vitl14": "vit_large_patch14_dinov2",
     "dinov2_vitg14": "vit_giant_patch14_dinov2",
 }
+# The hub's own file: who has loaded the hub's model has it in torch.hub's cache.
+URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
 _NAMES = "cls_token, pos_embed, patch_embed.proj.weight, blocks.0.norm1.weight, ..., timm or hub naming"
 _PATCH = 14
 
@@ -29,8 +31,8 @@ class DINOv2(TokenEncoder):
 
     Args:
         name: ``dinov2_vits14``, ``dinov2_vitb14``, ``dinov2_vitl14`` or ``dinov2_vitg14``.
-        weights: ``"pretrained"`` (timm downloads them once), the path of a file with timm's or the hub's
-            naming, or ``"random"`` (seeded, with a warning).
+        weights: ``"pretrained"`` (the hub's file, which torch.hub downloads once), the path of a file with
+            timm's or the hub's naming, or ``"random"`` (seeded, with a warning).
         patch_size: pixels of the image per token. The image is resized so that this many pixels become
             DINOv2's 14: for the published patch size 16, to 14/16 of its side.
         layer: number of blocks to run, counted from 1; the final norm is applied in any case. None: all.
@@ -62,24 +64,21 @@ class DINOv2(TokenEncoder):
             raise UserError(f"DINOv2: name must be one of {', '.join(MODELS)}, got {name!r}")
         if patch_size < 1:
             raise UserError(f"DINOv2: patch_size must be at least 1, got {patch_size}")
-        vit: Any
-        arguments: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
-        if weights == "pretrained":
-            try:
-                vit = timm.create_model(MODELS[name], pretrained=True, **arguments)
-            except (OSError, RuntimeError) as error:
-                url = f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
-                raise offline_error(what=name, url=url, option=option, names=_NAMES, reason=error) from error
+        state: dict[str, Tensor] | None = None
+        source = str(weights)
+        if weights == "random":
+            warn_random(name, option)
+        elif weights == "pretrained":
+            source = URL.format(name=name)
+            state = download_state_dict(source, what=name, option=option, names=_NAMES)
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                vit = timm.create_model(MODELS[name], pretrained=False, **arguments)
-            if weights == "random":
-                warn_random(name, option)
-            else:
-                state = read_state_dict(weights, what=name, option=option)
-                state = {_timm_key(key): value for key, value in state.items() if key != "mask_token"}
-                load_strictly(vit, state, source=str(weights), what=f"{name} ({_NAMES})", option=option)
+            state = read_state_dict(weights, what=name, option=option)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vit: Any = timm.create_model(MODELS[name], num_classes=0, dynamic_img_size=True)
+        if state is not None:
+            state = {_timm_key(key): value for key, value in state.items() if key != "mask_token"}
+            load_strictly(vit, state, source=source, what=f"{name} ({_NAMES})", option=option)
         depth = len(vit.blocks)
         if layer is not None and not 1 <= layer <= depth:
             raise UserError(f"DINOv2: layer must lie in [1, {depth}] for {name}, got {layer}")

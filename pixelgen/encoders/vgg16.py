@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import StageEncoder, as_rgb
-from pixelgen.encoders.weights import load_strictly, offline_error, read_state_dict, warn_random
+from pixelgen.encoders.weights import download_state_dict, load_strictly, read_state_dict, warn_random
 from pixelgen.errors import UserError
 
 _WHAT = "VGG16"
@@ -24,8 +23,8 @@ class VGG16(StageEncoder):
     """relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of VGG16, input scaled as LPIPS v0.1 does.
 
     Args:
-        weights: ``"pretrained"`` (torchvision downloads its ImageNet weights once), the path of a file with
-            them (torchvision's naming), or ``"random"`` (seeded, with a warning).
+        weights: ``"pretrained"`` (torchvision's ImageNet weights, which torch.hub downloads once), the path
+            of a file with them (torchvision's naming), or ``"random"`` (seeded, with a warning).
         seed: seed of the random weights.
         option: the name of the option that ``weights`` came from, for error texts.
 
@@ -51,22 +50,14 @@ class VGG16(StageEncoder):
         if weights == "random":
             warn_random(_WHAT, option)
             _init_random(features, seed)
-        elif weights == "pretrained":
-            url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
-            try:
-                state = torch.hub.load_state_dict_from_url(
-                    url, map_location="cpu", check_hash=True, weights_only=True
-                )
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise offline_error(what=_WHAT, url=url, option=option, names=_NAMES, reason=error) from error
-            _load(features, state, source=url, option=option)
         else:
-            _load(
-                features,
-                read_state_dict(weights, what=_WHAT, option=option),
-                source=str(weights),
-                option=option,
-            )
+            source = str(weights)
+            if weights == "pretrained":
+                source = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+                state = download_state_dict(source, what=_WHAT, option=option, names=_NAMES)
+            else:
+                state = read_state_dict(weights, what=_WHAT, option=option)
+            _load(features, state, source=source, option=option)
         self.features = features
         # LPIPS' ScalingLayer: the ImageNet mean and deviation, moved to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+import urllib.request
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from pixelgen.errors import UserError
+
+_ANSWER_SECONDS = 5
+
+
+def download_state_dict(url: str, *, what: str, option: str, names: str) -> dict[str, Tensor]:
+    """Read a state dict from torch.hub's cache; a file that is not there yet is downloaded into it first.
+
+    Args:
+        url: the address; a file name that ends in -HASH.pth is checked against that SHA-256.
+        what: the network the file holds, for the error texts.
+        option: the configuration option that asked for it, for the error texts.
+        names: what the keys of the file are called, for the error texts.
+
+    Raises:
+        UserError: the file cannot be downloaded, or the one in the cache cannot be read.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(url).path).name)
+    if not path.exists():
+        try:
+            # Asked first with a time limit: torch.hub waits minutes for a host that a firewall hides.
+            with urllib.request.urlopen(url, timeout=_ANSWER_SECONDS):
+                pass
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sha256 = torch.hub.HASH_REGEX.search(path.name)
+            torch.hub.download_url_to_file(url, str(path), sha256[1] if sha256 else None)
+        except (OSError, RuntimeError, HTTPException) as error:
+            raise UserError(
+                f"{option}: the weights of {what} could not be downloaded ({_first_sentence(error)}). Fetch "
+                f"{url} on a machine with a network and copy it to {path}, or set {option} to the file (keys "
+                f"{names}), or set the encoder to 'embedded'"
+            ) from error
+    try:
+        return read_state_dict(path, what=what, option=option)
+    except UserError as error:
+        # torch.hub keeps a download that broke off where the name has no hash.
+        raise UserError(f"{error} It is kept from {url}; delete it and it is downloaded anew") from error
 
 
 def read_state_dict(path: str | Path, *, what: str, option: str) -> dict[str, Tensor]:
@@ -38,15 +78,44 @@ def read_state_dict(path: str | Path, *, what: str, option: str) -> dict[str, Te
                 raise EOFError(str(error)) from error
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # of any type: torch's unpickler runs into whatever a broken file leads to
+        # Torch's own texts advise to load without weights_only, so they are passed on in part.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            reason = f"it holds {refused[1]}, and only tensors are read, as others could run code"
+        elif isinstance(error, EOFError | OSError | RuntimeError):
+            reason = _first_sentence(error)
+        else:
+            reason = "it is not as torch.save writes it"
         raise UserError(
             f"{option}: {path} cannot be read ({reason}); expected a complete .safetensors or PyTorch file "
             f"with the weights of {what}: is it truncated?"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{option}: {path} must hold a flat state dict of tensors (the weights of {what})")
+    _check_flat(state, path, what=what, option=option)
     return dict(state)
+
+
+def _check_flat(state: Any, path: Path, *, what: str, option: str) -> None:
+    """Raises UserError unless ``state`` maps names to tensors; points to the dicts inside a checkpoint."""
+    problem = type(state).__name__
+    if isinstance(state, Mapping):
+        others = {
+            key: value
+            for key, value in state.items()
+            if not isinstance(key, str) or not isinstance(value, Tensor)
+        }
+        if not others:
+            return
+        inner = [repr(key) for key, value in others.items() if isinstance(value, Mapping)]
+        problem = ", ".join(f"{key!r}: {type(value).__name__}" for key, value in list(others.items())[:3])
+        if inner:
+            problem += (
+                f"; the weights may be in {' or '.join(inner[:3])}, save them as a file of their own: "
+                f"torch.save(torch.load({str(path)!r}, weights_only=True)[{inner[0]}], NEW_FILE)"
+            )
+    raise UserError(
+        f"{option}: {path} must hold a flat state dict of tensors (the weights of {what}), got {problem}"
+    )
 
 
 def load_strictly(
@@ -78,13 +147,9 @@ def load_strictly(
     module.load_state_dict(dict(state))
 
 
-def offline_error(*, what: str, url: str, option: str, names: str, reason: BaseException) -> UserError:
-    """The error for weights that should be downloaded and cannot be."""
-    text = (str(reason).splitlines() or [type(reason).__name__])[0].rstrip(".")
-    return UserError(
-        f"{option}: the weights of {what} could not be downloaded ({text}). Fetch {url} on a machine with "
-        f"a network and set {option} to the file (keys {names}), or set the encoder to 'embedded'"
-    )
+def _first_sentence(error: BaseException) -> str:
+    line = (str(error).splitlines() or [""])[0]
+    return line.split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def warn_random(what: str, option: str) -> None:
