@@ -1,15 +1,20 @@
-"""Frozen feature networks: values against their definitions, embedded features."""
+"""Frozen feature networks: values against their definitions, what they refuse, embedded features."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from op_testing import assert_as_accurate, draw
+from pixelgen_kernels import select
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,6 +34,7 @@ from pixelgen.encoders.embedded import (
 from pixelgen.encoders.vgg16 import VGG16
 from pixelgen.errors import UserError
 from pixelgen.losses.lpips import LPIPS
+from pixelgen.losses.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
 
@@ -98,25 +104,172 @@ def test_as_rgb_repeats_grey_and_refuses_other_channels() -> None:
         as_rgb(torch.zeros(2, 2, 4, 4), "f")
 
 
+ENCODERS = ("vgg", "dino", "stages")
+
+
+def encoder_of(
+    name: str, vgg: VGG16, dino: DINOv2, embedded: EmbeddedFeatures
+) -> StageEncoder | TokenEncoder:
+    return {"vgg": vgg, "dino": dino, "stages": EmbeddedStages(embedded)}[name]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_follows_the_dtype_and_refuses_images_it_cannot_take(
+    name: str, vgg: VGG16, dino: DINOv2, embedded: EmbeddedFeatures
+) -> None:
+    encoder = encoder_of(name, vgg, dino, embedded)
+    x = torch.rand(1, 1, 16, 16) * 2 - 1
+    expected = encoder(x)[-1]
+    for dtype in (torch.uint8, torch.int64, torch.float64):
+        with pytest.raises(
+            TypeError, match=rf"x must be images in \[-1, 1\], of torch.float32 .*, got {dtype}"
+        ):
+            encoder(x.to(dtype))
+    assert encoder(x.bfloat16())[-1].dtype == torch.float32  # narrower images are widened
+
+    wide = copy.deepcopy(encoder).double()
+    features = wide(x.double())[-1]
+    assert features.dtype == torch.float64
+    torch.testing.assert_close(features.float(), expected, rtol=1e-4, atol=1e-4)
+    narrow = copy.deepcopy(encoder).to(torch.bfloat16)
+    features = narrow(x.bfloat16())[-1]
+    assert features.dtype == torch.bfloat16
+    assert F.cosine_similarity(features.float().flatten(), expected.flatten(), dim=0) > 0.999
+    with pytest.raises(TypeError, match=r"of torch.bfloat16 .*, got torch.float32"):
+        narrow(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert narrow(x)[-1].isfinite().all()
+        with pytest.raises(TypeError, match=r"got torch.float64"):
+            narrow(x.double())
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_follows_the_device(name: str, vgg: VGG16, dino: DINOv2, embedded: EmbeddedFeatures) -> None:
+    encoder = copy.deepcopy(encoder_of(name, vgg, dino, embedded)).to("meta")
+    features = encoder(torch.zeros(2, 1, 32, 32, device="meta"))
+    assert features[-1].device.type == "meta"
+    assert not [key for key, value in encoder.state_dict().items() if value.device.type != "meta"]
+
+
+@pytest.mark.parametrize("name", ["vgg", "dino"])
+def test_compiles_in_one_graph_forward_and_backward(name: str, vgg: VGG16, dino: DINOv2) -> None:
+    encoder = {"vgg": vgg, "dino": dino}[name]
+    # Without a code generator, which takes long.
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    x = draw(1, 3, 16, 32)  # not the number of patches of the position table
+    results = []
+    for network in (compiled, encoder):
+        leaf = x.clone().requires_grad_()
+        features = network(leaf)
+        maps = features if isinstance(features, list) else [features]
+        total = sum((m * draw(*m.shape, seed=i)).sum() for i, m in enumerate(maps))
+        results.append([*(m.detach() for m in maps), *torch.autograd.grad(total, leaf)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_half_precision_networks_are_channels_last_and_close_to_float32(vgg: VGG16, dino: DINOv2) -> None:
+    lpips = LPIPS(copy.deepcopy(vgg), ops=select("auto"))
+    objective = Objective(
+        feature_width=8, patch_size=16, image_size=(32, 32), encoder=copy.deepcopy(dino), lpips=lpips
+    )
+    objective.speed_up_networks(half=True, compiled=False)
+    x, x_pred = draw(2, 2, 3, 32, 32).clamp(-1, 1)
+    images = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        maps, tokens = objective.lpips.encode(images), objective.encoder(images)
+        distance = objective.lpips(x_pred, x)
+    for ours, exact in zip([*maps, tokens], [*vgg(x), dino(x)], strict=True):
+        assert F.cosine_similarity(ours.float().flatten(), exact.flatten(), dim=0) > 0.999
+    assert all(m.dtype == torch.bfloat16 for m in maps)
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, LPIPS(vgg, ops=select("auto"))(x_pred, x), rtol=2e-2, atol=0)
+    (sum(m.float().square().mean() for m in maps) + tokens.float()[..., 0].sum()).backward()
+    assert images.grad is not None and images.grad.isfinite().all() and (images.grad != 0).any()
+
+
 # --- VGG16 and LPIPS ---
 
 
-def test_lpips_equals_the_lpips_package(vgg: VGG16) -> None:
+@pytest.fixture(scope="module")
+def package(vgg: VGG16) -> torch.nn.Module:
+    """The lpips package's network with the weights of ``vgg``."""
     import lpips
-    from pixelgen_kernels import select
 
-    package = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
-    slices = [layer for i in range(5) for layer in getattr(package.net, f"slice{i + 1}")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision by deprecated arguments
+        network = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
+    slices = [layer for i in range(5) for layer in getattr(network.net, f"slice{i + 1}")]
     for ours, theirs in zip(vgg.features, slices, strict=True):
         theirs.load_state_dict(ours.state_dict())
-    x, x_pred = torch.rand(2, 2, 3, 36, 52) * 2.4 - 1.2  # beyond [-1, 1], which must not be clamped
-    x_pred.requires_grad_()
-    expected = package(x_pred, x).flatten()
-    (expected_grad,) = torch.autograd.grad(expected.sum(), x_pred)
-    actual = LPIPS(vgg, ops=select("auto"))(x_pred, x)
-    (grad,) = torch.autograd.grad(actual.sum(), x_pred)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-4 * float(expected_grad.abs().max()))
+    return network
+
+
+def distance_and_gradient(fn: Callable[[Tensor, Tensor], Tensor], x_pred: Tensor, x: Tensor) -> list[Tensor]:
+    leaf = x_pred.clone().requires_grad_()  # clone keeps the memory layout
+    distance = fn(leaf, x)
+    return [distance.detach().flatten(), *torch.autograd.grad(distance.sum(), leaf)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "height", "width"), [(3, 16, 16), (2, 33, 48), (1, 16, 128), (1, 128, 128)]
+)
+def test_lpips_equals_the_lpips_package_within_twice_its_own_error(
+    vgg: VGG16,
+    package: torch.nn.Module,
+    package64: torch.nn.Module,
+    batch: int,
+    height: int,
+    width: int,
+    memory_format: torch.memory_format,
+) -> None:
+    # Beyond [-1, 1], which must not be clamped.
+    x, x_pred = (
+        (torch.rand(batch, 3, height, width) * 2.4 - 1.2).to(memory_format=memory_format) for _ in range(2)
+    )
+    oracle = distance_and_gradient(package64, x_pred.double(), x.double())
+    theirs = distance_and_gradient(package, x_pred, x)
+    ours = distance_and_gradient(LPIPS(vgg, ops=select("auto")), x_pred, x)
+    assert ours[0].shape == (batch,) and ours[0].dtype == torch.float32
+    for name, *values in zip(("distance", "gradient"), ours, theirs, oracle, strict=True):
+        assert_as_accurate(*values, name=name)
+
+
+@pytest.fixture(scope="module")
+def package64(package: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(package).double()
+
+
+def test_lpips_refuses_images_and_maps_that_do_not_fit(vgg: VGG16) -> None:
+    lpips = LPIPS(vgg, ops=select("auto"))
+    x = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"LPIPS: .* one shape, got \(1, 3, 16, 32\) and \(1, 3, 16, 16\)"):
+        lpips(torch.zeros(1, 3, 16, 32), x)
+    with pytest.raises(ValueError, match=r"LPIPS: x must be images in \[-1, 1\], got values from 0 to 255; "):
+        lpips(x, torch.linspace(0, 255, x.numel()).view_as(x))
+    with pytest.raises(TypeError, match=r"VGG16: x must be images .* got torch.uint8"):
+        lpips(x.byte(), x.byte())
+    with pytest.raises(
+        ValueError, match=r"target must have shape .* = \(1, 64, 16, 16\), got \(1, 64, 16, 32\)"
+    ):
+        lpips.distance(lpips.encode(x), lpips.encode(torch.zeros(1, 3, 16, 32)))
+    assert lpips(torch.full_like(x, math.nan), x).isnan().all()
+    assert lpips(x * 0 + 300, x).isfinite().all()  # a prediction may lie anywhere
+
+
+def test_vgg_refuses_images_below_16_pixels(vgg: VGG16) -> None:
+    vgg(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"sides must be at least 16, got \(8, 32\).*loss.stages=embedded"):
+        vgg(torch.zeros(1, 3, 8, 32))
+    lpips = LPIPS(vgg, ops=select("auto"), resize_from_patch=4)
+    assert lpips.encode(torch.zeros(1, 3, 4, 8))[0].shape == (1, 64, 16, 32)
+    with pytest.raises(ValueError, match=r"VGG16: image sides must be at least 16, got \(12, 32\)"):
+        lpips.encode(torch.zeros(1, 3, 3, 8))
+    lpips = LPIPS(vgg, ops=select("auto"), resize_from_patch=32)
+    with pytest.raises(ValueError, match=r"LPIPS: image sides must be at least 2 to be .*, got \(1, 40\)"):
+        lpips.encode(torch.zeros(1, 3, 1, 40))
 
 
 def test_vgg_taps_have_the_widths_and_strides_of_lpips(vgg: VGG16) -> None:
@@ -132,12 +285,6 @@ def test_vgg_taps_have_the_widths_and_strides_of_lpips(vgg: VGG16) -> None:
     assert all((weight >= 0).all() and weight.sum() > 0 for weight in vgg.layer_weights)
 
 
-def test_vgg_refuses_images_below_16_pixels(vgg: VGG16) -> None:
-    vgg(torch.zeros(1, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"sides must be at least 16, got \(8, 32\).*loss.stages=embedded"):
-        vgg(torch.zeros(1, 3, 8, 32))
-
-
 def test_vgg_random_weights_are_seeded_and_warned_about(vgg: VGG16) -> None:
     before = torch.get_rng_state()
     with pytest.warns(UserWarning, match=r"loss.stages_weights: VGG16 has random weights"):
@@ -150,18 +297,98 @@ def test_vgg_random_weights_are_seeded_and_warned_about(vgg: VGG16) -> None:
 # --- DINOv2 ---
 
 
-def test_dino_is_the_definition_written_out(dino: DINOv2) -> None:
-    x = torch.rand(2, 3, 32, 48) * 2 - 1
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = (((x + 1) / 2).movedim(1, -1) - mean) / std
-    resized = F.interpolate(normalised.movedim(-1, 1), size=(28, 42), mode="bicubic")  # 14/16 of each side
-    vit = dino.vit
-    tokens = vit.patch_embed(resized).flatten(1, 2)
-    tokens = torch.cat([vit.cls_token.expand(2, -1, -1), tokens], 1)
-    tokens = vit.norm(vit.blocks(tokens + interpolate_position_table(vit.pos_embed, (2, 3))))
-    actual = dino(x)
+def bicubic_matrix(old: int, new: int, scale: float) -> Tensor:
+    """(new, old) float64: bicubic (a = -0.75) at (i + 0.5) / scale - 0.5, not antialiased, edges repeated."""
+    matrix = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(new):
+        centre = (i + 0.5) / scale - 0.5
+        for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            d, a = abs(centre - tap), -0.75
+            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            matrix[i, min(max(tap, 0), old - 1)] += near if d <= 1 else far
+    return matrix
+
+
+def hub_position_table(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(1, 1 + rows * columns, D): the hub's table, sampled at the scale (side + 0.1) / old side."""
+    old = math.isqrt(table.shape[1] - 1)
+    rows, columns = (bicubic_matrix(old, new, (new + 0.1) / old) for new in grid)
+    patches = table[0, 1:].double().view(old, old, -1)
+    patches = torch.einsum("ia,jb,abc->ijc", rows, columns, patches).flatten(0, 1)
+    return torch.cat([table[:, :1].double(), patches[None]], 1)
+
+
+def hub_patch_tokens(state: dict[str, Tensor], x: Tensor, *, depth: int, heads: int) -> Tensor:
+    """What PixelGen takes from the hub's ViT, from images (B, 3, H, W) in [-1, 1] and a hub state dict."""
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64)
+    image = ((x + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+    rows, columns = (bicubic_matrix(side, side * 14 // 16, 14 / 16) for side in x.shape[2:])
+    image = torch.einsum("ia,jb,ncab->ncij", rows, columns, image)
+    kernel, bias = state["patch_embed.proj.weight"].flatten(1), state["patch_embed.proj.bias"]
+    tokens = F.unfold(image, 14, stride=14).transpose(1, 2) @ kernel.T + bias
+    B, T, C = tokens.shape
+    tokens = torch.cat([state["cls_token"].expand(B, -1, -1), tokens], 1)
+    tokens = tokens + hub_position_table(state["pos_embed"], (x.shape[2] // 16, x.shape[3] // 16))
+
+    def norm(tokens: Tensor, name: str) -> Tensor:
+        centred = tokens - tokens.mean(-1, keepdim=True)
+        unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return unit * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(tokens: Tensor, name: str) -> Tensor:
+        return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    for i in range(depth):
+        qkv = linear(norm(tokens, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv")
+        q, k, v = qkv.view(B, 1 + T, 3, heads, C // heads).permute(
+            2, 0, 3, 1, 4
+        )  # each (B, heads, 1+T, C/heads)
+        attended = (q @ k.transpose(-1, -2) * (C // heads) ** -0.5).softmax(-1) @ v
+        attended = linear(attended.transpose(1, 2).flatten(2), f"blocks.{i}.attn.proj")
+        tokens = tokens + state[f"blocks.{i}.ls1.gamma"] * attended
+        hidden = linear(norm(tokens, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        tokens = tokens + state[f"blocks.{i}.ls2.gamma"] * linear(hidden, f"blocks.{i}.mlp.fc2")
+    return norm(tokens, "norm")[:, 1:]
+
+
+def test_dino_equals_the_hub_model_written_out(dino: DINOv2) -> None:
+    network = copy.deepcopy(dino).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():  # fresh biases are 0 and layer scales 1e-5: nothing would show
+        parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.1)
+    x = torch.rand(2, 3, 32, 48, dtype=torch.float64) * 2 - 1
+    expected = hub_patch_tokens(network.vit.state_dict(), x, depth=2, heads=6)
+    actual = network(x)
     assert actual.shape == (2, 6, dino.width) and dino.width == 384
-    torch.testing.assert_close(actual, tokens[:, 1:])
+    # The position table is interpolated in float32, by the hub too.
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_position_table_is_sampled_as_the_hub_does() -> None:
+    table = torch.randn(1, 1 + 5 * 5, 2)
+    for grid in ((3, 4), (5, 6), (9, 2)):
+        actual = interpolate_position_table(table, grid)
+        assert torch.equal(actual[:, 0], table[:, 0])
+        torch.testing.assert_close(actual.double(), hub_position_table(table, grid), rtol=1e-5, atol=1e-5)
+    assert interpolate_position_table(table, (5, 5)) is table
+
+
+def test_dino_refuses_bad_arguments(dino: DINOv2) -> None:
+    for sides in ((40, 32), (8, 8), (0, 16)):
+        with pytest.raises(ValueError, match=rf"multiples of patch_size 16, got \({sides[0]}, {sides[1]}\)"):
+            dino(torch.zeros(1, 3, *sides))
+    with pytest.raises(
+        ValueError, match=r"DINOv2: x must have shape \(B, 1 or 3, H, W\), got \(1, 4, 16, 16\)"
+    ):
+        dino(torch.zeros(1, 4, 16, 16))
+    with pytest.raises(UserError, match=r"name must be one of dinov2_vits14, .*got 'dino'"):
+        DINOv2("dino", "random")
+    with pytest.raises(UserError, match=r"layer must lie in \[1, 12\] for dinov2_vits14, got 13"):
+        DINOv2("dinov2_vits14", "random", layer=13)
+    with pytest.raises(UserError, match=r"patch_size must be at least 1, got 0"):
+        DINOv2("dinov2_vits14", "random", patch_size=0)
 
 
 def test_dino_equals_timm_where_nothing_is_interpolated() -> None:
@@ -171,39 +398,6 @@ def test_dino_equals_timm_where_nothing_is_interpolated() -> None:
     pixels = F.interpolate(((x + 1) / 2 - dino.mean) / dino.std, size=(518, 518), mode="bicubic")
     expected = dino.vit.forward_features(pixels)[:, dino.vit.num_prefix_tokens :]
     torch.testing.assert_close(dino(x), expected)
-
-
-def test_position_table_is_sampled_as_the_hub_does() -> None:
-    """Bicubic (a = -0.75) at (i + 0.5) / scale - 0.5 with scale = (side + 0.1) / old side, edges repeated."""
-    old, new = 5, (3, 4)
-    table = torch.randn(1, 1 + old * old, 2)
-
-    def weights(size: int) -> Tensor:
-        matrix = torch.zeros(size, old, dtype=torch.float64)
-        for i in range(size):
-            centre = (i + 0.5) / ((size + 0.1) / old) - 0.5
-            for tap in range(math.floor(centre) - 1, math.floor(centre) + 3):
-                d, a = abs(centre - tap), -0.75
-                near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-                far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-                matrix[i, min(max(tap, 0), old - 1)] += near if d <= 1 else far
-        return matrix
-
-    grid = table[0, 1:].double().view(old, old, 2)
-    expected = torch.einsum("ia,jb,abc->ijc", weights(new[0]), weights(new[1]), grid).reshape(-1, 2)
-    actual = interpolate_position_table(table, new)
-    assert torch.equal(actual[:, 0], table[:, 0])
-    torch.testing.assert_close(actual[0, 1:].double(), expected, rtol=1e-5, atol=1e-5)
-    assert interpolate_position_table(table, (5, 5)) is table
-
-
-def test_dino_refuses_bad_arguments(dino: DINOv2) -> None:
-    with pytest.raises(ValueError, match=r"multiples of patch_size 16, got \(40, 32\)"):
-        dino(torch.zeros(1, 3, 40, 32))
-    with pytest.raises(UserError, match=r"name must be one of dinov2_vits14, .*got 'dino'"):
-        DINOv2("dino", "random")
-    with pytest.raises(UserError, match=r"layer must lie in \[1, 12\] for dinov2_vits14, got 13"):
-        DINOv2("dinov2_vits14", "random", layer=13)
 
 
 # --- embedded ---
@@ -245,8 +439,6 @@ def test_embedded_separates_classes_and_keeps_variety_within_them(
 def test_embedded_lpips_puts_unrelated_images_at_the_distance_of_vgg(
     embedded: EmbeddedFeatures, digits: tuple[Tensor, Tensor]
 ) -> None:
-    from pixelgen_kernels import select
-
     x = to_images(digits[0][:300])
     distance = LPIPS(EmbeddedStages(embedded), ops=select("auto"))
     assert 0.6 < float(distance(x, x.roll(1, 0)).mean()) < 0.8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -70,3 +71,37 @@ def as_rgb(x: Tensor, function: str) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"{function}: x must have shape (B, 1 or 3, H, W), got {tuple(x.shape)}")
     return x.expand(-1, 3, -1, -1)
+
+
+def check_dtype(x: Tensor, dtype: torch.dtype, function: str) -> None:
+    """Refuse images that a network of ``dtype`` cannot take: integers, and wider floats outside autocast.
+
+    Raises:
+        TypeError: names both dtypes.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.promote_types(dtype, torch.float32)  # autocast narrows float32 by itself
+    if not x.is_floating_point() or torch.promote_types(x.dtype, dtype) != dtype:
+        raise TypeError(
+            f"{function}: x must be images in [-1, 1], of {dtype} as the network or a narrower floating "
+            f"dtype, got {x.dtype}"
+        )
+
+
+def check_range(x: Tensor, function: str) -> None:
+    """Refuse clean images in [0, 255]; on the CPU only, as the host of a GPU would have to wait.
+
+    What exceeds [-1, 1] by less, such as resized images, passes. So do NaN, which show in the loss.
+
+    Raises:
+        ValueError: values beyond 10; names the range that came.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return
+    low, high = (float(value) for value in x.detach().aminmax())
+    if low < -10 or high > 10:
+        raise ValueError(
+            f"{function}: x must be images in [-1, 1], got values from {low:g} to {high:g}; uint8 images are "
+            "scaled by x / 127.5 - 1"
+        )

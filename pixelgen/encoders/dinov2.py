@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelgen.encoders.base import TokenEncoder, as_rgb
+from pixelgen.encoders.base import TokenEncoder, as_rgb, check_dtype
 from pixelgen.encoders.weights import download_state_dict, load_strictly, read_state_dict, warn_random
 from pixelgen.errors import UserError
 
@@ -102,8 +102,10 @@ class DINOv2(TokenEncoder):
 
         Raises:
             ValueError: another shape, or sides that ``patch_size`` does not divide.
+            TypeError: integer images, or a wider dtype than the network's.
         """
         x = as_rgb(x, "DINOv2")
+        check_dtype(x, self.mean.dtype, "DINOv2")
         height, width = x.shape[-2:]
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise ValueError(

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pixelgen.encoders.base import FrozenEncoder, StageEncoder, TokenEncoder
+from pixelgen.encoders.base import FrozenEncoder, StageEncoder, TokenEncoder, check_dtype
 from pixelgen.encoders.weights import load_strictly, read_state_dict
 from pixelgen.errors import UserError
 
@@ -99,6 +99,8 @@ class EmbeddedFeatures(FrozenEncoder):
                 f"EmbeddedFeatures: image sides must be multiples of patch_size {self.config.patch_size}, "
                 f"got {tuple(x.shape[2:])}"
             )
+        check_dtype(x, self.token_mean.dtype, "EmbeddedFeatures")
+        x = x.to(self.token_mean.dtype)
         maps = []
         for convolution in self.convolutions:
             x = F.silu(convolution(x))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixelgen.encoders.base import StageEncoder, as_rgb
+from pixelgen.encoders.base import StageEncoder, as_rgb, check_dtype
 from pixelgen.encoders.weights import download_state_dict, load_strictly, read_state_dict, warn_random
 from pixelgen.errors import UserError
 
@@ -76,8 +76,10 @@ class VGG16(StageEncoder):
 
         Raises:
             ValueError: another shape, or a side below 16.
+            TypeError: integer images, or a wider dtype than the network's.
         """
         x = as_rgb(x, "VGG16")
+        check_dtype(x, self.shift.dtype, "VGG16")
         if min(x.shape[-2:]) < _MIN_SIDE:
             raise ValueError(
                 f"VGG16: image sides must be at least {_MIN_SIDE}, got {tuple(x.shape[-2:])}; "

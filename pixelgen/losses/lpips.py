@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pixelgen_kernels import Ops
 from torch import Tensor, nn
 
-from pixelgen.encoders.base import StageEncoder
+from pixelgen.encoders.base import StageEncoder, check_range
 
 
 class LPIPS(nn.Module):
@@ -36,15 +36,33 @@ class LPIPS(nn.Module):
 
         Returns:
             (B,) fp32.
+
+        Raises:
+            ValueError: other shapes, or on the CPU an ``x`` far outside [-1, 1].
+            TypeError: a dtype that the network does not take.
         """
+        if x_pred.shape != x.shape:
+            raise ValueError(
+                f"LPIPS: x_pred and x must have one shape, got {tuple(x_pred.shape)} and {tuple(x.shape)}"
+            )
+        check_range(x, "LPIPS")
         with torch.no_grad():
             target = self.encode(x)
         return self.distance(self.encode(x_pred), target)
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of images (B, C, H, W), resized first where that is asked for."""
+        """Feature maps of images (B, C, H, W), resized first where that is asked for.
+
+        Raises:
+            ValueError: images of which resizing leaves nothing.
+        """
         if self.resize_from_patch is not None:
             height, width = ((side * 16) // self.resize_from_patch for side in x.shape[-2:])
+            if not height or not width:
+                raise ValueError(
+                    f"LPIPS: image sides must be at least {self.resize_from_patch / 16:g} to be resized from "
+                    f"patches of {self.resize_from_patch} to 16, got {tuple(x.shape[-2:])}"
+                )
             if (height, width) != tuple(x.shape[-2:]):
                 x = F.interpolate(x, size=(height, width), mode="bilinear", antialias=True)
         return self.stages(x)
