@@ -44,7 +44,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("device", op_testing.DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "shape", [(2, 13, 5, 7), (2, 16, 8, 8), (1, 7, 1, 1), (2, 5, 6, 1), (1, 1030, 3, 17)]
+    "shape", [(2, 13, 5, 7), (2, 16, 8, 8), (1, 7, 1, 1), (2, 5, 6, 1), (1, 1030, 3, 17), (1, 2051, 2, 5)]
 )
 def test_layouts_and_mixed_dtypes(shape, layout, device):
     dtypes = (*op_testing.DTYPES, torch.float64)

@@ -1,7 +1,7 @@
-// Bound by bytes: pred and target are read once from memory, and a second time, for the difference
-// of the unit vectors, from the cache: a block of positions with all of its channels fits there.
-// Backward needs one pass, for the norms are kept. Vectors run over positions, or over channels
-// where those are the neighbours in memory.
+// Bound by bytes: pred and target are read once from memory. Forward needs the norms before it can
+// take differences, so it reads a tile of positions with all of its channels twice: from the cache,
+// and as it was converted the first time. Backward needs one pass, for the norms are kept. Vectors
+// run over positions, or over channels where those are the neighbours in memory.
 #include "../lpips_distance.h"
 
 #include "../math/distance.h"
@@ -12,11 +12,14 @@ namespace {
 
 using math::Divisor;
 
-constexpr int64_t kBlock = 256;           // positions at a time, at most
-constexpr int64_t kFewest = 16;           // and at least: a cache line of each channel
-constexpr int64_t kTileElements = 32768;  // of a block with all of its channels, read twice
-constexpr int kRows = 8;                  // channels at a time
-constexpr int64_t kSegment = 1024;        // channels of a position that are converted at a time
+// Of a lambda: a loop that calls it is not made vectors.
+#define PIXELGEN_INLINED __attribute__((always_inline))
+
+constexpr int64_t kBlock = 256;         // positions at a time, at most
+constexpr int64_t kFewest = 16;         // and at least: a cache line of each channel
+constexpr int64_t kTileBytes = 131072;  // of either map
+constexpr int kRows = 8;                // channels at a time
+constexpr int64_t kSegment = 1024;      // channels of a position that are converted at a time
 
 bool channels_are_neighbours(const LpipsDistanceParams& p) {
   return p.C > 1 && (p.W == 1 || p.pred_stride_c < p.pred_stride_w);
@@ -59,89 +62,28 @@ struct Rows {
   int64_t stride;
 };
 
-template <typename Real>
-inline Rows<Real> rows_of(const Map& map, int64_t c, int count, int64_t h, int64_t w, int64_t n,
-                          Real* buffer) {
-  const int64_t offset = map.offset + c * map.stride_c + h * map.stride_h + w * map.stride_w;
-  const Real* first = as_real(map.data, map.dtype, offset, map.stride_w, buffer, n);
-  if (first != buffer) return {first, map.stride_c};
-  for (int r = 1; r < count; ++r) {
-    as_real(map.data, map.dtype, offset + r * map.stride_c, map.stride_w, buffer + r * kBlock, n);
+// Calls fn(r) for 0 <= r < kCount. Spelt out: a loop within a loop is not made vectors.
+template <int kCount, typename Fn>
+PIXELGEN_INLINE void for_rows(Fn fn) {
+  if constexpr (kCount == kRows) {
+    fn(0), fn(1), fn(2), fn(3), fn(4), fn(5), fn(6), fn(7);
+  } else {
+    static_assert(kCount == 1, "rows are taken in groups of kRows, the last ones alone");
+    fn(0);
   }
-  return {buffer, kBlock};
 }
 
-// term(0) + ... + term(kCount - 1), in pairs. Spelt out: loops within a loop are not made vectors.
+// term(0) + ... + term(kCount - 1), in pairs.
 template <int kCount, typename Real, typename Term>
-inline Real sum_rows(Term term) {
-  if constexpr (kCount == 8)
+PIXELGEN_INLINE Real sum_rows(Term term) {
+  if constexpr (kCount == kRows)
     return ((term(0) + term(1)) + (term(2) + term(3))) +
            ((term(4) + term(5)) + (term(6) + term(7)));
   else
     return term(0);
 }
 
-// sums += the squares of kCount rows.
-template <int kCount, typename Real>
-inline void add_squares(Rows<Real> rows, double* __restrict sums, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    sums[i] += sum_rows<kCount, Real>([&](int r) {
-      const Real value = rows.first[r * rows.stride + i];
-      return value * value;
-    });
-  }
-}
-
-// What a block keeps per position. The sums are double: adding hundreds of channels one by one in
-// float would cost digits.
-template <typename Real>
-struct Block {
-  alignas(64) double p_sums[kBlock], q_sums[kBlock];
-  alignas(64) Real p_value[kBlock], p_inverse[kBlock], q_value[kBlock], q_inverse[kBlock];
-  alignas(64) Real radial[kBlock], factor[kBlock];
-  alignas(64) Real p_buffer[kRows * kBlock], q_buffer[kRows * kBlock];
-};
-
-// The norm with eps, or 0.
-template <typename Real>
-inline Real norm_with_eps(double square, double eps) {
-  return square == 0 ? Real(0) : Real(__builtin_sqrt(square) + eps);
-}
-
-template <typename Real>
-inline void set_divisors(const Real* __restrict norms, Real* __restrict value,
-                         Real* __restrict inverse, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Divisor<Real> divisor = math::divisor(norms[i]);
-    value[i] = divisor.value;
-    inverse[i] = divisor.inverse;
-  }
-}
-
-// p_sums += weight (u - v)^2, q_sums += weight (u - v) u of kCount rows.
-template <int kCount, typename Real>
-inline void add_differences(Rows<Real> p, Rows<Real> q, const Real* weights, Block<Real>& block,
-                            int64_t n) {
-  double* __restrict distances = block.p_sums, * __restrict alongs = block.q_sums;
-  const Real *p_value = block.p_value, *p_inverse = block.p_inverse;
-  const Real *q_value = block.q_value, *q_inverse = block.q_inverse;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const Divisor<Real> p_divisor{p_value[i], p_inverse[i]}, q_divisor{q_value[i], q_inverse[i]};
-    const auto unit = [&](int r) { return math::quotient(p.first[r * p.stride + i], p_divisor); };
-    const auto difference = [&](int r) {
-      return unit(r) - math::quotient(q.first[r * q.stride + i], q_divisor);
-    };
-    distances[i] +=
-        sum_rows<kCount, Real>([&](int r) { return weights[r] * difference(r) * difference(r); });
-    alongs[i] +=
-        sum_rows<kCount, Real>([&](int r) { return weights[r] * difference(r) * unit(r); });
-  }
-}
-
-// Calls fn(c, count) for all channels, count = integral constant of 8 or 1.
+// Calls fn(c, count) for all channels, count = integral constant of kRows or 1.
 template <int kCount>
 struct Count {
   static constexpr int value = kCount;
@@ -153,45 +95,137 @@ inline void for_channels(int64_t C, Fn fn) {
   for (; c < C; ++c) fn(c, Count<1>{});
 }
 
+// n positions of `count` channels: in place where they can be, else copied to rows of `buffer` that
+// are `stride` apart, unless they are there already.
+template <typename Real>
+inline Rows<Real> rows_of(const Map& map, int64_t c, int count, int64_t h, int64_t w, int64_t n,
+                          Real* buffer, int64_t stride, bool is_copied = false) {
+  constexpr DType kReal = sizeof(Real) == sizeof(float) ? DType::kFloat32 : DType::kFloat64;
+  const int64_t offset = map.offset + c * map.stride_c + h * map.stride_h + w * map.stride_w;
+  if (map.dtype == kReal && map.stride_w == 1)
+    return {static_cast<const Real*>(map.data) + offset, map.stride_c};
+  if (is_copied) return {buffer, stride};
+  with_element_type(map.dtype, [&](auto element) {
+    using E = decltype(element);
+    const E* source = static_cast<const E*>(map.data) + offset;
+    for (int r = 0; r < count; ++r) {
+      gather(source + r * map.stride_c, map.stride_w, buffer + r * stride, n,
+             [](E value) { return math::to_real<Real>(value); });
+    }
+  });
+  return {buffer, stride};
+}
+
+// sums += the squares of kCount rows.
+template <int kCount, typename Real>
+inline void add_squares(Rows<Real> rows, double* __restrict sums, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    sums[i] += sum_rows<kCount, Real>([&](int r) PIXELGEN_INLINED {
+      const Real value = rows.first[r * rows.stride + i];
+      return value * value;
+    });
+  }
+}
+
+// The norm with eps, or 0.
+template <typename Real>
+inline Real norm_with_eps(double square, double eps) {
+  return square == 0 ? Real(0) : Real(__builtin_sqrt(square) + eps);
+}
+
+// The divisors of a block's positions.
+template <typename Real>
+struct Divisors {
+  alignas(64) Real value[kBlock], inverse[kBlock];
+
+  inline void set(const Real* __restrict norms, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const Divisor<Real> divisor = math::divisor(norms[i]);
+      value[i] = divisor.value;
+      inverse[i] = divisor.inverse;
+    }
+  }
+};
+
+// distances += weight (u - v)^2, alongs += weight (u - v) u of kCount rows.
+template <int kCount, typename Real>
+inline void add_differences(Rows<Real> p, Rows<Real> q, const Real* weights,
+                            const Divisors<Real>& p_divisors, const Divisors<Real>& q_divisors,
+                            double* __restrict distances, double* __restrict alongs, int64_t n) {
+  const Real *p_value = p_divisors.value, *p_inverse = p_divisors.inverse;
+  const Real *q_value = q_divisors.value, *q_inverse = q_divisors.inverse;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Divisor<Real> p_divisor{p_value[i], p_inverse[i]}, q_divisor{q_value[i], q_inverse[i]};
+    const auto unit = [&](int r) PIXELGEN_INLINED {
+      return math::quotient(p.first[r * p.stride + i], p_divisor);
+    };
+    const auto difference = [&](int r) PIXELGEN_INLINED {
+      return unit(r) - math::quotient(q.first[r * q.stride + i], q_divisor);
+    };
+    distances[i] += sum_rows<kCount, Real>(
+        [&](int r) PIXELGEN_INLINED { return weights[r] * difference(r) * difference(r); });
+    alongs[i] += sum_rows<kCount, Real>(
+        [&](int r) PIXELGEN_INLINED { return weights[r] * difference(r) * unit(r); });
+  }
+}
+
+template <int kCount, typename Real>
+inline void load_weights(const LpipsDistanceParams& p, int64_t c, Real* weights) {
+  for (int r = 0; r < kCount; ++r)
+    weights[r] = number<Real>(p.weight, p.weight_dtype, (c + r) * p.weight_stride);
+}
+
 // The sum over the positions of a chunk; their statistics go to `norms`, three rows of `size`.
 template <typename Real>
 double chunk_by_position(const LpipsDistanceParams& p, int64_t b, int64_t begin, int64_t end,
                          Real* norms, int64_t size) {
+  constexpr int64_t kTile = kTileBytes / sizeof(Real);
+  alignas(64) Real p_tile[kTile], q_tile[kTile];
+  // The sums are double: adding hundreds of channels one by one in float would cost digits.
+  alignas(64) double p_sums[kBlock], q_sums[kBlock];
+  alignas(64) Real plain_norms[kBlock];
+  Divisors<Real> p_divisors, q_divisors;
   const Map pred = pred_of(p, b), target = target_of(p, b);
-  const int64_t fitting = kTileElements / p.C;
-  const int64_t at_a_time = fitting < kFewest ? kFewest : min_of(fitting, kBlock);
-  Block<Real> block;
+  const bool fits = p.C <= kTile / kFewest;  // else rows are converted twice
+  const int64_t at_a_time = fits ? min_of(kTile / p.C / kFewest * kFewest, kBlock) : kFewest;
   double total = 0;
   for_blocks(p, begin, end, at_a_time, [&](int64_t first, int64_t h, int64_t w, int64_t n) {
     Real *p_norm = norms + first, *q_norm = p_norm + size, *radial = q_norm + size;
-    for (int64_t i = 0; i < n; ++i) block.p_sums[i] = block.q_sums[i] = 0;
+    const auto rows = [&](const Map& map, int64_t c, int count, Real* tile, bool is_second) {
+      return rows_of(map, c, count, h, w, n, tile + (fits ? c * at_a_time : 0), at_a_time,
+                     is_second && fits);
+    };
+    for (int64_t i = 0; i < n; ++i) p_sums[i] = q_sums[i] = 0;
     for_channels(p.C, [&](int64_t c, auto count) {
       constexpr int kCount = decltype(count)::value;
-      add_squares<kCount>(rows_of(pred, c, kCount, h, w, n, block.p_buffer), block.p_sums, n);
-      add_squares<kCount>(rows_of(target, c, kCount, h, w, n, block.q_buffer), block.q_sums, n);
+      add_squares<kCount>(rows(pred, c, kCount, p_tile, false), p_sums, n);
+      add_squares<kCount>(rows(target, c, kCount, q_tile, false), q_sums, n);
     });
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      p_norm[i] = norm_with_eps<Real>(block.p_sums[i], p.eps);
-      q_norm[i] = norm_with_eps<Real>(block.q_sums[i], p.eps);
-      block.factor[i] = Real(__builtin_sqrt(block.p_sums[i]));
-      block.p_sums[i] = block.q_sums[i] = 0;
+      p_norm[i] = norm_with_eps<Real>(p_sums[i], p.eps);
+      q_norm[i] = norm_with_eps<Real>(q_sums[i], p.eps);
+      plain_norms[i] = Real(__builtin_sqrt(p_sums[i]));
+      p_sums[i] = q_sums[i] = 0;
     }
-    set_divisors(p_norm, block.p_value, block.p_inverse, n);
-    set_divisors(q_norm, block.q_value, block.q_inverse, n);
+    p_divisors.set(p_norm, n);
+    q_divisors.set(q_norm, n);
+    double *distances = p_sums, *alongs = q_sums;
     for_channels(p.C, [&](int64_t c, auto count) {
       constexpr int kCount = decltype(count)::value;
-      Real weight[kCount];
-      for (int r = 0; r < kCount; ++r)
-        weight[r] = number<Real>(p.weight, p.weight_dtype, (c + r) * p.weight_stride);
-      add_differences<kCount>(rows_of(pred, c, kCount, h, w, n, block.p_buffer),
-                              rows_of(target, c, kCount, h, w, n, block.q_buffer), weight, block,
-                              n);
+      Real weights[kCount];
+      load_weights<kCount>(p, c, weights);
+      add_differences<kCount>(rows(pred, c, kCount, p_tile, true),
+                              rows(target, c, kCount, q_tile, true), weights, p_divisors,
+                              q_divisors, distances, alongs, n);
     });
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i)
-      radial[i] = block.factor[i] == 0 ? Real(0) : Real(block.q_sums[i] / block.factor[i]);
-    total += sum_columns<double>(n, [&](int64_t i) { return block.p_sums[i]; });
+      radial[i] = plain_norms[i] == 0 ? Real(0) : Real(alongs[i] / plain_norms[i]);
+    total += sum_columns<double>(n, [&](int64_t i) { return distances[i]; });
   });
   return total;
 }
@@ -288,28 +322,55 @@ inline void store_terms(T* __restrict out, int64_t stride, int64_t n, Term term)
   }
 }
 
+// grad = the gradient of kCount rows, which are stride_c apart.
+template <int kCount, typename T, typename Real>
+inline void store_grads(Rows<Real> p, Rows<Real> q, const Real* weights,
+                        const Divisors<Real>& p_divisors, const Divisors<Real>& q_divisors,
+                        const Real* __restrict radial, Real factor, T* __restrict grad,
+                        int64_t stride_c, int64_t stride_w, int64_t n) {
+  const Real *p_value = p_divisors.value, *p_inverse = p_divisors.inverse;
+  const Real *q_value = q_divisors.value, *q_inverse = q_divisors.inverse;
+  const auto value = [&](int r, int64_t i) PIXELGEN_INLINED {
+    return math::unit_distance_grad(p.first[r * p.stride + i], q.first[r * q.stride + i],
+                                    weights[r], Divisor<Real>{p_value[i], p_inverse[i]},
+                                    Divisor<Real>{q_value[i], q_inverse[i]}, radial[i], factor);
+  };
+  if (stride_w == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      for_rows<kCount>(
+          [&](int r) PIXELGEN_INLINED { math::from_real(value(r, i), &grad[r * stride_c + i]); });
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      for_rows<kCount>([&](int r) PIXELGEN_INLINED {
+        math::from_real(value(r, i), &grad[r * stride_c + i * stride_w]);
+      });
+  }
+}
+
 template <typename T, typename Real>
 void grads_by_position(const LpipsDistanceGradParams& g, int64_t b, int64_t begin, int64_t end,
                        const Real* norms, int64_t size, Real factor) {
   const LpipsDistanceParams& p = g.forward;
   const Map pred = pred_of(p, b), target = target_of(p, b);
-  Block<Real> block;
+  const int64_t stride_c = g.grad_pred_stride_c, stride_w = g.grad_pred_stride_w;
+  alignas(64) Real p_buffer[kRows * kBlock], q_buffer[kRows * kBlock];
+  Divisors<Real> p_divisors, q_divisors;
   for_blocks(p, begin, end, kBlock, [&](int64_t first, int64_t h, int64_t w, int64_t n) {
     const Real *p_norm = norms + first, *q_norm = p_norm + size, *radial = q_norm + size;
-    set_divisors(p_norm, block.p_value, block.p_inverse, n);
-    set_divisors(q_norm, block.q_value, block.q_inverse, n);
-    T* grad = static_cast<T*>(g.grad_pred) + b * g.grad_pred_stride_b + h * g.grad_pred_stride_h +
-              w * g.grad_pred_stride_w;
-    for (int64_t c = 0; c < p.C; ++c) {
-      const Real* u = rows_of(pred, c, 1, h, w, n, block.p_buffer).first;
-      const Real* v = rows_of(target, c, 1, h, w, n, block.q_buffer).first;
-      const Real weight = number<Real>(p.weight, p.weight_dtype, c * p.weight_stride);
-      store_terms(grad + c * g.grad_pred_stride_c, g.grad_pred_stride_w, n, [&](int64_t i) {
-        return math::unit_distance_grad(
-            u[i], v[i], weight, Divisor<Real>{block.p_value[i], block.p_inverse[i]},
-            Divisor<Real>{block.q_value[i], block.q_inverse[i]}, radial[i], factor);
-      });
-    }
+    p_divisors.set(p_norm, n);
+    q_divisors.set(q_norm, n);
+    T* block = static_cast<T*>(g.grad_pred) + b * g.grad_pred_stride_b + h * g.grad_pred_stride_h +
+               w * stride_w;
+    for_channels(p.C, [&](int64_t c, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      const Rows<Real> u = rows_of(pred, c, kCount, h, w, n, p_buffer, kBlock);
+      const Rows<Real> v = rows_of(target, c, kCount, h, w, n, q_buffer, kBlock);
+      Real weights[kCount];
+      load_weights<kCount>(p, c, weights);
+      store_grads<kCount>(u, v, weights, p_divisors, q_divisors, radial, factor,
+                          block + c * stride_c, stride_c, stride_w, n);
+    });
   });
 }
 
