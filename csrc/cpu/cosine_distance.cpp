@@ -12,6 +12,8 @@ using math::Divisor;
 
 // Elements that are converted at a time: their buffers stay in the first-level cache.
 constexpr int64_t kBlock = 1024;
+// Elements that take less time than waking a thread.
+constexpr int64_t kAlone = 32768;
 
 // Calls fn(pred, target, d, n) with the elements [d, d + n) of a token.
 template <typename Real, typename Fn>
@@ -63,7 +65,7 @@ template <typename Real>
 void forward(const CosineDistanceParams& p, int num_threads) {
   const int64_t chunks = ceil_div(p.T, p.tokens_per_chunk);
   Real* partials = static_cast<Real*>(p.partials);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (p.B * p.T * p.D > kAlone)
   for (int64_t item = 0; item < p.B * chunks; ++item) {
     const int64_t b = item / chunks, begin = item % chunks * p.tokens_per_chunk;
     const int64_t end = min_of(begin + p.tokens_per_chunk, p.T);
@@ -96,7 +98,7 @@ inline void store_grads(const Real* u, const Real* v, math::CosineFactors<Real> 
 template <typename Real>
 void backward(const CosineDistanceGradParams& g, int num_threads) {
   const CosineDistanceParams& p = g.forward;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (p.B * p.T * p.D > kAlone)
   for (int64_t item = 0; item < p.B * p.T; ++item) {
     const int64_t b = item / p.T, token = item % p.T;
     const Real* statistics = static_cast<const Real*>(p.statistics) + 3 * p.T * b + token;

@@ -20,6 +20,7 @@ constexpr int64_t kFewest = 16;         // and at least: a cache line of each ch
 constexpr int64_t kTileBytes = 131072;  // of either map
 constexpr int kRows = 8;                // channels at a time
 constexpr int64_t kSegment = 1024;      // channels of a position that are converted at a time
+constexpr int64_t kAlone = 32768;  // elements of a map that take less time than waking a thread
 
 bool channels_are_neighbours(const LpipsDistanceParams& p) {
   return p.C > 1 && (p.W == 1 || p.pred_stride_c < p.pred_stride_w);
@@ -296,7 +297,7 @@ void forward(const LpipsDistanceParams& p, int num_threads) {
   const int64_t size = p.H * p.W, chunks = ceil_div(size, p.positions_per_chunk);
   const bool by_channel = channels_are_neighbours(p);
   Real* partials = static_cast<Real*>(p.partials);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (p.B * size * p.C > kAlone)
   for (int64_t item = 0; item < p.B * chunks; ++item) {
     const int64_t b = item / chunks, begin = item % chunks * p.positions_per_chunk;
     const int64_t end = min_of(begin + p.positions_per_chunk, size);
@@ -403,7 +404,7 @@ void backward(const LpipsDistanceGradParams& g, int num_threads) {
   const LpipsDistanceParams& p = g.forward;
   const int64_t size = p.H * p.W, chunks = ceil_div(size, p.positions_per_chunk);
   const bool by_channel = channels_are_neighbours(p);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (p.B * size * p.C > kAlone)
   for (int64_t item = 0; item < p.B * chunks; ++item) {
     const int64_t b = item / chunks, begin = item % chunks * p.positions_per_chunk;
     const int64_t end = min_of(begin + p.positions_per_chunk, size);

@@ -91,11 +91,7 @@ _bwd = torch.library.custom_op("pixelgen::cosine_distance_bwd", cosine_distance_
 def _shared_arguments(pred: Tensor, target: Tensor, statistics: Tensor, eps: float) -> dict[str, int | float]:
     """What forward and backward both pass on."""
     B, T, D = pred.shape
-    strides = {
-        f"{name}_stride_{letter}": stride
-        for name, tensor in (("pred", pred), ("target", target))
-        for letter, stride in zip("btd", tensor.stride(), strict=True)
-    }
+    pred_strides, target_strides = pred.stride(), target.stride()
     return {
         "pred": address(pred),
         "target": address(target),
@@ -104,7 +100,12 @@ def _shared_arguments(pred: Tensor, target: Tensor, statistics: Tensor, eps: flo
         "B": B,
         "T": T,
         "D": D,
-        **strides,
+        "pred_stride_b": pred_strides[0],
+        "pred_stride_t": pred_strides[1],
+        "pred_stride_d": pred_strides[2],
+        "target_stride_b": target_strides[0],
+        "target_stride_t": target_strides[1],
+        "target_stride_d": target_strides[2],
         "eps": eps,
         "pred_dtype": dtype_tag(pred),
         "target_dtype": dtype_tag(target),

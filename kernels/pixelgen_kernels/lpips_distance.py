@@ -101,8 +101,12 @@ def _positions(height: int, width: int, *strides: tuple[int, ...]) -> tuple[int,
 def _map_arguments(name: str, strides: tuple[int, ...], width: int) -> dict[str, int]:
     """Strides of a map whose rows have `width` positions; those of one column are its rows'."""
     b, c, h, w = strides
-    names = (f"{name}_stride_{letter}" for letter in "bchw")
-    return dict(zip(names, (b, c, h, h if width == 1 else w), strict=True))
+    return {
+        f"{name}_stride_b": b,
+        f"{name}_stride_c": c,
+        f"{name}_stride_h": h,
+        f"{name}_stride_w": h if width == 1 else w,
+    }
 
 
 def _shared_arguments(
