@@ -80,15 +80,17 @@ def test_expanded_tensors(device):
 
 
 @pytest.mark.parametrize("device", op_testing.DEVICES)
-def test_nan_stays_in_its_token(device):
-    inputs = make_inputs((3, 5, 16), device=device)
+def test_nan_and_infinity_stay_in_their_token(device):
+    inputs = make_inputs((5, 5, 16), device=device)
     clean = cosine_distance(**inputs)
     inputs["pred"][1, 2, 3], inputs["target"][2, 0, 0] = torch.nan, torch.nan
+    inputs["pred"][3, 4, 1], inputs["target"][4, 1, 15] = torch.inf, -torch.inf
     distance, grads = op_testing.run(cosine_distance, inputs, BOTH)
     assert distance[0][0] == clean[0]
     assert distance[0][1:].isnan().all()
     for grad in grads.values():
-        assert (~grad.isfinite()).any(2).nonzero().tolist() == [[1, 2], [2, 0]]
+        spoilt = (~grad.isfinite()).any(2).nonzero().tolist()
+        assert spoilt == [[1, 2], [2, 0], [3, 4], [4, 1]]
 
 
 def test_bits_do_not_depend_on_the_thread_count():

@@ -196,7 +196,7 @@ DIFFERENTIABLE = {
     "gate_residual_norm_modulate": ("x", "y", "gate", "shift", "scale", "weight", "bias"),
     "qk_norm_rope": ("qkv", "q_weight", "k_weight"),
     "swiglu": ("x",),
-    "lpips_distance": ("pred",),
+    "lpips_distance": ("pred", "target"),
     "cosine_distance": ("pred", "target"),
     "pixel_modulate": ("x", "shift", "scale", "weight", "y", "gate"),
 }

@@ -39,9 +39,9 @@ def _unit(features: Tensor, eps: float) -> Tensor:
 
 
 def lpips_distance_ref(pred: Tensor, target: Tensor, weight: Tensor, *, eps: float = 1e-10) -> Tensor:
-    """Plain PyTorch definition of `lpips_distance`; like it, differentiable in pred only."""
+    """Plain PyTorch definition of `lpips_distance`; like it, not differentiable in weight."""
     dtype = stats_dtype(pred, target)
-    difference = _unit(pred.to(dtype), eps) - _unit(target.detach().to(dtype), eps)
+    difference = _unit(pred.to(dtype), eps) - _unit(target.to(dtype), eps)
     per_position = (difference.square() * weight.detach().to(dtype)[:, None, None]).sum(1)
     return per_position.mean((1, 2))
 
@@ -214,11 +214,11 @@ def lpips_distance(pred: Tensor, target: Tensor, weight: Tensor, *, eps: float =
     d_b = mean over H, W of sum_c weight_c (pred_c / (|pred| + eps) - target_c / (|target| + eps))^2, in fp32.
 
     Args:
-        pred: (B, C, H, W) features of the prediction, any floating dtype, contiguous or channels-last. The
-            only argument with a gradient, which has the same layout and is zero where all channels of pred
-            are zero.
-        target: (B, C, H, W) features of the target, any floating dtype and layout.
-        weight: (C,) learned channel weights, any floating dtype.
+        pred: (B, C, H, W) features of the prediction, any floating dtype, contiguous or channels-last. Its
+            gradient has the same layout and is zero where all channels of pred are zero.
+        target: (B, C, H, W) features of the target, any floating dtype and layout. It has a gradient too if
+            it requires one, at the cost of a second call.
+        weight: (C,) channel weights, any floating dtype. They have no gradient.
         eps: added to the norms, above 0.
 
     Returns:
@@ -236,4 +236,10 @@ def lpips_distance(pred: Tensor, target: Tensor, weight: Tensor, *, eps: float =
     check_positive(op, "eps", eps)
     if 0 in pred.shape[1:]:
         raise ValueError(f"{op}: pred must have C, H and W of at least 1, got {tuple(pred.shape)}")
-    return _differentiable_fwd(pred, target.detach(), weight.detach(), eps)[0]
+    weight = weight.detach()
+    distance = _differentiable_fwd(pred, target.detach(), weight, eps)[0]
+    if target.requires_grad and torch.is_grad_enabled():
+        # the distance is symmetric; the value is that of the first call, the gradient of target the second's
+        mirrored = _differentiable_fwd(target, pred.detach(), weight, eps)[0]
+        distance = distance + (mirrored - mirrored.detach())
+    return distance
