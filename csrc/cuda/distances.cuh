@@ -28,6 +28,13 @@ struct Held {
       for (int i = 0; i < kWords; ++i) words.values[i] = 0;
     }
   }
+  // Makes later values anew: kept as fp32, those of half precision take twice the registers.
+  __device__ __forceinline__ void forget_values() {
+    if constexpr (sizeof(T) < 4) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) asm volatile("" : "+r"(words.values[i]));
+    }
+  }
   __device__ __forceinline__ float value(int i) const {
     if constexpr (sizeof(T) == 4) {
       return math::float_of(words.values[i]);

@@ -21,6 +21,7 @@ constexpr int kBlocks = 2;            // of a multiprocessor: 128 registers a th
 constexpr int kPositions = 4;         // of a pack by position
 constexpr int kHeld = 8;              // packs of either map in a thread's registers
 constexpr int kMostPacks = 4;         // of one position in a thread, by channel
+constexpr int kFewestLanes = 4;       // of one position, by channel
 constexpr int kMostChannels = 2048;   // of a position, in a block
 constexpr int kChannelsOfBlock = 64;  // backward by position
 constexpr int kPart = 16;             // channels that are added up at a time
@@ -36,6 +37,11 @@ __device__ __forceinline__ float norm_with_eps(float square, float eps) {
 __device__ __forceinline__ float radial_of(float along, float square) {
   return square == 0.0f ? 0.0f : along / sqrtf(square);
 }
+
+// Of a position.
+struct alignas(16) Divisors {
+  Divisor<float> p, q;
+};
 
 // Where a block's chunk lies.
 struct Chunk {
@@ -68,9 +74,12 @@ __device__ __forceinline__ void store_partial(const LpipsDistanceParams& p, doub
   }
 }
 
-__device__ __forceinline__ void load_weights(const LpipsDistanceParams& p, float* weights) {
-  for (int c = threadIdx.x; c < p.C; c += kThreads) {
-    weights[c] = load_one(p.weight, p.weight_dtype, c * p.weight_stride, 0.0f);
+// Zeros from C to `count`, where the threads hold zeros. After the first tile has been asked for:
+// the wait is the same.
+__device__ __forceinline__ void load_weights(const LpipsDistanceParams& p, int count,
+                                             float* weights) {
+  for (int c = threadIdx.x; c < count; c += kThreads) {
+    weights[c] = c < p.C ? load_one(p.weight, p.weight_dtype, c * p.weight_stride, 0.0f) : 0.0f;
   }
   __syncthreads();
 }
@@ -102,7 +111,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   static_assert(kTile <= kThreads, "a thread has one position's statistics");
   __shared__ float p_sums[kWarps * kTile], q_sums[kWarps * kTile], along_sums[kWarps * kTile];
   __shared__ float p_norms[kTile], q_norms[kTile], weights[kMostChannels];
-  load_weights(p, weights);
   const Chunk chunk(p, blockIdx.x, chunks);
   const T* pred = static_cast<const T*>(p.pred) + chunk.b * p.pred_stride_b;
   const T* target = static_cast<const T*>(p.target) + chunk.b * p.target_stride_b;
@@ -118,6 +126,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       p_held[i].fetch_if(is_inside, pred + c * p.pred_stride_c + position);
       q_held[i].fetch_if(is_inside, target + c * p.target_stride_c + position);
     }
+    if (tile == chunk.begin) load_weights(p, groups * kHeld, weights);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       float p_square = 0.0f, q_square = 0.0f;
@@ -152,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const int c = group + i * groups;
-        const float weight = c < p.C ? weights[c] : 0.0f;
+        const float weight = weights[c];
         const float u = math::quotient(p_held[i].value(j), p_divisor);
         const float difference = u - math::quotient(q_held[i].value(j), q_divisor);
         squares += weight * difference * difference;
@@ -171,25 +180,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 // --- forward by channel. `lanes` threads next to each other, of one warp, hold the channels of a
-// position, kPacks packs each; a thread holds several positions.
+// position, kPacks packs each; a thread holds several positions. What is the same for all channels,
+// with its square roots and divisions, one thread of the warp computes for each position.
 
 template <typename T, int kPacks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     by_channel_kernel(const LpipsDistanceParams p, int64_t chunks, int lanes) {
   constexpr int N = kPackOf<T>;
   constexpr int kRows = kHeld / kPacks;  // positions of a thread
+  // positions of a warp; only where one pack is enough, fewer lanes are
+  constexpr int kMost = kPacks == 1 ? kRows * kWarpSize / kFewestLanes : kRows;
   __shared__ float weights[kMostChannels];
-  load_weights(p, weights);
+  __shared__ Pack<float, 2> sums_of_warps[kWarps][kMost];  // squares of pred and target; along
+  __shared__ Divisors divisors_of_warps[kWarps][kMost];
   const Chunk chunk(p, blockIdx.x, chunks);
   const T* pred = static_cast<const T*>(p.pred) + chunk.b * p.pred_stride_b;
   const T* target = static_cast<const T*>(p.target) + chunk.b * p.target_stride_b;
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kThreads / lanes;
+  const int warp = threadIdx.x / kWarpSize, thread = threadIdx.x % kWarpSize;
+  const int lane = thread % lanes, group = thread / lanes, groups = kWarpSize / lanes;
+  Pack<float, 2>* sums = sums_of_warps[warp];
+  Divisors* divisors = divisors_of_warps[warp];
+  const int own_count = groups * kRows;  // positions of this warp
   double distance = 0.0;
-  for (int64_t tile = chunk.begin; tile < chunk.end; tile += groups * kRows) {
+  for (int64_t tile = chunk.begin; tile < chunk.end; tile += kWarps * own_count) {
+    const int64_t first = tile + warp * own_count;
     Held<T, N> p_held[kHeld], q_held[kHeld];
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
-      const int64_t position = tile + group + k * groups;
+      const int64_t position = first + group + k * groups;
 #pragma unroll
       for (int m = 0; m < kPacks; ++m) {
         const int c = (lane + m * lanes) * N;
@@ -198,6 +216,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         q_held[k * kPacks + m].fetch_if(is_inside, target + position * p.target_stride_w + c);
       }
     }
+    if (tile == chunk.begin) load_weights(p, lanes * kPacks * N, weights);
+    __syncwarp();  // the last tile's sums have been read
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
       float p_square = 0.0f, q_square = 0.0f;
@@ -211,36 +231,60 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           q_square += v * v;
         }
       }
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      int offset = lanes / 2;
+      do {  // kFewestLanes are more than one
         p_square += __shfl_xor_sync(0xffffffffu, p_square, offset);
         q_square += __shfl_xor_sync(0xffffffffu, q_square, offset);
+        offset /= 2;
+      } while (offset > 0);
+      if (lane == 0) sums[group + k * groups] = {p_square, q_square};
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int own = thread; own < own_count; own += kWarpSize) {
+      const float p_norm = norm_with_eps(sums[own].values[0], float(p.eps));
+      const float q_norm = norm_with_eps(sums[own].values[1], float(p.eps));
+      divisors[own] = {math::divisor(p_norm), math::divisor(q_norm)};
+      if (first + own < chunk.end) {
+        chunk.statistics[first + own] = p_norm;
+        chunk.statistics[chunk.size + first + own] = q_norm;
       }
-      const float p_norm = norm_with_eps(p_square, float(p.eps));
-      const float q_norm = norm_with_eps(q_square, float(p.eps));
-      const Divisor<float> p_divisor = math::divisor(p_norm), q_divisor = math::divisor(q_norm);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      p_held[i].forget_values();
+      q_held[i].forget_values();
+    }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      const Divisors divisor = divisors[group + k * groups];
       float along = 0.0f, squares = 0.0f;
 #pragma unroll
       for (int m = 0; m < kPacks; ++m) {
         const int c = (lane + m * lanes) * N;
-        if (c < p.C) {
 #pragma unroll
-          for (int j = 0; j < N; ++j) {
-            const float u = math::quotient(p_held[k * kPacks + m].value(j), p_divisor);
-            const float v = math::quotient(q_held[k * kPacks + m].value(j), q_divisor);
-            squares += weights[c + j] * (u - v) * (u - v);
-            along += weights[c + j] * (u - v) * u;
-          }
+        for (int j = 0; j < N; ++j) {
+          const float u = math::quotient(p_held[k * kPacks + m].value(j), divisor.p);
+          const float v = math::quotient(q_held[k * kPacks + m].value(j), divisor.q);
+          squares += weights[c + j] * (u - v) * (u - v);
+          along += weights[c + j] * (u - v) * u;
         }
       }
       distance += squares;
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      int offset = lanes / 2;
+      do {
         along += __shfl_xor_sync(0xffffffffu, along, offset);
-      }
-      const int64_t position = tile + group + k * groups;
-      if (lane == 0 && position < chunk.end) {
-        chunk.statistics[position] = p_norm;
-        chunk.statistics[chunk.size + position] = q_norm;
-        chunk.statistics[2 * chunk.size + position] = radial_of(along, p_square);
+        offset /= 2;
+      } while (offset > 0);
+      if (lane == 0) sums[group + k * groups].values[1] = along;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int own = thread; own < own_count; own += kWarpSize) {
+      if (first + own < chunk.end) {
+        chunk.statistics[2 * chunk.size + first + own] =
+            radial_of(sums[own].values[1], sums[own].values[0]);
       }
     }
   }
@@ -470,9 +514,9 @@ bool is_by_channel(const LpipsDistanceParams& p, int N) {
          packs_are_aligned(p.target, p.target_dtype, N, p.target_stride_b, p.target_stride_w);
 }
 
-// The smallest power of two that is not below `count`, at most `limit`.
-int power_of_two(int64_t count, int limit) {
-  int power = 1;
+// The smallest power of two that is not below `count`, within these limits.
+int power_of_two(int64_t count, int least, int limit) {
+  int power = least;
   while (power < count && power < limit) power *= 2;
   return power;
 }
@@ -487,7 +531,7 @@ Status launch_chunks(const LpipsDistanceParams& p, int64_t chunks, cudaStream_t 
   }
   const int64_t packs = p.C / kPackOf<T>;  // of a position
   if (is_by_channel(p, kPackOf<T>) && packs <= kMostPacks * kWarpSize) {
-    lanes = power_of_two(packs, kWarpSize);
+    lanes = power_of_two(packs, kFewestLanes, kWarpSize);
     const auto kernel = packs <= kWarpSize       ? by_channel_kernel<T, 1>
                         : packs <= 2 * kWarpSize ? by_channel_kernel<T, 2>
                                                  : by_channel_kernel<T, kMostPacks>;
@@ -512,7 +556,7 @@ Status launch_grads(const LpipsDistanceGradParams& g, cudaStream_t stream) {
   }
   if (is_by_channel(p, kPackOf<T>) && g.grad_pred_stride_c == 1 &&
       grad_is_aligned(kPackOf<T>, g.grad_pred_stride_w)) {
-    const int lanes = power_of_two(p.C / kPackOf<T>, kThreads);
+    const int lanes = power_of_two(p.C / kPackOf<T>, 1, kThreads);
     const int64_t tiles = ceil_div(p.W, kThreads / lanes * kHeld);
     if (p.B * tiles > kMaxBlocks) return "more positions than a grid holds";
     return launch(grads_by_channel_kernel<T>, unsigned(p.B * tiles), kThreads, stream, g, tiles,
