@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -223,6 +224,9 @@ def describe_type(hint: Any) -> str:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe_type(part) for part in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        first, second = get_args(get_args(hint)[0])  # no option is any other list of unknown length
+        return f"a list of pairs, [[A, B], ...], A {describe_type(first)} and B {describe_type(second)}"
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))} values, [{', '.join('ABCDEFGH'[: len(get_args(hint))])}]"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
@@ -237,11 +241,22 @@ def _is_optional(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint)
 
 
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """Shows a tuple that is a default as it is typed: as a list."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        if isinstance(action.default, tuple):
+            text = text.replace("%(default)s", json.dumps(action.default))
+        return text
+
+
 def _build_parser(cls: type, prog: str, extra: Mapping[str, str]) -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog=prog,
         usage=f"python -m {prog} [OPTION VALUE ...]",  # argparse would print every option here, unreadably
         description=docstring_parser.parse(cls.__doc__ or "").short_description,
+        formatter_class=_HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -25,6 +25,7 @@ class Flat:
         scale: how large.
         method: which way.
         pair: two numbers.
+        changes: pairs of a step and a value.
         limit: at most this many.
         use_ema: averaged weights.
     """
@@ -34,8 +35,12 @@ class Flat:
     scale: float = 2.0
     method: Literal["euler", "heun"] = "heun"
     pair: tuple[float, float] = (0.0, 1.0)
+    changes: tuple[tuple[int, float], ...] = ()
     limit: int | None = None
     use_ema: bool = True
+
+
+PAIRS = "a list of pairs, [[A, B], ...], A an integer and B a number"
 
 
 def parse(*argv: str) -> Flat:
@@ -85,6 +90,9 @@ def test_a_negative_number_with_exponent_is_a_value():
         (["--limit", "some"], "--limit must be an integer or null, got 'some'"),
         (["--use-ema", "maybe"], "--use-ema must be true or false, got 'maybe'"),
         (["--pair", "[1]"], "--pair must be a list of 2 values, [A, B], got '[1]'"),
+        (["--changes", "[5, 0.1]"], f"--changes must be {PAIRS}, got '[5, 0.1]'"),
+        (["--changes", "[[5.5, 0.1]]"], f"--changes must be {PAIRS}, got '[[5.5, 0.1]]'"),
+        (["--changes"], f"--changes needs a value: {PAIRS}"),
         (["--scale"], "--scale needs a value: a number"),
         (["stray"], "stray"),
     ],
@@ -137,7 +145,18 @@ def test_help_explains_every_option(capsys):
 def test_help_shows_a_presets_values_as_the_defaults(capsys):
     with pytest.raises(SystemExit):
         load_config(["--config", "jit-b-256", "--help"])
-    assert "images per step. (type: int, default: 1024)" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert "images per step. (type: int, default: 1024)" in text
+    assert "two averages. (type: tuple[float, float], default: [0.9, 0.95])" in text
+    assert "late. (type: tuple[tuple[int, float], ...], default: [])" in text
+
+
+def test_help_shows_lists_as_they_are_written(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("loss: {alignment_schedule: [[5, 0.1], [7, 0]]}\n")
+    with pytest.raises(SystemExit):
+        load_config(["--config", str(mine), "--help"])
+    assert "...], default: [[5, 0.1], [7, 0.0]])" in " ".join(capsys.readouterr().out.split())
 
 
 def exit_of(main, capsys) -> tuple[int, str]:

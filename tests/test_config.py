@@ -102,7 +102,9 @@ def test_print_config_prints_what_can_be_read_back(capsys, tmp_path):
     with pytest.raises(SystemExit) as caught:
         load_config(["--print_config", "--optimizer.max_grad_norm", "null", "--optimizer.lr", "1e-4"])
     assert not caught.value.code
-    config = config_from_yaml(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    assert "  alignment_schedule: []\n" in text
+    config = config_from_yaml(text)
     assert config == TrainConfig(optimizer=OptimizerConfig(max_grad_norm=None, lr=1e-4))
 
 
@@ -151,6 +153,11 @@ def test_yaml_as_people_write_it():
         ("train: {batch_size: many}", "x.yaml: train.batch_size must be an integer, got 'many'"),
         ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be an integer, got 2.5"),
         ("train: {batch_size: null}", "x.yaml: train.batch_size must be an integer, got null"),
+        (
+            "loss: {alignment_schedule: {5: 0.1}}",
+            "x.yaml: loss.alignment_schedule must be a list of pairs, [[A, B], ...], "
+            "A an integer and B a number, got {5: 0.1}",
+        ),
         ("data: {flip: often}", "x.yaml: data.flip must be true or false, got 'often'"),
         ("loss: {p_dino_gate: both}", "x.yaml: loss.p_dino_gate must be one of paper, released, got 'both'"),
         ("train: 3", "x.yaml: train is a section and must hold 'key: value' lines, got 3"),
