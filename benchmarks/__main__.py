@@ -45,7 +45,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_names(
         "--providers",
         "PROVIDER",
-        "these only: eager, compile, ours, for step also ours_compile; eager is always timed",
+        "these only: eager, compile, ours, for step also ours_compile, for perceptual also masked (of the op "
+        "branch, which has masked and ours); the baseline, eager or masked, is always timed",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(

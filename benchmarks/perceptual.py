@@ -19,14 +19,20 @@ from benchmarks.measure import ColdTimer, Timing, copy_gbps, in_turns, peak_byte
 from pixelgen.config import LossConfig, TimeConfig
 from pixelgen.encoders.dinov2 import DINOv2
 from pixelgen.encoders.vgg16 import VGG16
+from pixelgen.errors import UserError
 from pixelgen.flow import logit_normal_time
 from pixelgen.losses.gate import NoiseGate, Selection
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 
 SUITES = (bench_lpips_distance, bench_cosine_distance)
-OPS = ("branch", "lpips_distance", "cosine_distance")
-PROVIDERS = ("eager", "compile", "ours")  # of the ops; the branch has masked and ours
+# Op -> its providers; the first is the baseline.
+OPS = {
+    "branch": ("masked", "ours"),
+    "lpips_distance": kernels.PROVIDERS,
+    "cosine_distance": kernels.PROVIDERS,
+}
+PROVIDERS = ("masked", *kernels.PROVIDERS)
 # The terms that are timed together and alone. Of REPA only the encoding of the targets belongs here: its
 # projector is made tiny.
 TERMS = {
@@ -207,19 +213,19 @@ def branches(size: Size, device: torch.device) -> Iterator[tuple[str, Branch]]:
 
 
 def branch_rows(
-    size: Size, device: torch.device, timer: ColdTimer, repeats: int | None, bar: tqdm
+    size: Size, device: torch.device, names: list[str], timer: ColdTimer, repeats: int | None, bar: tqdm
 ) -> Iterator[report.Row]:
     """Rows of the op `branch`, without the columns of `setting`; where ours is wrong, of masked alone."""
     for term, branch in branches(size, device):
         bar.set_postfix_str(f"{term}: check")
-        problems = branch.problems()
+        problems = branch.problems() if "ours" in names else []
         if problems:
             tqdm.write(f"branch {term}: ours is wrong and not timed: {'; '.join(problems)}")
         bar.update()
         bar.set_postfix_str(f"{term}: time")
         seen = f"seen={sum(branch.seen)}/{size.batches * size.batch}"
-        names = ["masked"] if problems else ["masked", "ours"]
-        for name, (timing, peak) in branch.measure(names, timer, repeats or size.repeats, bar).items():
+        right = [name for name in names if name != "ours" or not problems]
+        for name, (timing, peak) in branch.measure(right, timer, repeats or size.repeats, bar).items():
             yield {
                 "op": "branch",
                 "provider": name,
@@ -236,19 +242,36 @@ def branch_rows(
             }
 
 
+def selected(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Op -> the providers to time of it, in order: those asked for and, where it has one, its baseline.
+
+    Raises:
+        UserError: unknown names, or no op that is asked for has a provider that is.
+    """
+    ops = setting.chosen("--only", arguments.only, list(OPS))
+    names = setting.chosen("--providers", arguments.providers, list(PROVIDERS))
+    found = {}
+    for op in ops:
+        baseline = OPS[op][0]
+        if any(name in names for name in OPS[op]):
+            found[op] = [name for name in OPS[op] if name == baseline or name in names]
+    if not found:
+        has = "; ".join(f"{op} has {', '.join(OPS[op])}" for op in ops)
+        raise UserError(f"nothing is left to time: {has} and not {', '.join(names)}")
+    return found
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Times what the command line asks for, writes CSV, table and plot, prints the ratios.
 
     Returns:
         0, or 1 when ours was wrong somewhere.
     """
+    providers = selected(arguments)
     device, columns, folder = setting.start(arguments)
-    ops = setting.chosen("--only", arguments.only, list(OPS))
-    names = setting.chosen("--providers", arguments.providers, list(PROVIDERS))
-    names = [name for name in PROVIDERS if name == "eager" or name in names]
     size = SIZES[device.type]
     size = replace(size, batch=arguments.batch or size.batch)
-    cases = [case for suite in SUITES for case in suite.cases(device) if case.op in ops]
+    cases = [case for suite in SUITES for case in suite.cases(device) if case.op in providers]
     # as in the suite of ops: on the CPU bf16 is no one's choice, and compiling takes longer than timing
     cases = [case for case in cases if device.type == "cuda" or case.dtype == "fp32"]
     timer = ColdTimer(device)
@@ -264,19 +287,20 @@ def run(arguments: argparse.Namespace) -> int:
         rows.extend(measured)
 
     total = sum(1 + len(case.modes) for case in cases)
-    total += len(TERMS) * (1 + size.batches) if "branch" in ops else 0
+    total += len(TERMS) * (1 + size.batches) if "branch" in providers else 0
     with tqdm(total=total, unit="part", dynamic_ncols=True) as bar:
-        if "branch" in ops:
-            keep(branch_rows(size, device, timer, arguments.repeats, bar))
+        if "branch" in providers:
+            keep(branch_rows(size, device, providers["branch"], timer, arguments.repeats, bar))
         for case in cases:
             torch.compiler.reset()
-            keep(kernels.measure(case, names, timer, copy, arguments.repeats, bar))
+            keep(kernels.measure(case, providers[case.op], timer, copy, arguments.repeats, bar))
 
     recorded = report.read_csv(path, columns)
     (folder / "perceptual.md").write_text(tables.perceptual(recorded))
     plots.times(recorded, folder / "perceptual.png")
-    print(tables.ratios(rows))
+    print("\n".join(filter(None, (tables.ratios(rows), *tables.all_stages(rows)))))
     print(f"\n{path} and, drawn from it, perceptual.md and perceptual.png")
-    expected = len(cases) * ("ours" in names) + len(TERMS) * ("branch" in ops)
+    expected = sum("ours" in providers[case.op] for case in cases)
+    expected += len(TERMS) * ("ours" in providers.get("branch", ()))
     right = {(row["op"], row["shape"], row["dtype"]) for row in rows if row["provider"] == "ours"}
     return 0 if len(right) == expected else 1

@@ -1,5 +1,6 @@
 """Markdown tables and the summary of a run, from rows of a CSV."""
 
+from benchmarks.bench_lpips_distance import STAGES
 from benchmarks.report import Row, grouped, ratio
 
 
@@ -62,11 +63,34 @@ def branch(rows: list[Row]) -> str:
 
 
 def perceptual(rows: list[Row]) -> str:
-    """The table of the branch, then that of the ops; either may be absent."""
+    """The table of the branch, then that of the ops and of all stages together; any may be absent."""
     of_branch = [row for row in rows if row["op"] == "branch"]
     of_ops = [row for row in rows if row["op"] != "branch"]
-    parts = ((branch, of_branch), (kernels, of_ops))
-    return "\n".join(table(some) for table, some in parts if some)
+    parts = [table(some) for table, some in ((branch, of_branch), (kernels, of_ops)) if some]
+    return "\n".join([*parts, *(f"{line}\n" for line in all_stages(rows))])
+
+
+def all_stages(rows: list[Row]) -> list[str]:
+    """A line per dtype: forward and backward of lpips_distance, summed over the stages that LPIPS compares.
+
+    Of the providers that were timed at every stage; no line without ours and another.
+    """
+    sums: dict[tuple[str, str], dict[str, dict[str, float]]] = {}  # (dtype, batch) -> provider -> stage -> ms
+    for row in rows:
+        if (row["op"], row["mode"]) == ("lpips_distance", "fwd_bwd"):
+            stage, batch = row["shape"].removeprefix("VGG16-").split()[:2]
+            of_provider = sums.setdefault((row["dtype"], batch), {}).setdefault(row["provider"], {})
+            of_provider[stage] = float(row["median_ms"])
+    lines = []
+    for (dtype, batch), stages in sums.items():
+        names = [name for name in ("eager", "compile", "ours") if len(stages.get(name, ())) == len(STAGES)]
+        if names[-1:] != ["ours"] or len(names) == 1:
+            continue
+        total = {name: sum(stages[name].values()) for name in names}
+        times = ", ".join(f"{name} {total[name]:.4g} ms" for name in names)
+        gains = ", ".join(f"{_times(total[name] / total['ours'])} {name}" for name in names[:-1])
+        lines.append(f"lpips_distance fwd_bwd {dtype}: all five stages of {batch}: {times}; ours {gains}")
+    return lines
 
 
 def ratios(rows: list[Row]) -> str:

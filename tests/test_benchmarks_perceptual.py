@@ -11,7 +11,7 @@ import torch
 from pixelgen_kernels.cosine_distance import cosine_distance, cosine_distance_ref
 
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
-from benchmarks import perceptual, report
+from benchmarks import bench_lpips_distance, perceptual, report, tables
 from benchmarks.__main__ import main
 from benchmarks.case import Case, normal
 from benchmarks.measure import ColdTimer
@@ -116,6 +116,35 @@ def test_only_the_branch(tmp_path):
     assert {row["op"] for row in read(tmp_path / "perceptual.csv")} == {"branch"}
 
 
+@pytest.mark.parametrize(
+    ("providers", "timed"),
+    [
+        ("masked", {("branch", "masked")}),
+        ("eager", {("cosine_distance", "eager")}),
+        (
+            "masked,ours",
+            {
+                ("branch", "masked"),
+                ("branch", "ours"),
+                ("cosine_distance", "eager"),
+                ("cosine_distance", "ours"),
+            },
+        ),
+    ],
+)
+def test_only_providers_that_are_asked_for_and_what_they_are_held_against(tmp_path, providers, timed):
+    options = ["--providers", providers, "--batch", "1", "--out", str(tmp_path)]
+    assert main([*OPTIONS, *options]) == 0
+    rows = read(tmp_path / "perceptual.csv")
+    assert {(row["op"], row["provider"]) for row in rows} == timed
+    assert (tmp_path / "perceptual.md").stat().st_size and (tmp_path / "perceptual.png").stat().st_size
+
+
+def test_without_ours_nothing_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(perceptual.Branch, "problems", lambda self: pytest.fail("ours was run"))
+    assert main([*OPTIONS, "--providers", "masked", "--batch", "1", "--out", str(tmp_path)]) == 0
+
+
 def test_a_gathering_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
     def one_too_few(t, gate, *, device):
         rows = gate.passes(t).nonzero()[1:, 0]
@@ -179,13 +208,70 @@ def test_every_repeat_times_the_same_batches():
     [
         (["--only", "swiglu"], "--only must be one of branch, lpips_distance, cosine_distance, got swiglu"),
         (["--shapes", "L/16"], "--shapes has no meaning with --suite perceptual"),
-        (["--providers", "masked"], "--providers must be one of eager, compile, ours, got masked"),
+        (["--providers", "theirs"], "--providers must be one of masked, eager, compile, ours, got theirs"),
+        (
+            ["--only", "branch", "--providers", "eager,compile"],
+            "nothing is left to time: branch has masked, ours and not eager, compile",
+        ),
+        (
+            ["--only", "cosine_distance", "--providers", "masked"],
+            "nothing is left to time: cosine_distance has eager, compile, ours and not masked",
+        ),
     ],
 )
 def test_unknown_names_are_refused(tmp_path, capsys, options, said):
     try:
-        code = main([*OPTIONS, *options, "--out", str(tmp_path)])
+        code = main([*OPTIONS, *options, "--out", str(tmp_path / "results")])
     except SystemExit as exit_:
         code = exit_.code
     assert code == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def stage_rows(times: dict[str, list[float]], mode: str = "fwd_bwd") -> list[report.Row]:
+    """Rows of lpips_distance: provider -> milliseconds of the stages, in order."""
+    return [
+        {
+            "op": "lpips_distance",
+            "provider": provider,
+            "mode": mode,
+            "dtype": "fp32",
+            "shape": f"VGG16-{stage} B=8 C=64",
+            "median_ms": str(time),
+            "gbps": "1",
+            "share_of_copy": "0.5",
+            "peak_mb": "1",
+            **dict.fromkeys(report.SETTING, "x"),
+        }
+        for provider, of_stages in times.items()
+        for stage, time in zip(bench_lpips_distance.STAGES, of_stages, strict=False)
+    ]
+
+
+def test_all_stages_together():
+    times = {"eager": [50.0, 20, 8, 1, 1], "compile": [16.0, 8, 4, 1, 1], "ours": [8.0, 4, 2, 1, 1]}
+    rows = stage_rows(times) + stage_rows({name: [1.0] * 5 for name in times}, mode="fwd")
+    line = "lpips_distance fwd_bwd fp32: all five stages of B=8: eager 80 ms, compile 30 ms, ours 16 ms; "
+    line += "ours 5.00x eager, 1.88x compile"
+    assert tables.all_stages(rows) == [line]
+    assert f"\n{line}\n" in tables.perceptual(rows)
+
+
+def test_stages_are_summed_only_where_all_were_timed():
+    times = {"eager": [5.0] * 5, "compile": [3.0] * 4, "ours": [2.0] * 5}
+    (line,) = tables.all_stages(stage_rows(times))
+    assert line.endswith("all five stages of B=8: eager 25 ms, ours 10 ms; ours 2.50x eager")
+    assert tables.all_stages(stage_rows({**times, "ours": [2.0] * 4})) == []
+    assert tables.all_stages(stage_rows({"ours": [2.0] * 5})) == []
+
+
+def test_a_run_of_lpips_tells_of_all_stages(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(perceptual, "SUITES", [bench_lpips_distance])
+    monkeypatch.setitem(bench_lpips_distance.IMAGE_SIZE, "cpu", 16)
+    options = ["--only", "lpips_distance", "--providers", "ours", "--out", str(tmp_path)]
+    assert main([*OPTIONS, *options]) == 0
+    (line,) = tables.all_stages(read(tmp_path / "perceptual.csv"))
+    assert "lpips_distance fwd_bwd fp32: all five stages of B=8: eager " in line
+    assert line in capsys.readouterr().out.splitlines()
+    assert line in (tmp_path / "perceptual.md").read_text().splitlines()
