@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -12,14 +13,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pixelgen.ablation import FIGURES, ROWS, Line, Table
-from pixelgen.cli import parse, run
+from pixelgen.cli import describe_error, parse, run
 from pixelgen.config import TrainConfig, config_from_yaml, load_config
 from pixelgen.errors import UserError
 
+if TYPE_CHECKING:
+    from pixelgen.trainer import Trainer
+
 KEY = ("row", "seed", "steps", "sample_steps", "options")
+COLUMNS = (*KEY, *FIGURES, "failed")  # the last is the reason, without figures then; else empty
 CELLS_FILE, TABLE_FILE, PLOT_FILE = "ablation.csv", "ablation.md", "ablation.png"
 SHARED = "features"  # OUT/features/SEED: embedded features, the same for all rows
 
@@ -30,13 +35,17 @@ class AblateOptions:
 
     Writes OUT/ablation.csv (a line per row and seed), ablation.md and ablation.png (means and standard
     deviations over the seeds). The runs stay in OUT/runs. What is finished is not run again: the same command
-    continues a grid that was stopped, and with more rows or seeds adds to it.
+    continues a grid that was stopped, and with more rows or seeds adds to it. A run whose training fails is
+    noted with the reason, the others go on, and the exit code is 1.
 
     Args:
-        out: folder of the results; a grid that is there already is continued.
+        out: folder of the results; a grid that is there already is continued. A run whose training failed,
+            such as by a loss that is not finite, is not tried again: for that, delete its line in
+            ablation.csv and its folder in OUT/runs.
         rows: rows of the grid separated by commas, from flow, repa, lpips, p_dino, gate_0.1, gate_0.3,
-            gate_0.6, gate_cosine, gate_snr, gate_learned, no_repa, lpips_0.5, p_dino_0.04; null for all.
-        steps: optimizer steps of every run. The default grid, 13 rows and 3 seeds, takes about 65 minutes on
+            gate_0.6, gate_cosine, gate_sigmoid, gate_snr, gate_learned, no_repa, lpips_0.5, p_dino_0.04;
+            null for all.
+        steps: optimizer steps of every run. The default grid, 14 rows and 3 seeds, takes about 70 minutes on
             two idle cores.
         seeds: seeds separated by commas, each of weights, data order, noise, embedded features and samples.
         sample_steps: solver steps of the samples that are judged.
@@ -60,22 +69,31 @@ class AblateOptions:
         for name in self.row_names:
             if name not in ROWS:
                 raise UserError(f"--rows must be some of {', '.join(ROWS)}, got {name!r}")
-        if not all(seed.isdecimal() for seed in self.seed_names):
-            raise UserError(f"--seeds must be whole numbers separated by commas, got {self.seeds!r}")
+        if not all(map(_is_seed, _names(self.seeds))):
+            raise UserError(
+                f"--seeds must be whole numbers below 2^63 separated by commas, got {self.seeds!r}"
+            )
 
     @property
     def row_names(self) -> list[str]:
         """Names in ``ROWS``, each once."""
-        return list(ROWS) if self.rows is None else _names(self.rows)
+        return list(ROWS) if self.rows is None else list(dict.fromkeys(_names(self.rows)))
 
     @property
     def seed_names(self) -> list[str]:
-        """Seeds as text, each once."""
-        return _names(self.seeds)
+        """Seeds as text, each once: 00 is 0."""
+        return list(dict.fromkeys(str(int(part)) for part in _names(self.seeds)))
 
 
 def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+    return [part.strip() for part in text.split(",")]
+
+
+def _is_seed(text: str) -> bool:
+    try:
+        return text.isdecimal() and int(text) < 2**63
+    except ValueError:  # thousands of digits
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +136,17 @@ def main(argv: list[str] | None = None) -> int:
     # torch is imported only after the command line has been checked.
     import torch
 
+    from pixelgen.pipeline import pick_device
+
+    pick_device(options.device)
     torch.set_float32_matmul_precision("high")
     if options.threads:
         torch.set_num_threads(options.threads)
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made a folder: {error.strerror}") from error
     # Seed by seed: a grid that is stopped has every row of the first seeds.
     cells = [
         Cell(row=row, seed=seed, steps=options.steps, sample_steps=options.sample_steps)
@@ -131,31 +155,38 @@ def main(argv: list[str] | None = None) -> int:
     ]
     lines = read_lines(out / CELLS_FILE)
     missing = [cell for cell in cells if cell.key not in lines]
-    print(f"{out}: {len(cells)} runs, {len(cells) - len(missing)} of them finished", flush=True)
+    failed = sum(bool(lines[cell.key]["failed"]) for cell in cells if cell.key in lines)
+    finished = f"{len(cells) - len(missing) - failed} of them finished"
+    print(f"{out}: {len(cells)} runs, {finished}" + (f" and {failed} failed" if failed else ""), flush=True)
     began = time.perf_counter()
     for count, cell in enumerate(missing, 1):
-        code, figures = run_cell(out, cell, options)
+        code, result = run_cell(out, cell, options)
         if code:
             print(f"stopped in {cell.name}; the same command goes on from there", file=sys.stderr)
             return code
-        lines[cell.key] = dict(zip(KEY, cell.key, strict=True)) | figures
+        lines[cell.key] = dict(zip(KEY, cell.key, strict=True)) | result
         write_lines(out / CELLS_FILE, lines.values())
         left = (time.perf_counter() - began) / count * (len(missing) - count) / 60
-        shown = ", ".join(f"{FIGURES[column][0]} {value}" for column, value in figures.items())
-        print(f"{count} of {len(missing)}  {cell.name}: {shown}; about {left:.0f} min left", flush=True)
+        shown = ", ".join(f"{heading} {result[column]}" for column, (heading, _) in FIGURES.items())
+        told = f"{cell.name} failed: {result['failed']}" if result["failed"] else f"{cell.name}: {shown}"
+        print(f"{count} of {len(missing)}  {told}; about {left:.0f} min left", flush=True)
     table = Table([lines[cell.key] for cell in cells])
     text = table.markdown(options.steps, options.sample_steps)
     (out / TABLE_FILE).write_text(text)
     table.draw(options.steps).savefig(out / PLOT_FILE, format="png", dpi=110)
     print(f"\n{text}\n{out / TABLE_FILE}, {out / PLOT_FILE} and, a line per run, {out / CELLS_FILE}")
-    return 0
+    names = [cell.name for cell in cells if lines[cell.key]["failed"]]
+    if names:
+        print(f"{len(names)} of {len(cells)} runs failed: {', '.join(names)}", file=sys.stderr)
+    return 1 if names else 0
 
 
 def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
     """Trains a cell, or goes on where it was stopped, and evaluates it.
 
     Returns:
-        The exit code of the training and, where that is 0, the columns of ``FIGURES``.
+        The exit code of a training that was stopped, else 0, and then the columns of ``FIGURES`` and
+        ``failed``.
     """
     from pixelgen import evaluate
     from pixelgen.plots import read_metrics
@@ -165,12 +196,19 @@ def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
     run_dir.parent.mkdir(exist_ok=True)
     # A line for every few steps would bury the grid's own; on a terminal a bar shows where training is.
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(Path(f"{run_dir}.log").open("w"))
+        log = stack.enter_context(Path(f"{run_dir}.log").open("a"))
         stack.enter_context(contextlib.redirect_stdout(log))
         if not sys.stderr.isatty():
             stack.enter_context(contextlib.redirect_stderr(log))
         config = cell.config(options.device, options.threads)
-        if code := train_cell(run_dir, config, out / SHARED / cell.seed):
+        trainer = build_trainer(run_dir, config, out / SHARED / cell.seed)
+        try:
+            code = trainer.train()
+        except UserError as error:  # a loss that is not finite: no reason to keep the other cells waiting
+            reason = describe_error(error)
+            print(reason)
+            return 0, {**dict.fromkeys(FIGURES, ""), "failed": reason}
+        if code:
             return code, {}
         figures = run_dir / "figures.json"
         figures.unlink(missing_ok=True)
@@ -185,11 +223,11 @@ def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
         "variance": report["variance_ratio"],
         "seconds_per_step": statistics.median(milliseconds) / 1000,
     }
-    return 0, {column: f"{values[column]:.5g}" for column in FIGURES}
+    return 0, {column: f"{values[column]:.5g}" for column in FIGURES} | {"failed": ""}
 
 
-def train_cell(run_dir: Path, config: TrainConfig, shared: Path) -> int:
-    """Trains in ``run_dir``, from its checkpoint if there is one; returns the exit code.
+def build_trainer(run_dir: Path, config: TrainConfig, shared: Path) -> Trainer:
+    """The trainer of a run, at its newest checkpoint if there is one.
 
     Args:
         run_dir: folder of the run, existing or not.
@@ -208,7 +246,7 @@ def train_cell(run_dir: Path, config: TrainConfig, shared: Path) -> int:
         kept = config_from_yaml((run_dir / checkpoints.CONFIG_FILE).read_text())
         if (kept.loss, kept.train, kept.seed) != (config.loss, config.train, config.seed):
             raise UserError(f"{run_dir} was trained with other options; choose another --out")
-        return Trainer.resume(str(run_dir), config).train()
+        return Trainer.resume(str(run_dir), config)
     if run_dir.exists():  # stopped before its first checkpoint
         shutil.rmtree(run_dir)
     run_dir.mkdir()
@@ -220,30 +258,51 @@ def train_cell(run_dir: Path, config: TrainConfig, shared: Path) -> int:
         partial = shared / f"{FILE_NAME}.tmp"
         shutil.copy(run_dir / FILE_NAME, partial)
         partial.replace(shared / FILE_NAME)  # whole, whenever this is stopped
-    return trainer.train()
+    return trainer
 
 
 def read_lines(path: Path) -> dict[tuple[str, ...], Line]:
-    """The finished cells of a grid by the columns of ``KEY``; none where there is no file.
+    """The finished and failed cells of a grid by the columns of ``KEY``; none where there is no file.
 
     Raises:
-        UserError: the file has other columns.
+        UserError: the file has other columns, or a line without its figures.
     """
     if not path.exists():
         return {}
-    columns = (*KEY, *FIGURES)
+    lines = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != columns:
-            raise UserError(f"{path}: the columns must be {','.join(columns)}, got {reader.fieldnames}")
-        return {tuple(line[column] for column in KEY): line for line in reader}
+        try:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise UserError(f"{path}: the columns must be {','.join(COLUMNS)}, got {reader.fieldnames}")
+            for line in reader:
+                if problem := _problem(line):
+                    raise UserError(f"{path}, line {reader.line_num}: {problem}")
+                lines[tuple(line[column] for column in KEY)] = line
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a CSV file: {describe_error(error)}") from error
+    return lines
+
+
+def _problem(line: dict[str, str]) -> str | None:
+    """What keeps a line from being shown. Cells that it lacks are None, and None is the key of too many."""
+    if None in line or None in line.values():
+        return f"there must be {len(COLUMNS)} cells"
+    for column in () if line["failed"] else FIGURES:
+        try:
+            is_number = math.isfinite(float(line[column]))
+        except ValueError:
+            is_number = False
+        if not is_number:
+            return f"{column} must be a number, got {line[column]!r}"
+    return None
 
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
     """Writes the cells of a grid; a process that is killed leaves the old file."""
     partial = path.with_suffix(".tmp")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, (*KEY, *FIGURES))
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
     partial.replace(path)

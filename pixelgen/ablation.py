@@ -66,6 +66,7 @@ ROWS = {
     "gate_0.3": Study(label="all terms, gate 0.3", gate_t=0.3, paper_fid=7.53),
     "gate_0.6": Study(label="all terms, gate 0.6", gate_t=0.6, paper_fid=10.72),
     "gate_cosine": Study(label="all terms, cosine gate from 0.3", gate_t=0.3, gate="cosine"),
+    "gate_sigmoid": Study(label="all terms, sigmoid gate at 0.3", gate_t=0.3, gate="sigmoid"),
     "gate_snr": Study(label="all terms, SNR gate from 0.3", gate_t=0.3, gate="snr"),
     "gate_learned": Study(label="all terms, learned gate from 0.3", gate_t=0.3, gate="learned"),
     "no_repa": Study(label="all but REPA, gate 0.3", alignment=0, gate_t=0.3, paper_fid=11.81),
@@ -75,19 +76,37 @@ ROWS = {
 
 
 class Table:
-    """Means and standard deviations over seeds, row by row.
+    """Means and standard deviations over the seeds that did not fail, row by row.
 
     Args:
-        lines: finished cells, at equal steps.
+        lines: finished and failed cells, at equal steps.
     """
 
     def __init__(self, lines: Iterable[Line]) -> None:
-        self.values: dict[str, dict[str, Line]] = {}  # row -> seed -> line
+        self.values: dict[str, dict[str, Line]] = {}  # row -> seed -> line of what finished
+        self.failures: dict[str, dict[str, str]] = {}  # row -> seed -> reason; the same rows
         for line in lines:
-            self.values.setdefault(line["row"], {})[line["seed"]] = line
+            finished = self.values.setdefault(line["row"], {})
+            failed = self.failures.setdefault(line["row"], {})
+            if line["failed"]:
+                failed[line["seed"]] = line["failed"]
+            else:
+                finished[line["seed"]] = line
+
+    def num_seeds(self, row: str) -> int:
+        """Seeds of a row, finished or failed."""
+        return len(self.values[row]) + len(self.failures[row])
+
+    def label(self, row: str) -> str:
+        """What a row trains with, and how much of it failed."""
+        failed = len(self.failures[row])
+        if not failed:
+            return ROWS[row].label
+        share = "" if failed == self.num_seeds(row) else f"{failed} of {self.num_seeds(row)} "
+        return f"{ROWS[row].label} ({share}failed)"
 
     def of_seeds(self, row: str, column: str) -> list[float]:
-        """The values of a row, in the order of its seeds."""
+        """The values of a row, in the order of its seeds; none where all failed."""
         return [float(line[column]) for line in self.values[row].values()]
 
     def mean(self, row: str, column: str) -> float:
@@ -106,7 +125,10 @@ class Table:
         pairs = [
             (float(line["frechet"]), float(self.values[baseline][seed]["frechet"]))
             for seed, line in self.values[row].items()
+            if seed in self.values[baseline]
         ]
+        if not pairs:
+            return ""
         change = statistics.fmean(ours - theirs for ours, theirs in pairs)
         return f"{change:+.1f}, {sum(ours < theirs for ours, theirs in pairs)} of {len(pairs)}"
 
@@ -116,21 +138,30 @@ class Table:
         head += [*(f"Frechet against `{name}`" for name in BASELINES), "the paper's FID"]
         lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
         for row in self.values:
-            cells, fid = [f"`{row}`", ROWS[row].label], ROWS[row].paper_fid
+            cells, fid = [f"`{row}`", self.label(row)], ROWS[row].paper_fid
             for column, (_, digits) in FIGURES.items():
+                if not self.values[row]:
+                    cells.append("failed")
+                    continue
                 deviation = self.deviation(row, column)
                 spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
                 cells.append(f"{self.mean(row, column):.{digits}f}{spread}")
             cells += [*(self.gain(row, name) for name in BASELINES), "" if fid is None else f"{fid:.2f}"]
             lines.append(cells)
-        seeds = max(len(of_row) for of_row in self.values.values())
+        seeds = max(map(self.num_seeds, self.values))
         told = (
             f"Digits, {steps} steps; number of seeds: {seeds}; mean ± standard deviation over them; "
             f"{sample_steps} Heun steps without guidance. Against a row: mean change of the Frechet distance "
             "at the same seed, below 0 is better, and for how many seeds it falls. The paper's FID: the same "
             "terms on ImageNet 256 (arXiv 2602.02493, Table 5)."
         )
-        return f"{told}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text = f"{told}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        failures = "".join(
+            f"- `{row}`, seed {seed}, failed: {reason}\n"
+            for row, reasons in self.failures.items()
+            for seed, reason in reasons.items()
+        )
+        return f"{text}\n{failures}" if failures else text
 
     def draw(self, steps: int) -> Figure:
         """A panel per figure: every seed, means and standard deviations."""
@@ -144,6 +175,8 @@ class Table:
         for panel, (column, (heading, _)) in zip(panels, FIGURES.items(), strict=True):
             for place, row in enumerate(rows):
                 values = self.of_seeds(row, column)
+                if not values:
+                    continue
                 panel.plot(values, [place] * len(values), "o", color="#9ecae1", markersize=4)
                 panel.errorbar(
                     self.mean(row, column),
@@ -157,11 +190,11 @@ class Table:
             panel.set_title(heading, fontsize=10)
             panel.tick_params(labelsize=8)
             panel.locator_params(axis="x", nbins=4)
-            panel.margins(x=0.1, y=0.5 / len(rows))
+            panel.margins(x=0.1)
             panel.grid(True, color="#e5e5e5", linewidth=0.6)
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
-        panels[0].set_yticks(range(len(rows)), [ROWS[row].label for row in rows], fontsize=9)
-        panels[0].invert_yaxis()
+        panels[0].set_yticks(range(len(rows)), [self.label(row) for row in rows], fontsize=9)
+        panels[0].set_ylim(len(rows) - 0.5, -0.5)  # from the top, with rows that have no point
         figure.suptitle(f"Digits, {steps} steps: every seed, mean and standard deviation", fontsize=10)
         return figure

@@ -2,15 +2,18 @@
 
 import csv
 import os
+import shutil
 import signal
+import typing
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 
 from pixelgen import ablate
-from pixelgen.ablate import KEY, Cell
+from pixelgen.ablate import COLUMNS, Cell
 from pixelgen.ablation import FIGURES, ROWS, Study, Table
+from pixelgen.config import LossConfig
 from pixelgen.encoders import embedded
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
@@ -43,7 +46,7 @@ def test_a_grid_is_run_once_and_grows(tmp_path, trainings, monkeypatch, capsys):
     out = tmp_path / "grid"
     assert ablate.main([*QUICK, "--rows", "flow,repa,lpips", "--out", str(out)]) == 0
     rows = read(out)
-    assert tuple(rows[0]) == (*KEY, *FIGURES)
+    assert tuple(rows[0]) == COLUMNS and {row["failed"] for row in rows} == {""}
     assert [row["row"] for row in rows] == ["flow", "repa", "lpips"]
     for row in rows:
         assert (row["seed"], row["steps"], row["sample_steps"]) == ("0", "4", "1")
@@ -103,6 +106,9 @@ def test_a_grid_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     (undisturbed,), (stopped,) = read(tmp_path / "undisturbed"), read(tmp_path / "stopped")
     for column in ("frechet", "accuracy", "variance"):
         assert undisturbed[column] == stopped[column]
+    log = (tmp_path / "stopped" / "runs" / "flow-4-seed0.log").read_text()
+    before, _, after = log.partition("stopped by signal 2;")  # of the run that was stopped, then of the other
+    assert "step 3 " in before and "step 4 " not in before and "step 4 " in after
 
 
 def test_a_run_without_a_checkpoint_starts_anew(tmp_path):
@@ -127,6 +133,100 @@ def test_a_file_that_is_no_grid_is_refused(tmp_path):
         ablate.main([*QUICK, "--rows", "flow", "--out", str(tmp_path)])
 
 
+KEY_CELLS = ",".join(("flow", "0", "4", "1", "x"))
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (f"{KEY_CELLS},1,1,1,1,", None),
+        (f"{KEY_CELLS},1,1,,1,", "line 3: variance must be a number, got ''"),
+        (f"{KEY_CELLS},many,1,1,1,", "line 3: frechet must be a number, got 'many'"),
+        (f"{KEY_CELLS},1,nan,1,1,", "line 3: accuracy must be a number, got 'nan'"),
+        (f"{KEY_CELLS},1,1", "line 3: there must be 10 cells"),
+        (f"{KEY_CELLS},1,1,1,1,,1", "line 3: there must be 10 cells"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_named(tmp_path, cells, said):
+    path = tmp_path / "ablation.csv"
+    path.write_text(f"{','.join(COLUMNS)}\n{KEY_CELLS},,,,,training stopped\n{cells}\n")
+    if said is None:
+        assert len(ablate.read_lines(path)) == 1  # the same cell: the last line counts
+        return
+    with pytest.raises(UserError) as caught:
+        ablate.read_lines(path)
+    assert str(caught.value) == f"{path}, {said}"
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "ablation.csv"
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(UserError, match=r"ablation\.csv: not a CSV file: "):
+        ablate.read_lines(path)
+
+
+@pytest.fixture
+def exploding(monkeypatch) -> list[str]:
+    """Rows whose weights become NaN before their third step: repa, unless the list is changed."""
+    rows, train_step = ["repa"], Trainer.train_step
+
+    def explode(self, *batch):
+        if self.run_dir.name.split("-")[0] in rows and self.step == 2:
+            self.model.final_layer.linear.weight.data.fill_(float("nan"))
+        return train_step(self, *batch)
+
+    monkeypatch.setattr(Trainer, "train_step", explode)
+    return rows
+
+
+def test_a_run_that_fails_is_recorded_and_others_go_on(tmp_path, trainings, exploding, capsys, monkeypatch):
+    argv = [*QUICK, "--rows", "repa,flow", "--out", str(tmp_path)]
+    assert ablate.main(argv) == 1
+    failed, finished = read(tmp_path)
+    reason = failed["failed"]
+    assert failed["row"] == "repa" and "training stopped at step 3" in reason
+    assert {failed[column] for column in FIGURES} == {""}
+    assert finished["row"] == "flow" and finished["failed"] == "" and float(finished["frechet"]) > 0
+    told = capsys.readouterr()
+    assert f"1 of 2  repa-4-seed0 failed: {reason}" in told.out
+    assert "2 of 2  flow-4-seed0: Frechet" in told.out
+    assert "1 of 2 runs failed: repa-4-seed0" in told.err
+    assert reason in (tmp_path / "runs" / "repa-4-seed0.log").read_text()
+    table = (tmp_path / "ablation.md").read_text()
+    assert "| `repa` | + REPA (failed) | failed | failed | failed | failed |  |  | 23.67 |" in table
+    assert f"`repa`, seed 0, failed: {reason}" in table
+
+    exploding.clear()
+    with monkeypatch.context() as patch:  # it would fail again: not tried
+        patch.setattr(ablate, "run_cell", lambda *arguments: pytest.fail("run again"))
+        assert ablate.main(argv) == 1
+    assert "2 runs, 1 of them finished and 1 failed" in capsys.readouterr().out
+    assert read(tmp_path) == [failed, finished]
+    ablate.write_lines(tmp_path / "ablation.csv", [finished])  # as --help says
+    shutil.rmtree(tmp_path / "runs" / "repa-4-seed0")
+    assert ablate.main(argv) == 0
+    assert [row["row"] for row in read(tmp_path)] == ["flow", "repa"]
+    assert (tmp_path / "ablation.md").read_text().count("failed") == 0
+
+
+def test_a_mistake_outside_training_stops_the_grid(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise UserError("no features")
+
+    monkeypatch.setattr(embedded, "train_embedded", refuse)
+    with pytest.raises(UserError, match="no features"):
+        ablate.main([*QUICK, "--rows", "repa,flow", "--out", str(tmp_path)])
+    assert not (tmp_path / "ablation.csv").exists()
+
+
+def test_help_lists_the_rows(capsys):
+    with pytest.raises(SystemExit):
+        ablate.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"from {', '.join(ROWS)}; null for all" in text
+    assert "delete its line in ablation.csv" in text
+
+
 def test_rows_differ_in_their_terms_alone():
     configs = {row: Cell(row=row, seed="3", steps=60, sample_steps=2).config("cpu", 0) for row in ROWS}
     terms = {
@@ -147,13 +247,22 @@ def test_rows_differ_in_their_terms_alone():
     assert terms["no_repa"] == (0, 0.1, 0.01, 0.3, "hard")
     assert {(c.seed, c.train.max_steps, c.train.sample_every) for c in configs.values()} == {(3, 60, 0)}
     assert terms["gate_cosine"] == (0.5, 0.1, 0.01, 0.3, "cosine")
+    assert terms["gate_sigmoid"] == (0.5, 0.1, 0.01, 0.3, "sigmoid")
+    assert ROWS["gate_sigmoid"].label == "all terms, sigmoid gate at 0.3"
+    assert {gate for *_, gate in terms.values()} == set(
+        typing.get_args(typing.get_type_hints(LossConfig)["gate"])
+    )
     same = {(c.model, c.data, c.time, c.optimizer, c.ema) for c in configs.values()}
     assert len(same) == 1
 
 
 def line(row: str, seed: str, frechet: float) -> dict[str, str]:
     rest = {"accuracy": "0.5", "variance": "0.25", "seconds_per_step": "0.1"}
-    return {"row": row, "seed": seed, "frechet": str(frechet), **rest}
+    return {"row": row, "seed": seed, "frechet": str(frechet), **rest, "failed": ""}
+
+
+def failure(row: str, seed: str) -> dict[str, str]:
+    return {"row": row, "seed": seed, **dict.fromkeys(FIGURES, ""), "failed": "a | b"}
 
 
 def test_means_deviations_and_gains():
@@ -177,6 +286,44 @@ def test_a_row_that_the_paper_does_not_have():
     assert row.endswith("| 0.1000 |  |  |  |")
 
 
+def test_failed_seeds_are_left_out_of_means_and_told():
+    table = Table(
+        [
+            *(line("flow", seed, value) for seed, value in zip("01", (10.0, 20.0), strict=True)),
+            failure("flow", "2"),
+            *(failure("repa", seed) for seed in "01"),
+            line("repa", "2", 4),
+            *(failure("lpips", seed) for seed in "012"),
+        ]
+    )
+    assert table.mean("flow", "frechet") == 15
+    assert table.gain("repa", "flow") == ""  # no seed has both
+    text = table.markdown(7, 9)
+    rows = {row.split("`")[1]: row for row in text.splitlines() if row.startswith("| `")}
+    assert rows["flow"].startswith("| `flow` | flow matching alone (1 of 3 failed) | 15.0 ± 7.1 | 0.5000 ±")
+    assert rows["repa"].startswith("| `repa` | + REPA (2 of 3 failed) | 4.0 | 0.5000 |")
+    assert rows["lpips"].startswith("| `lpips` | + REPA + LPIPS (failed) | failed | failed | failed |")
+    assert "number of seeds: 3;" in text
+    assert text.endswith("\n- `lpips`, seed 2, failed: a | b\n") and text.count("failed: a | b") == 6
+    panel = table.draw(7).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [
+        "flow matching alone (1 of 3 failed)",
+        "+ REPA (2 of 3 failed)",
+        "+ REPA + LPIPS (failed)",
+    ]
+    points = [tuple(drawn.get_xdata()) for drawn in panel.lines if len(drawn.get_xdata()) == 2]
+    assert (10, 20) in points
+    low, high = sorted(panel.get_ylim())
+    assert low < 0 and high > 2  # the last row, where nothing is drawn, is seen
+
+
+def test_a_grid_that_failed_as_a_whole_can_be_drawn(tmp_path):
+    table = Table([failure("flow", "0")])
+    assert "| `flow` | flow matching alone (failed) | failed |" in table.markdown(7, 9)
+    table.draw(7).savefig(tmp_path / "plot.png")
+    assert plt.imread(tmp_path / "plot.png").shape[1] > 1000
+
+
 def test_one_seed_has_no_deviation():
     table = Table([line("lpips", "0", 12.5)])
     assert table.deviation("lpips", "frechet") is None
@@ -198,8 +345,10 @@ def test_the_plot_shows_every_seed_and_the_means():
     ("options", "said"),
     [
         (["--rows", "flow,lpip"], "--rows must be some of flow, repa, .*, got 'lpip'"),
-        (["--seeds", "0,-1"], "--seeds must be whole numbers separated by commas, got '0,-1'"),
-        (["--seeds", ""], "--seeds must be whole numbers separated by commas, got ''"),
+        (["--seeds", "0,-1"], "--seeds must be whole numbers below 2\\^63 separated by commas, got '0,-1'"),
+        (["--seeds", ""], "--seeds must be whole numbers below 2\\^63 separated by commas, got ''"),
+        (["--seeds", "1,9223372036854775808"], "--seeds must be whole numbers below 2\\^63"),
+        (["--seeds", "9" * 5000], "--seeds must be whole numbers below 2\\^63"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--sample-steps", "0"], "--sample-steps must be at least 1, got 0"),
         (["--device", "gpu"], "--device must be one of auto, cpu, cuda, got 'gpu'"),
@@ -209,3 +358,25 @@ def test_wrong_options(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
         ablate.main([*options, "--out", str(tmp_path / "grid")])
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_seed_counts_once_however_it_is_written():
+    assert ablate.AblateOptions(seeds="00,0, 1,01,9223372036854775807").seed_names == [
+        "0",
+        "1",
+        "9223372036854775807",
+    ]
+
+
+def test_cuda_that_is_not_there_is_told_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="'cuda' was asked for but PyTorch sees no CUDA device"):
+        ablate.main(["--device", "cuda", "--out", str(tmp_path / "grid")])
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/grid"])
+def test_a_file_in_the_place_of_the_folder(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--out .*/{out} cannot be made a folder: "):
+        ablate.main([*QUICK, "--out", str(tmp_path / out)])
