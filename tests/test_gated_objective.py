@@ -267,21 +267,21 @@ def _move_balance(rank: int, store: str, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _balance_of(*ranks: int) -> float:
-    """The weight after an update by the mean of the ranks' losses."""
+def _balance_of(*parts: int) -> float:
+    """The weight after an update by parts of a batch, each with its share of the terms and the gate."""
     balance = BalanceWeight(0, 1, form="global")
+    balance.parts = len(parts)
     parameter = torch.ones(3, requires_grad=True)
-    losses = [
-        ((parameter * torch.tensor([1.0 + rank, 2.0, -rank])).sum(), (parameter**2).sum() * (1 + 4 * rank))
-        for rank in ranks
-    ]
-    flow, perceptual = (torch.stack(parts).mean() for parts in zip(*losses, strict=True))
-    # the gates' weights sum to 0.75: to less than one sample
-    balance.update(flow, perceptual, parameter, torch.tensor(0.25 + 0.25 * sum(ranks)))
+    for part in parts:
+        assert float(balance.weight) == 1
+        flow = (parameter * torch.tensor([1.0 + part, 2.0, -part])).sum() / 2
+        perceptual = (parameter**2).sum() * (1 + 4 * part) / 2
+        # the gates' weights sum to 0.75: to less than one sample
+        balance.update(flow, perceptual, parameter, torch.tensor(0.25 + 0.25 * part))
     return float(balance.weight)
 
 
-def test_global_balance_agrees_over_processes(tmp_path: Any) -> None:
+def test_global_balance_agrees_over_processes_and_parts(tmp_path: Any) -> None:
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
@@ -291,6 +291,36 @@ def test_global_balance_agrees_over_processes(tmp_path: Any) -> None:
     rate = 0.2 * 0.75
     expected = (1 - rate) * 1 + rate * flow / (perceptual + 1e-4)
     assert first == second == pytest.approx(expected, rel=1e-5)
+    assert _balance_of(0, 1) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("p_dino_gate", ["paper", "released"])
+def test_the_terms_of_parts_add_up_to_those_of_the_whole(schedule: str, p_dino_gate: str) -> None:
+    """Values and gradients, whatever the parts hold: here one in which nothing passes the gate."""
+    if p_dino_gate == "released" and schedule != "hard":
+        pytest.skip("the released gate knows only hard")
+    gate = NoiseGate(schedule, 0.4, 0.2)
+    objective = make_objective(
+        gate=gate,
+        p_dino_gate=p_dino_gate,
+        lpips=LPIPS(TwoStages(), ops=select("auto")),
+        adversarial_weight=0.2,
+    )
+    batch = make_batch((0.1, 0.2, 0.55, 0.9))
+    leaves = (batch["x_pred"], *(parameter for parameter in objective.parameters()))
+    whole = objective(**batch)
+    wanted = grad_of(whole["loss"], *leaves)
+    parts, gradients = [], []
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 4)):
+        part = {name: value[rows] for name, value in batch.items()}
+        parts.append(objective(**part, whole_t=batch["t"]))
+        gradients.append(grad_of(parts[-1]["loss"], *leaves))
+    for name, value in whole.items():
+        total = sum(float(part.get(name, 0)) for part in parts)
+        assert total == pytest.approx(float(value), rel=1e-5, abs=1e-6), name
+    for expected, *shares in zip(wanted, *gradients, strict=True):
+        torch.testing.assert_close(torch.stack(shares).sum(0), expected, rtol=1e-4, atol=1e-6)
 
 
 # --- schedules ---

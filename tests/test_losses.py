@@ -31,24 +31,24 @@ from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, Embedde
 from pixelgen.losses.alignment import Projector
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.flow_matching import flow_matching
-from pixelgen.losses.gate import masked_mean
+from pixelgen.losses.gate import masked_sum
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.models.sizes import model_config
 
 # --- the reductions ---
 
 
-def test_masked_mean_is_the_mean_of_what_is_kept() -> None:
+def test_masked_sum_is_the_sum_of_what_is_kept() -> None:
     values = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
-    kept = masked_mean(values, torch.tensor([True, False, True]))
-    assert float(kept) == 3.5 and grad_of(kept, values)[0].tolist() == [0.5, 0.0, 0.5]
-    nothing = masked_mean(values, torch.zeros(3, dtype=torch.bool))
+    kept = masked_sum(values, torch.tensor([True, False, True]))
+    assert float(kept) == 7.0 and grad_of(kept, values)[0].tolist() == [1.0, 0.0, 1.0]
+    nothing = masked_sum(values, torch.zeros(3, dtype=torch.bool))
     assert float(nothing) == 0 and grad_of(nothing, values)[0].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_masked_mean_is_not_touched_by_a_nan_that_is_not_kept() -> None:
+def test_masked_sum_is_not_touched_by_a_nan_that_is_not_kept() -> None:
     values = torch.tensor([1.0, math.nan])
-    assert float(masked_mean(values, torch.tensor([True, False]))) == 1.0
+    assert float(masked_sum(values, torch.tensor([True, False]))) == 1.0
 
 
 # --- the terms ---

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pixelgen_kernels import select
-from torch import Tensor
+from torch import Tensor, nn
 
+from pixelgen.encoders.base import TokenEncoder
 from pixelgen.encoders.build import build_stage_encoder, build_token_encoder
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, embedded_features
 from pixelgen.losses.gate import NoiseGate
@@ -45,6 +47,43 @@ def build_objective(
     Raises:
         UserError: unknown encoder names, weights that cannot be had, images that do not fit.
     """
+    # What the encoders draw must not move the projector's start: trained features draw more than loaded ones.
+    with torch.random.fork_rng(devices=[]):
+        lpips, encoder = _build_networks(loss, model, run_dir, images, seed, kernels)
+    return Objective(
+        feature_width=model.width,
+        patch_size=model.patch_size,
+        image_size=model.image_height_width,
+        encoder=encoder,
+        lpips=lpips,
+        alignment_weight=loss.alignment_weight,
+        alignment_schedule=loss.alignment_schedule,
+        lpips_weight=loss.lpips_weight,
+        p_dino_weight=loss.p_dino_weight,
+        perceptual_ratio=loss.perceptual_ratio,
+        projector_width=loss.projector_width,
+        gate=NoiseGate(loss.gate, loss.gate_t, loss.gate_width),
+        p_dino_gate=loss.p_dino_gate,
+        balance=loss.balance,
+        balance_start_step=loss.balance_start_step,
+        balance_every=loss.balance_every,
+        adversarial_weight=loss.adversarial_weight,
+        adversarial_start_step=loss.adversarial_start_step,
+        adversarial_r1_weight=loss.adversarial_r1_weight,
+        t_eps=t_eps,
+        kernels=kernels,
+    )
+
+
+def _build_networks(
+    loss: LossConfig,
+    model: ModelConfig,
+    run_dir: str | Path,
+    images: Callable[[], tuple[Tensor, Tensor]],
+    seed: int,
+    kernels: Literal["auto", "eager"],
+) -> tuple[LPIPS | None, TokenEncoder | nn.Module | None]:
+    """LPIPS and the token encoder; None for what no weight needs."""
     needs_lpips = loss.lpips_weight * loss.perceptual_ratio > 0
     needs_tokens = (
         loss.uses_alignment or loss.p_dino_weight * loss.perceptual_ratio > 0 or loss.adversarial_weight > 0
@@ -71,26 +110,4 @@ def build_objective(
             seed=seed,
             embedded=embedded,
         )
-    return Objective(
-        feature_width=model.width,
-        patch_size=model.patch_size,
-        image_size=model.image_height_width,
-        encoder=encoder,
-        lpips=lpips,
-        alignment_weight=loss.alignment_weight,
-        alignment_schedule=loss.alignment_schedule,
-        lpips_weight=loss.lpips_weight,
-        p_dino_weight=loss.p_dino_weight,
-        perceptual_ratio=loss.perceptual_ratio,
-        projector_width=loss.projector_width,
-        gate=NoiseGate(loss.gate, loss.gate_t, loss.gate_width),
-        p_dino_gate=loss.p_dino_gate,
-        balance=loss.balance,
-        balance_start_step=loss.balance_start_step,
-        balance_every=loss.balance_every,
-        adversarial_weight=loss.adversarial_weight,
-        adversarial_start_step=loss.adversarial_start_step,
-        adversarial_r1_weight=loss.adversarial_r1_weight,
-        t_eps=t_eps,
-        kernels=kernels,
-    )
+    return lpips, encoder

@@ -85,15 +85,17 @@ class NoiseGate(nn.Module):
             weight = torch.exp(-self._of_bin(t))
         return torch.where(self.passes(t), weight, 0.0)
 
-    def penalty(self, t: Tensor, loss: Tensor, is_real: Tensor) -> Tensor:
+    def penalty(self, t: Tensor, loss: Tensor) -> Tensor:
         """What the learned weights pay for being small: c times the mean of u, a scalar.
 
         Args:
-            t: (K,) time of the samples that pass.
-            loss: (K,) their weighted perceptual loss; its gradient is not used.
-            is_real: (K,) bool, False for padding.
+            t: (W,) times of the whole batch; those that pass count.
+            loss: c, the mean of the weighted perceptual losses of the samples that pass, or a part of it; its
+                gradient is not used.
         """
-        return masked_mean(loss.detach(), is_real) * masked_mean(self._of_bin(t.float()), is_real)
+        passes = self.passes(t)
+        mean = masked_sum(self._of_bin(t.float()), passes) / passes.sum().clamp_min(1)
+        return loss.detach() * mean
 
     def _of_bin(self, t: Tensor) -> Tensor:
         return self.log_scale[(t * self.bins).long().clamp(0, self.bins - 1)]
@@ -162,6 +164,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def masked_mean(per_sample: Tensor, keep: Tensor) -> Tensor:
-    """Mean of per_sample (B,) over keep (B,) bool; zero with zero gradient if none is kept. No host sync."""
-    return torch.where(keep, per_sample, 0.0).sum() / keep.sum().clamp_min(1)
+def masked_sum(per_sample: Tensor, keep: Tensor) -> Tensor:
+    """Sum of per_sample (B,) over keep (B,) bool; zero with zero gradient if none is kept. No host sync."""
+    return torch.where(keep, per_sample, 0.0).sum()

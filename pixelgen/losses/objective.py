@@ -16,7 +16,7 @@ from pixelgen.losses.alignment import Projector, alignment
 from pixelgen.losses.balance import BalanceWeight
 from pixelgen.losses.features import FeatureNetworks
 from pixelgen.losses.flow_matching import flow_matching
-from pixelgen.losses.gate import NoiseGate, Selection, masked_mean, select_samples
+from pixelgen.losses.gate import NoiseGate, Selection, masked_sum, select_samples, to_device
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.p_dino import p_dino
 
@@ -181,8 +181,10 @@ class Objective(nn.Module):
         step: int = 0,
         balance_parameter: Tensor | None = None,
         host_t: Tensor | None = None,
+        whole_t: Tensor | None = None,
+        update_balance: bool = True,
     ) -> dict[str, Tensor]:
-        """All terms of one batch.
+        """All terms of one batch, or of the part of a batch that this process works on.
 
         Call it inside the autocast context of the denoiser: the encoders follow it, every distance is fp32.
 
@@ -196,6 +198,10 @@ class Objective(nn.Module):
             balance_parameter: weight of the denoiser's last linear layer, needed for the balance.
             host_t: the values of t on the host. With them the perceptual networks run on the samples that
                 pass the gate only; without, and with t on another device, they run on all.
+            whole_t: (W,) the times of the whole batch where this is a part of it, on the host as ``host_t``.
+                Sums over this part are then divided by the counts of the whole: the terms of all parts add up
+                to those of the whole, and so do their gradients.
+            update_balance: update the balance weight where it is due, before it is used.
 
         Returns:
             Scalars: ``loss`` with gradient, and what it is made of, before the weights of the terms and after
@@ -217,23 +223,25 @@ class Objective(nn.Module):
                 raise ValueError(
                     f"Objective: {name} must have shape (B,) = ({len(x)},), got {tuple(time.shape)}"
                 )
+        own_t = t if host_t is None else host_t
+        whole = _Whole.of(own_t if whole_t is None else whole_t, self.gate)
         flow = flow_matching(x_pred, x, t, t_eps=self.t_eps, ops=self.ops)
         self.per_sample = {"flow_matching": flow.detach()}
-        passing = select_samples(t if host_t is None else host_t, self.gate, device=x_pred.device)
-        seen = self._look(x_pred, x, passing, step)
-        terms = {"flow_matching": flow.mean()}
+        passing = select_samples(own_t, self.gate, device=x_pred.device)
+        seen = self._look(x_pred, x, passing, whole, step)
+        terms = {"flow_matching": flow.sum() / whole.size}
         loss = terms["flow_matching"]
 
         if seen.target_of_all is not None:
             distance = self._alignment(features, seen.target_of_all)
-            terms["alignment"] = distance.mean()
+            terms["alignment"] = distance.sum() / whole.size
             loss = loss + self.alignment_weight(step) * terms["alignment"]
         if self.uses_lpips or self.uses_p_dino:
             weight = self.gate(passing.rows(t))
-            perceptual, penalty = self._perceptual(t, weight, passing, seen, terms)
+            perceptual, penalty = self._perceptual(t, weight, passing, seen, whole, terms)
             ratio: float | Tensor = self.perceptual_ratio
             if self.balance is not None:
-                if self.balance.is_due(step):
+                if update_balance and self.balance.is_due(step):
                     seen_weight = torch.where(passing.is_real, weight.detach(), 0.0).sum()
                     self._update_balance(terms["flow_matching"], perceptual, balance_parameter, seen_weight)
                 ratio = ratio * self.balance.weight
@@ -242,19 +250,22 @@ class Objective(nn.Module):
         if self.balance is not None:
             terms["balance_weight"] = self.balance.weight
         if isinstance(self.discriminator, Discriminator) and seen.is_adversarial:
-            adversarial = self._adversarial(self.discriminator, t, passing, seen, terms)
+            adversarial = self._adversarial(self.discriminator, t, passing, seen, whole, terms)
             loss = loss + adversarial
-        terms["gated_fraction"] = self.gate.passes(t).float().mean()
+        terms["gated_fraction"] = self.gate.passes(t).float().sum() / whole.size
         return {"loss": loss, **terms}
 
-    def _look(self, x_pred: Tensor, x: Tensor, passing: Selection, step: int) -> _Seen:
+    def _look(self, x_pred: Tensor, x: Tensor, passing: Selection, whole: _Whole, step: int) -> _Seen:
         """Runs the frozen networks on the images that some term needs, and on no others."""
         everyone = Selection(len(x), None, passing.is_real.new_ones(len(x)))
         is_empty = passing.count == 0
-        is_adversarial = self.uses_adversarial and step >= self.adversarial_start_step and not is_empty
+        has_started = self.uses_adversarial and step >= self.adversarial_start_step
+        is_adversarial = has_started and not whole.is_empty
         # With the released gate P-DINO sees every sample of a batch in which one passes.
-        of_tokens = everyone if self.uses_p_dino and self.p_dino_gate == "released" else passing
-        needs_tokens = (self.uses_p_dino and not is_empty) or is_adversarial
+        is_released = self.uses_p_dino and self.p_dino_gate == "released"
+        of_tokens = everyone if is_released else passing
+        sees_none = whole.is_empty if is_released else is_empty
+        needs_tokens = (self.uses_p_dino and not sees_none) or (is_adversarial and not is_empty)
         of_maps = passing if self.uses_lpips and not is_empty else None
         is_aligned = self.alignment_weight(step) > 0
         of_target = everyone if is_aligned else of_tokens if needs_tokens else None
@@ -286,7 +297,13 @@ class Objective(nn.Module):
         return distance
 
     def _perceptual(
-        self, t: Tensor, weight: Tensor, passing: Selection, seen: _Seen, terms: dict[str, Tensor]
+        self,
+        t: Tensor,
+        weight: Tensor,
+        passing: Selection,
+        seen: _Seen,
+        whole: _Whole,
+        terms: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Adds LPIPS and P-DINO to the terms; returns their weighted sum and the learned gate's penalty."""
         batch = len(t)
@@ -299,24 +316,27 @@ class Objective(nn.Module):
             if seen.maps is not None and seen.target_maps is not None:
                 distance = self._networks.lpips_distance(seen.maps, seen.target_maps)
                 self.per_sample["lpips"] = passing.scatter(distance.detach(), batch)
-                terms["lpips"] = masked_mean(weight * distance, passing.is_real)
+                terms["lpips"] = masked_sum(weight * distance, passing.is_real) / whole.passing
                 total = total + self.lpips_weight * distance
             perceptual = perceptual + self.lpips_weight * terms["lpips"]
         if self.uses_p_dino:
             is_released = self.p_dino_gate == "released"
-            terms["p_dino"] = nothing + 1 if is_released else nothing
+            nothing_seen = nothing + batch / whole.size if is_released else nothing
+            terms["p_dino"] = nothing_seen
             if seen.tokens is not None and seen.target is not None:
                 distance = p_dino(seen.tokens, seen.target, ops=self.ops)
                 self.per_sample["p_dino"] = seen.of_tokens.scatter(distance.detach(), batch)
                 if is_released:
                     # where t is on the device alone, the host does not know whether a sample passes
-                    terms["p_dino"] = torch.where(passing.is_real.any(), distance.mean(), 1.0)
+                    mean = distance.sum() / whole.size
+                    terms["p_dino"] = mean if whole.is_known else torch.where(whole.any, mean, nothing_seen)
                 else:
-                    terms["p_dino"] = masked_mean(weight * distance, passing.is_real)
+                    terms["p_dino"] = masked_sum(weight * distance, passing.is_real) / whole.passing
                     total = total + self.p_dino_weight * distance
             perceptual = perceptual + self.p_dino_weight * terms["p_dino"]
         if self.gate.schedule == "learned":
-            terms["gate_penalty"] = self.gate.penalty(passing.rows(t), total, passing.is_real)
+            share = masked_sum(total, passing.is_real) / whole.passing
+            terms["gate_penalty"] = self.gate.penalty(to_device(whole.t, t.device), share)
             return perceptual, terms["gate_penalty"]
         return perceptual, nothing
 
@@ -334,10 +354,13 @@ class Objective(nn.Module):
         t: Tensor,
         passing: Selection,
         seen: _Seen,
+        whole: _Whole,
         terms: dict[str, Tensor],
     ) -> Tensor:
         """Adds both sides of the adversarial game to the terms; returns their weighted sum."""
-        assert seen.tokens is not None and seen.target is not None
+        if seen.tokens is None or seen.target is None:  # none of this part passes, but others do
+            terms["adversarial"] = terms["discriminator"] = torch.zeros((), device=t.device)
+            return terms["discriminator"]
         fake = passing.rows_of(seen.of_tokens, seen.tokens)
         real = passing.rows_of(seen.of_tokens, seen.target)
         weight, batch = self.gate(passing.rows(t)).detach(), len(t)
@@ -345,9 +368,38 @@ class Objective(nn.Module):
         of_discriminator = discriminator.discriminator_term(real, fake)
         self.per_sample["adversarial"] = passing.scatter(of_generator.detach(), batch)
         self.per_sample["discriminator"] = passing.scatter(of_discriminator.detach(), batch)
-        terms["adversarial"] = masked_mean(weight * of_generator, passing.is_real)
-        terms["discriminator"] = masked_mean(of_discriminator, passing.is_real)
+        terms["adversarial"] = masked_sum(weight * of_generator, passing.is_real) / whole.passing
+        terms["discriminator"] = masked_sum(of_discriminator, passing.is_real) / whole.passing
         return self.adversarial_weight * terms["adversarial"] + terms["discriminator"]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What the terms need to know of the whole batch, of which this may be a part."""
+
+    t: Tensor
+    size: int
+    passes: Tensor  # (W,) bool
+    passing: int | Tensor  # how many pass, at least 1
+    is_known: bool  # whether the host knows, without waiting, which samples pass
+
+    @classmethod
+    def of(cls, t: Tensor, gate: NoiseGate) -> _Whole:
+        """From the times of the whole batch."""
+        passes = gate.passes(t)
+        is_known = t.device.type == "cpu"
+        count = passes.sum().clamp_min(1)
+        return cls(t, len(t), passes, int(count) if is_known else count, is_known)
+
+    @property
+    def any(self) -> Tensor:
+        """Whether some sample passes."""
+        return self.passes.any()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the host knows that no sample passes."""
+        return self.is_known and not bool(self.any)
 
 
 @dataclass(frozen=True, kw_only=True)
