@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, Union, get_args, 
 import docstring_parser
 import jsonargparse
 
-from pixelgen.errors import UserError
+from pixelgen.errors import ToldError, UserError
 
 T = TypeVar("T")
 
@@ -53,7 +53,8 @@ def run(main: Callable[[list[str] | None], int | None], prog: str, argv: list[st
     try:
         code = main(argv)
     except USER_ERRORS as error:
-        print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
+        if not isinstance(error, ToldError):
+            print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -225,7 +226,10 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe_type(part) for part in get_args(hint))
     if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
-        first, second = get_args(get_args(hint)[0])  # no option is any other list of unknown length
+        item = get_args(hint)[0]
+        if get_origin(item) is not tuple:
+            return f"a list, [A, B, ...], each {describe_type(item)}"
+        first, second = get_args(item)
         return f"a list of pairs, [[A, B], ...], A {describe_type(first)} and B {describe_type(second)}"
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))} values, [{', '.join('ABCDEFGH'[: len(get_args(hint))])}]"

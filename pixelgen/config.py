@@ -9,7 +9,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from pixelgen.config_sections import (
     LossConfig,
     ModelOptions,
     OptimizerConfig,
+    ParallelConfig,
     SampleConfig,
     Section,
     TimeConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "LossConfig",
     "ModelOptions",
     "OptimizerConfig",
+    "ParallelConfig",
     "SampleConfig",
     "TimeConfig",
     "TrainConfig",
@@ -49,6 +51,7 @@ __all__ = [
 
 PRESET_DIR = Path(__file__).parent / "configs"
 DEFAULT_PRESET = "digits"
+DEFAULT_PLAN = "8xH100"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,7 @@ class TrainConfig(Section):
         seed: of weights, order of images, noise and dropout.
         device: auto is CUDA where there is one, else the CPU.
         dtype: of matrix products; bfloat16 by autocast, weights and statistics stay float32.
+        float8: matrix products of the blocks in float8, by torchao; needs compute capability 8.9 or newer.
         kernels: auto runs the compiled kernels; eager runs plain PyTorch.
         compile: torch.compile the blocks of the denoiser.
         threads: CPU threads; 0 leaves the choice to PyTorch.
@@ -71,6 +75,7 @@ class TrainConfig(Section):
         optimizer: AdamW and its schedule
         ema: averaged weights
         train: length and outputs
+        parallel: how processes share the work
         sample: how images are drawn
     """
 
@@ -79,6 +84,7 @@ class TrainConfig(Section):
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    float8: bool = False
     kernels: Literal["auto", "eager"] = "auto"
     compile: bool = False
     threads: int = 0
@@ -89,6 +95,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self) -> None:
@@ -97,6 +104,8 @@ class TrainConfig(Section):
         self._require("name", is_folder_name, "be the name of a folder, without /")
         self._require("seed", 0 <= self.seed < 2**63, "lie in [0, 2^63)")
         self._require("threads", self.threads >= 0, "be 0 or more")
+        if self.float8 and self.dtype != "bfloat16":
+            raise UserError(f"float8 needs dtype bfloat16, got {self.dtype}")
         depth = self.model_config().depth
         if self.loss.uses_alignment and not 1 <= self.loss.alignment_layer < depth:
             raise UserError(
@@ -141,7 +150,10 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    argv: Sequence[str] | None = None, *, prog: str = "pixelgen.train"
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "pixelgen.train",
+    plan: Callable[[TrainConfig, str], str] | None = None,
 ) -> tuple[TrainConfig, str | None]:
     """Reads the command line of a training run: every field, ``--config``, ``--resume``, ``--print_config``.
 
@@ -151,46 +163,61 @@ def load_config(
     Args:
         argv: arguments after the program's name; None takes ``sys.argv[1:]``.
         prog: the program's name in the help.
+        plan: makes the text of ``--plan`` from the configuration and the GPUs; without it there is no such
+            option.
 
     Returns:
-        The configuration, with ``name`` filled in, and the path given to ``--resume`` or None.
+        The configuration, with ``name`` filled in, and what was given to ``--resume``, or None.
 
     Raises:
         UserError: unknown option or key (the nearest one is named), unknown preset (all are listed),
             wrong type or value, YAML that cannot be read.
         FileNotFoundError: no such YAML file or run.
-        SystemExit: after ``--help`` and ``--print_config``.
+        SystemExit: after ``--help``, ``--print_config`` and ``--plan``.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", action="append", default=[])
     first.add_argument("--resume")
     first.add_argument("--print_config", "--print-config", action="store_true")
+    if plan is not None:
+        first.add_argument("--plan", nargs="?", const=DEFAULT_PLAN)
     try:
         known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     except argparse.ArgumentError as error:
         raise UserError(describe_error(error)) from None
-    if known.resume and known.config:
+    # A job that is queued again has one command line: with auto it says what the run is, whether new or not.
+    run = None if known.resume == "auto" else known.resume
+    if run and known.config:
         raise UserError("--resume takes the configuration of the run; leave out --config")
     fixed = [arg for arg in rest if arg.partition("=")[0] in ("--name", "--out_dir", "--out-dir")]
-    if known.resume and fixed:
+    if run and fixed:
         raise UserError(f"--resume continues in the run's own folder; leave out {fixed[0].partition('=')[0]}")
     values: dict[str, object] = {}
     stem = None
-    for path in (
-        [_run_config(known.resume)] if known.resume else [_find_config(name) for name in known.config]
-    ):
+    for path in [_run_config(run)] if run else [_find_config(name) for name in known.config]:
         values |= check_values(TrainConfig, _read_yaml(path.read_bytes(), str(path)), str(path))
         stem = path.stem
     extra = {
         "--config NAME|FILE": f"preset ({', '.join(preset_names())}) or YAML file; "
         f"default: {DEFAULT_PRESET}. May be repeated: later files and options on the command line win.",
-        "--resume RUN": "continue runs/NAME from its newest checkpoint, with its configuration",
+        "--resume RUN|auto": "continue runs/NAME from its newest checkpoint, with its configuration; auto, "
+        "for jobs that are queued again, continues the run called --name if it can, else starts it",
         "--print_config": "print the configuration as YAML after all other options and exit",
     }
+    if plan is not None:
+        extra["--plan [GPUS]"] = (
+            "print what the run needs and takes on so many GPUs, such as 4 or 16xH200, and exit; "
+            f"default: {DEFAULT_PLAN}"
+        )
     config = parse(TrainConfig, rest, prog=prog, values=values, extra=extra)
     if known.print_config:
         print(config_to_yaml(config), end="")
         raise SystemExit(0)
+    if plan is not None and known.plan is not None:
+        print(plan(config, known.plan))
+        raise SystemExit(0)
+    if known.resume == "auto" and config.name is None:
+        raise UserError("--resume auto needs --name: it continues the run of that name, or starts it")
     if config.name is None:
         # Without a preset or file the data say best what the run is: digits, or folder.
         config = replace(config, name=f"{stem or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -199,9 +226,7 @@ def load_config(
 
 def config_to_yaml(config: TrainConfig) -> str:
     """Every field as YAML; ``config_from_yaml`` gives an equal configuration back."""
-    values = asdict(config)
-    values["optimizer"]["betas"] = list(config.optimizer.betas)  # YAML has no tuples
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def config_from_yaml(text: str, source: str = "config.yaml") -> TrainConfig:

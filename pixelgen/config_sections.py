@@ -32,24 +32,45 @@ class DataConfig(Section):
     """What to train on.
 
     Args:
-        name: digits is the embedded set of 1,797 real 8x8 images; folder reads one sub-folder per class.
-        path: the folder of class folders, for folder.
-        image_size: side of the square images in pixels; larger images are centre-cropped as ADM does.
+        name: digits is the embedded set of 1,797 real 8x8 images; folder reads one sub-folder per class;
+            prepared reads what pixelgen.data.prepare wrote; hf is a data set of the Hugging Face library;
+            synthetic is noise that costs no reading, to measure the rest.
+        path: for folder the folder of class folders, for prepared the folder that prepare wrote, for hf a hub
+            id, or a folder or pattern of parquet files, webdataset tars or images.
+        subset: for hf, name of the data set's configuration, where it has several.
+        split: for hf, the split.
+        image_column: for hf, the column of the images; null finds it.
+        label_column: for hf, the column of the class numbers; null finds it.
+        streaming: for hf, read the data set as a stream instead of downloading it first.
+        shuffle_block: for streaming, images that are shuffled among each other.
+        image_size: side of the square images in pixels.
         channels: 1 for grey, 3 for RGB.
         num_classes: number of classes; the model has one more, the null label.
+        crop: center cuts the middle square exactly as ADM does; fast is within 2 grey levels of it; random
+            cuts a square at random, of 80 % of the short side or more.
         flip: mirror every other image at random. Digits and letters must not be mirrored.
         workers: processes that read images; 0 reads in the training process.
+        max_broken: images that cannot be read are replaced by others and reported; above this share of the
+            images drawn, the run stops.
     """
 
     SECTION = "data."
 
-    name: Literal["digits", "folder"] = "digits"
+    name: Literal["digits", "folder", "prepared", "hf", "synthetic"] = "digits"
     path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    shuffle_block: int = 10_000
     image_size: int = 8
     channels: int = 1
     num_classes: int = 10
+    crop: Literal["center", "fast", "random"] = "center"
     flip: bool = False
     workers: int = 0
+    max_broken: float = 0.01
 
     def __post_init__(self) -> None:
         self._require_choices()
@@ -57,6 +78,12 @@ class DataConfig(Section):
         self._require("channels", self.channels in (1, 3), "be 1 (grey) or 3 (RGB)")
         self._require("num_classes", self.num_classes >= 1, "be at least 1")
         self._require("workers", self.workers >= 0, "be 0 or more")
+        self._require("shuffle_block", self.shuffle_block >= 1, "be at least 1")
+        self._require("max_broken", 0 <= self.max_broken <= 1, "lie in [0, 1]")
+        is_stream = not self.streaming or self.name == "hf"
+        self._require("streaming", is_stream, f"be false for data.name {self.name}: only hf can be streamed")
+        has_files = self.crop == "center" or self.name in ("folder", "hf")
+        self._require("crop", has_files, f"be center for data.name {self.name}: its images have their size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +263,7 @@ class OptimizerConfig(Section):
         warmup_steps: steps over which the learning rate rises linearly from 0.
         schedule: after warm-up, constant, or cosine down to 0 at train.max_steps.
         max_grad_norm: the gradient is scaled down to this norm; null for no clipping.
+        skip_grad_norm: a step whose gradient has a larger finite norm is skipped and counted; null for none.
         label_drop: probability of training with the null label, which guidance needs.
     """
 
@@ -247,6 +275,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = 100
     schedule: Literal["constant", "cosine"] = "cosine"
     max_grad_norm: float | None = 1.0
+    skip_grad_norm: float | None = None
     label_drop: float = 0.1
 
     def __post_init__(self) -> None:
@@ -257,6 +286,8 @@ class OptimizerConfig(Section):
         self._require("warmup_steps", self.warmup_steps >= 0, "be 0 or more")
         clip = self.max_grad_norm
         self._require("max_grad_norm", clip is None or clip > 0, "be above 0, or null for no clipping")
+        limit = self.skip_grad_norm
+        self._require("skip_grad_norm", limit is None or limit > 0, "be above 0, or null for no limit")
         self._require("label_drop", 0 <= self.label_drop <= 1, "lie in [0, 1]")
 
 
@@ -265,17 +296,31 @@ class EmaConfig(Section):
     """Averaged weights, which sampling uses.
 
     Args:
-        decay: of the average after every step.
+        decay: decay of the average, or a list of decays of as many averages, such as [0.9999, 0.9996]. The
+            first one draws the run's sample grids and is what sampling takes by default.
+        power: relative widths of more averages whose profile is a power of the step, such as [0.05, 0.1]:
+            they need no tuning to the length of the run.
         warmup: use min(decay, (1 + step) / (10 + step)), so that short runs forget their first steps.
     """
 
     SECTION = "ema."
 
-    decay: float = 0.999
+    decay: float | tuple[float, ...] = 0.999
+    power: tuple[float, ...] = ()
     warmup: bool = True
 
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays as a tuple."""
+        return self.decay if isinstance(self.decay, tuple) else (self.decay,)
+
     def __post_init__(self) -> None:
-        self._require("decay", 0 <= self.decay < 1, "lie in [0, 1)")
+        is_valid = bool(self.decays) and all(0 <= decay < 1 for decay in self.decays)
+        self._require("decay", is_valid, "lie in [0, 1), or be a list of such decays")
+        self._require("decay", len(set(self.decays)) == len(self.decays), "be different decays")
+        is_valid = all(0 < width < 0.28 for width in self.power)
+        self._require("power", is_valid, "be widths in (0, 0.28)")
+        self._require("power", len(set(self.power)) == len(self.power), "be different widths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,28 +328,71 @@ class LoopConfig(Section):
     """Length of the run and what it writes on the way.
 
     Args:
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
+        micro_batches: parts of a process's share of the batch that go through the model one after the other;
+            more of them need less memory and change nothing else.
+        activation_checkpointing: what the backward pass computes again instead of keeping it: none, selective
+            (all but matrix products and attention), or full (whole blocks).
         max_steps: optimizer steps of the whole run.
         log_every: steps between log lines.
         sample_every: steps between sample grids; 0 for none.
         checkpoint_every: steps between checkpoints; 0 for one at the end only.
         keep_checkpoints: how many of the newest checkpoints stay on disk; 0 keeps all.
+        keep_every: checkpoints of steps that this divides stay on disk too; 0 for none.
+        wandb: log to Weights & Biases as well.
     """
 
     SECTION = "train."
 
     batch_size: int = 48
+    micro_batches: int = 1
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     max_steps: int = 3200
     log_every: int = 50
     sample_every: int = 1000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    wandb: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_steps", "log_every"):
+        self._require_choices()
+        for name in ("batch_size", "micro_batches", "max_steps", "log_every"):
             self._require(name, getattr(self, name) >= 1, "be at least 1")
-        for name in ("sample_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"):
             self._require(name, getattr(self, name) >= 0, "be 0 or more")
+        divides = self.batch_size % self.micro_batches == 0
+        self._require("batch_size", divides, f"be a multiple of train.micro_batches {self.micro_batches}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How several processes share the work; without effect in a single one.
+
+    Args:
+        mode: ddp keeps all weights in every process, fsdp shards them over all, hsdp over the processes of a
+            node; auto is ddp for models below 200 million parameters, else fsdp, or hsdp on several nodes.
+        shard_size: for hsdp, processes that share one copy of the weights; null for those of a node.
+        reshard_after_forward: give gathered weights up after a block's forward pass and gather them again for
+            the backward pass; false needs more memory and less communication.
+        prefetch: blocks whose weights are gathered ahead.
+        timeout_s: seconds after which a run without progress ends and names the processes that hang.
+    """
+
+    SECTION = "parallel."
+
+    mode: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    prefetch: int = 1
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        self._require_choices()
+        is_valid = self.shard_size is None or (self.mode == "hsdp" and self.shard_size >= 1)
+        self._require("shard_size", is_valid, "be at least 1, and null unless parallel.mode is hsdp")
+        self._require("prefetch", self.prefetch >= 1, "be at least 1")
+        self._require("timeout_s", self.timeout_s > 0, "be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what to do instead."""
+
+
+class ToldError(UserError):
+    """The same, in a process of a run of which another one tells it: ends this one quietly."""

@@ -146,7 +146,7 @@ def test_help_shows_a_presets_values_as_the_defaults(capsys):
     with pytest.raises(SystemExit):
         load_config(["--config", "jit-b-256", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "images per step. (type: int, default: 1024)" in text
+    assert "of all processes together. (type: int, default: 1024)" in text
     assert "two averages. (type: tuple[float, float], default: [0.9, 0.95])" in text
     assert "late. (type: tuple[tuple[int, float], ...], default: [])" in text
 

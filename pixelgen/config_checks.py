@@ -1,0 +1,57 @@
+"""What a configuration must fit: the number of processes, and the checkpoint that it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pixelgen import checkpoint as checkpoints
+from pixelgen.config import TrainConfig, config_from_yaml
+from pixelgen.ema import average_settings
+from pixelgen.errors import UserError
+
+
+def check_batch(config: TrainConfig, world_size: int) -> None:
+    """Refuses a batch that processes and micro-batches cannot share evenly.
+
+    Raises:
+        UserError: names the nearest sizes that they can.
+    """
+    batch, unit = config.train.batch_size, world_size * config.train.micro_batches
+    if batch % unit:
+        below, above = batch // unit * unit, -(-batch // unit) * unit
+        near = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"train.batch_size must be a multiple of {unit} ({world_size} processes x "
+            f"{config.train.micro_batches} micro-batches), such as {near}; got {batch}"
+        )
+
+
+def check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
+    """What a run trains is settled when it starts; weights and schedules may change at a resume.
+
+    Raises:
+        UserError: an option would add or remove something that the checkpoint does or does not hold.
+    """
+    saved = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
+
+    def parts(config: TrainConfig) -> Iterator[tuple[str, object]]:
+        loss = config.loss
+        yield "model", replace(config.model_config(), attn_dropout=0.0, proj_dropout=0.0)
+        yield "loss.alignment_weight or its schedule", loss.uses_alignment
+        yield "loss.projector_width", loss.uses_alignment and loss.projector_width
+        yield "loss.gate", loss.gate == "learned"
+        yield "loss.balance", loss.balance != "off"
+        yield "loss.adversarial_weight", loss.adversarial_weight > 0
+        yield "loss.tokens", (loss.uses_alignment or loss.adversarial_weight > 0) and loss.tokens
+        yield "data.streaming", config.data.streaming
+        yield "ema.decay or ema.power", list(average_settings(config.ema))
+
+    before, now = dict(parts(saved)), dict(parts(config))
+    changed = [name for name in now if now[name] != before[name]]
+    if changed:
+        raise UserError(
+            f"{changed[0]} cannot change so at a resume: {checkpoint} was saved by a run that trained other "
+            f"parts; start a new run"
+        )

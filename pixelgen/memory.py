@@ -1,0 +1,236 @@
+"""Memory of a training step on one GPU, item by item, worked out from the configuration: docs/planning.md.
+
+PyTorch is imported to count parameters on the meta device only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pixelgen.config import TrainConfig
+from pixelgen.flops import (
+    DINOV2,
+    EMBEDDED_STAGES,
+    EMBEDDED_TOKENS,
+    VGG16_STAGES,
+    expected_gate_share,
+    frozen_shares,
+    token_width,
+)
+from pixelgen.models.sizes import ModelConfig
+
+__all__ = ["Parameters", "count_parameters", "step_memory"]
+
+GIB = 2**30
+# An allowance for the CUDA context, NCCL's buffers, and the workspaces of cuBLAS and cuDNN.
+WORKSPACE = 2 * GIB
+BUCKETS = 8  # sizes that a selection may have, as in `losses.gate`
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters; ``block`` is one of the denoiser's without AdaLN, ``adaln`` all AdaLN layers."""
+
+    denoiser: int
+    projector: int
+    block: int
+    adaln: int
+    stages: int
+    tokens: int
+
+    @property
+    def trained(self) -> int:
+        """What the optimizer moves."""
+        return self.denoiser + self.projector
+
+
+def count_parameters(config: TrainConfig) -> Parameters:
+    """Counts denoiser and projector on the meta device, and the frozen networks by their tables."""
+    import torch
+
+    from pixelgen.losses.alignment import Projector
+    from pixelgen.models.jit import JiT
+
+    loss, model = config.loss, config.model_config()
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    with torch.device("meta"):
+        denoiser = JiT(model, "eager")
+        projector = 0
+        if loss.uses_alignment:
+            projector = count(Projector(model.width, loss.projector_width, token_width(loss)))
+    adaln = [count(module.adaLN_modulation) for module in (*denoiser.blocks, denoiser.final_layer)]
+    stages = tokens = 0
+    if loss.lpips_weight * loss.perceptual_ratio > 0 and loss.stages == "vgg16":
+        stages = vgg16_parameters()
+    needs_tokens = loss.p_dino_weight * loss.perceptual_ratio > 0 or loss.adversarial_weight > 0
+    if (needs_tokens or loss.uses_alignment) and loss.tokens != "embedded":
+        tokens = dinov2_parameters(loss.tokens, loss.p_dino_layer)
+    return Parameters(
+        denoiser=count(denoiser),
+        projector=projector,
+        block=count(denoiser.blocks[0]) - adaln[0],
+        adaln=sum(adaln),
+        stages=stages,
+        tokens=tokens,
+    )
+
+
+def vgg16_parameters() -> int:
+    """Of its convolutions up to relu5_3."""
+    return sum((9 * before + 1) * after for stage in VGG16_STAGES for before, after in stage)
+
+
+def dinov2_parameters(name: str, layer: int | None = None) -> int:
+    """Of the blocks that run, the embeddings for 37x37 patches and a class token, and the final norm."""
+    C = DINOV2[name].width
+    mlp = 4 * C + C if name != "dinov2_vitg14" else 2 * 4096 + C  # biases
+    block = 12 * C * C + 3 * C + C + mlp + 2 * C + 4 * C  # weights; biases; layer scales; norms
+    return 3 * 14**2 * C + C + (37**2 + 1) * C + C + (layer or DINOV2[name].depth) * block + 2 * C
+
+
+def denoiser_activations(model: ModelConfig, size: int, checkpointing: str = "none") -> float:
+    """Bytes of one image that are kept between the denoiser's forward and backward pass.
+
+    Args:
+        model: the architecture.
+        size: bytes of a number: 2 under bf16 autocast, else 4.
+        checkpointing: none, selective or full.
+    """
+    C, T = model.width, model.num_tokens
+    middle = range(model.depth // 4, model.depth // 4 * 3)  # the blocks with dropout
+    blocks = 0
+    for index in range(model.depth):
+        tokens = T + (model.in_context_len if index >= model.in_context_start else 0)
+        blocks += tokens * block_bytes(model, size, checkpointing, has_dropout=index in middle)
+    modulations = (6 * model.depth + 2) * C
+    # patches in and out, embedding, last norm
+    ends = T * (2 * model.patch_dim + model.bottleneck_dim + 2 * C)
+    return blocks + (modulations + ends) * size
+
+
+def block_bytes(model: ModelConfig, size: int, checkpointing: str, *, has_dropout: bool) -> int:
+    """Bytes of one token that a block keeps for its backward pass."""
+    C, M, statistics = model.width, model.mlp_width, 4 * model.heads  # attention's log-sum-exp, fp32
+    if checkpointing == "full":  # what comes in: the stream, and the branch that is to be added
+        return 2 * C * size
+    if checkpointing == "selective":  # that, qkv, attention's output, its branch, the SwiGLU's input
+        return (7 * C + 2 * M) * size + statistics
+    # two norms' inputs and outputs (4 C), qkv (3 C), q, k, v (3 C), attention's output as it comes and as the
+    # projection reads it (2 C), both branches (2 C), the SwiGLU's input and output (3 M); masks of one byte
+    masks = C + M if has_dropout and model.proj_dropout else 0
+    return (14 * C + 3 * M) * size + statistics + masks
+
+
+def recomputed_bytes(model: ModelConfig, size: int, checkpointing: str) -> int:
+    """Bytes of one image that come back while a block's forward pass is run again for its backward pass."""
+    tokens = model.num_tokens + model.in_context_len
+    kinds = ("none", checkpointing)
+    everything, kept = (block_bytes(model, size, kind, has_dropout=True) for kind in kinds)
+    return tokens * (everything - kept)
+
+
+def stage_activations(config: TrainConfig, size: int) -> float:
+    """Bytes kept of one image for the way back through the stage network, and the maps of its target."""
+    model = config.model_config()
+    if config.loss.stages == "embedded":
+        return embedded_activations(model, size) * 1.5
+    height, width = ((side * 16) // model.patch_size for side in model.image_height_width)
+    total = 3 * height * width * 4  # the image, as the scaling gets it
+    for index, stage in enumerate(VGG16_STAGES):
+        pixels = height * width
+        if index:
+            total += pixels * stage[0][0] * (size + 8)  # pooling keeps 64-bit indices
+        total += pixels * (sum(after for _, after in stage) + stage[-1][1]) * size  # and the target's map
+        height, width = height // 2, width // 2
+    return total
+
+
+def embedded_activations(model: ModelConfig, size: int) -> float:
+    """Bytes kept of one image for the way back through the embedded trunk: maps before and after SiLU."""
+    height, width = model.image_height_width
+    total = 0
+    for channels, divisor in zip(EMBEDDED_STAGES, (1, 2, 4), strict=True):
+        stride = 2 if divisor > 1 and model.patch_size % divisor == 0 else 1
+        height, width = height // stride, width // stride
+        total += 2 * height * width * channels * size
+    return total
+
+
+def token_activations(config: TrainConfig, size: int) -> float:
+    """Bytes kept of one image for the way back through the token network.
+
+    A DINOv2 block keeps, per token: both norms' inputs in fp32 (2 C), qkv (3 C), attention's output (C) and
+    the MLP's hidden layer (4 C); the giant's SwiGLU its two halves and the SiLU of one (8 C).
+    """
+    model, loss = config.model_config(), config.loss
+    if loss.tokens == "embedded":
+        # of one trunk with the stages, which have been counted
+        has_trunk = loss.stages == "embedded" and loss.lpips_weight * loss.perceptual_ratio > 0
+        trunk = 0 if has_trunk else embedded_activations(model, size)
+        return trunk + model.num_tokens * EMBEDDED_TOKENS * 8
+    vit = DINOV2[loss.tokens]
+    hidden = 8 if loss.tokens == "dinov2_vitg14" else 4
+    block = vit.width * (2 * 4 + (4 + hidden) * size)
+    # patches in; the last norm's input, and its output for image and target
+    ends = 3 * 14**2 * size + 3 * 4 * vit.width
+    return (model.num_tokens + 1) * (block * (loss.p_dino_layer or vit.depth) + ends)
+
+
+def selected(config: TrainConfig, images: int) -> int:
+    """Images of a pass that the perceptual networks see at most, but for one pass in a thousand."""
+    share = expected_gate_share(config)
+    count = images * share + 3 * math.sqrt(images * share * (1 - share))
+    bucket = -(-images // BUCKETS)
+    return min(-(-math.ceil(count) // bucket) * bucket, images)
+
+
+def step_memory(
+    config: TrainConfig, parameters: Parameters, *, gpus: int, shards: int, images: int
+) -> dict[str, float]:
+    """Bytes on one GPU at the end of a forward pass, by what they hold.
+
+    Args:
+        config: of the run.
+        parameters: from ``count_parameters``.
+        gpus: that work together.
+        shards: parts into which the trained state is cut; 1 for all of it on every GPU.
+        images: in one pass.
+    """
+    model, loss, parallel = config.model_config(), config.loss, config.parallel
+    size = 2 if config.dtype == "bfloat16" else 4
+    shard, averages = parameters.trained / shards, len(config.ema.decays) + len(config.ema.power)
+    rest = parameters.trained - parameters.adaln - model.depth * parameters.block
+    if gpus > 1:  # FSDP's: blocks come and go, the rest stays, and AdaLN has been given up again
+        gathered = min(model.depth, 1 + parallel.prefetch) if parallel.reshard_after_forward else model.depth
+        label = "gathered weights, a block's gradient"
+        working = (rest + gathered * parameters.block) * size + parameters.block * (size + 4)
+    elif size < 4:  # autocast's copies, which live until the backward pass
+        label, working = "weights in bf16", (rest + model.depth * parameters.block) * size
+    else:
+        label, working = "packed AdaLN weights", 0
+    working += parameters.adaln * size  # packed into one matrix
+    checkpointing = config.train.activation_checkpointing
+    activations = denoiser_activations(model, size, checkpointing)
+    activations += recomputed_bytes(model, size, checkpointing)
+    if loss.uses_alignment:
+        activations += model.num_tokens * (4 * loss.projector_width * size + token_width(loss) * (size + 4))
+    share, seen = frozen_shares(config), selected(config, images)
+    perceptual = seen * stage_activations(config, size) if share.maps else 0.0
+    if share.predicted_tokens:
+        rows = images if share.predicted_tokens == 1 else seen
+        perceptual += rows * token_activations(config, size)
+    return {
+        "weights": shard * 4,
+        label: working,
+        "gradients": shard * 4,
+        "AdamW": shard * 8,
+        f"EMA x {averages}": averages * parameters.denoiser / shards * 4,
+        "frozen networks": (parameters.stages + parameters.tokens) * size,
+        f"activations, {images} images": images * activations,
+        f"perceptual activations, {seen} images": perceptual,
+        "CUDA and workspaces (allowance)": WORKSPACE,
+    }

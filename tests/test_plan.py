@@ -1,0 +1,396 @@
+"""--plan: its memory model against what PyTorch keeps, its counts against modules, its text and errors."""
+
+import gc
+import re
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pixelgen.config import load_config
+from pixelgen.encoders.dinov2 import MODELS, DINOv2
+from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedTokens
+from pixelgen.encoders.vgg16 import VGG16
+from pixelgen.errors import UserError
+from pixelgen.flops import DINOV2
+from pixelgen.losses.gate import NoiseGate, select_samples
+from pixelgen.memory import (
+    count_parameters,
+    denoiser_activations,
+    dinov2_parameters,
+    embedded_activations,
+    recomputed_bytes,
+    selected,
+    stage_activations,
+    step_memory,
+    token_activations,
+    vgg16_parameters,
+)
+from pixelgen.models.jit import JiT
+from pixelgen.models.sizes import SIZES
+from pixelgen.plan import checkpoints_kept, communication, parse_machine, plan_report, resolve_layout
+
+RECIPES = ("pixelgen-xl-256", "pixelgen-l-256", "jit-l-256", "jit-b-256")
+IN_CONTEXT = replace(
+    SIZES["tiny/4"], width=128, depth=4, bottleneck_dim=32, in_context_len=8, in_context_start=2
+)
+MODELS_TO_MEASURE = {
+    "tokens in context": IN_CONTEXT,
+    "dropout": replace(IN_CONTEXT, width=96, bottleneck_dim=0, in_context_len=0, proj_dropout=0.1),
+}
+
+
+@cache
+def recipe(name):
+    return load_config(["--config", name, "--name", "test"])[0]
+
+
+def config(name="digits", **changes):
+    """A recipe with some sections changed: ``config("jit-b-256", train={"batch_size": 8})``."""
+    run = recipe(name)
+    sections = {key: replace(getattr(run, key), **values) for key, values in changes.items()}
+    return replace(run, **sections)
+
+
+def layout_of(run, gpus):
+    parameters = count_parameters(run)
+    return resolve_layout(run, parse_machine(gpus), parameters), parameters
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of the tensors made inside that are still alive, whoever keeps them: checkpointing too."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.alive = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.known and key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        return result
+
+
+def kept_by_denoiser(model, batch, is_half, checkpointing):
+    """Bytes alive after a forward pass, parameters and inputs left out."""
+    denoiser = JiT(model)
+    denoiser.checkpoint_blocks(checkpointing)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    tokens = torch.randn(batch, model.num_tokens, model.patch_dim, dtype=dtype)
+    t, y = torch.rand(batch), torch.zeros(batch, dtype=torch.int64)
+    known = [*denoiser.parameters(), *denoiser.buffers(), tokens, t, y]
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_half), LiveStorages(known) as storages:
+        output = denoiser.forward_tokens(tokens, t, y, 1)
+    gc.collect()
+    total = sum(storages.alive.values())
+    del output
+    return total
+
+
+@pytest.mark.parametrize("model", MODELS_TO_MEASURE.values(), ids=MODELS_TO_MEASURE)
+@pytest.mark.parametrize("is_half", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_activations_are_what_a_forward_pass_leaves_behind(model, is_half, checkpointing):
+    small, large = (kept_by_denoiser(model, batch, is_half, checkpointing) for batch in (2, 6))
+    per_image = (large - small) / 4  # what does not grow with the batch are weights
+    estimate = denoiser_activations(model, 2 if is_half else 4, checkpointing)
+    assert estimate == pytest.approx(per_image, rel=0.15 if model.proj_dropout else 0.03)
+
+
+@pytest.mark.parametrize("is_half", [False, True], ids=["fp32", "bf16"])
+def test_what_is_alive_is_what_autograd_saved(is_half):
+    model, size = IN_CONTEXT, 2 if is_half else 4
+    denoiser = JiT(model)
+    tokens = torch.randn(8, model.num_tokens, model.patch_dim)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+        saved, _ = saved_bytes(
+            denoiser, lambda: denoiser.forward_tokens(tokens, torch.rand(8), torch.zeros(8).long())
+        )
+    # with the weights: the packed AdaLN, and where autocast casts, copies of all but AdaLN and labels
+    adaln = sum(parameter.numel() for layer in denoiser.adaln_layers() for parameter in layer.parameters())
+    rest = sum(parameter.numel() for parameter in denoiser.parameters()) - adaln
+    weights = adaln * size + (rest * size if is_half else 0)
+    assert 8 * denoiser_activations(model, size) + weights == pytest.approx(saved, rel=0.05)
+
+
+def saved_bytes(module, forward):
+    """Bytes of all storages that autograd saves, but for the module's own, and of what is returned."""
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage  # kept, or its address would be given to another
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    returned = sum(tensor.nbytes for tensor in tree_leaves(output) if tensor is not None)
+    return sum(storage.nbytes() for storage in saved.values()), returned
+
+
+def kept_by_network(network, channels, side, is_half):
+    """Bytes of one image that autograd saves in a frozen network, and bytes of what it returns."""
+    if is_half:
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                module.to(torch.bfloat16)
+    found = []
+    for batch in (1, 2):
+        x = torch.rand(batch, channels, side, side, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            found.append(saved_bytes(network, lambda x=x: network(x)))
+    (saved, returned), (saved_of_two, returned_of_two) = found
+    return saved_of_two - saved, returned_of_two - returned
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("is_half", [False, True], ids=["fp32", "bf16"])
+def test_activations_of_frozen_networks_are_what_autograd_saves(is_half):
+    size = 2 if is_half else 4
+    networks = {"tokens": "dinov2_vits14", "p_dino_layer": 3}
+    run = config("pixelgen-l-256", data={"image_size": 32}, loss=networks)
+    saved, maps = kept_by_network(VGG16("random"), 3, 32, is_half)
+    assert stage_activations(run, size) == pytest.approx(saved + maps, rel=0.03)  # and the target's maps
+    saved, tokens = kept_by_network(DINOv2("dinov2_vits14", "random", layer=3), 3, 32, is_half)
+    assert token_activations(run, size) == pytest.approx(saved + 2 * tokens, rel=0.05)
+
+    features = EmbeddedFeatures(EmbeddedConfig(channels=3, patch_size=4))
+    saved, _ = kept_by_network(EmbeddedTokens(features), 3, 32, is_half)
+    model = IN_CONTEXT
+    assert embedded_activations(model, size) == pytest.approx(saved, rel=0.10)
+
+
+def test_parameters_of_frozen_networks():
+    with torch.device("meta"):
+        vgg = torchvision.models.vgg16(weights=None).features
+        assert vgg16_parameters() == sum(parameter.numel() for parameter in vgg.parameters())
+        for name in DINOV2:
+            vit = timm.create_model(MODELS[name], num_classes=0)
+            assert dinov2_parameters(name) == sum(parameter.numel() for parameter in vit.parameters()), name
+            block = sum(parameter.numel() for parameter in vit.blocks[0].parameters())
+            assert dinov2_parameters(name) - dinov2_parameters(name, 3) == (len(vit.blocks) - 3) * block
+
+
+def test_parameters_of_a_real_model():
+    run = config()  # digits
+    denoiser = JiT(run.model_config())
+    parameters = count_parameters(run)
+    assert parameters.denoiser == sum(parameter.numel() for parameter in denoiser.parameters())
+    adaln = sum(parameter.numel() for layer in denoiser.adaln_layers() for parameter in layer.parameters())
+    block = sum(parameter.numel() for parameter in denoiser.blocks[0].parameters())
+    assert parameters.adaln == adaln
+    assert parameters.block == block - sum(
+        parameter.numel() for parameter in denoiser.blocks[0].adaLN_modulation.parameters()
+    )
+    assert (parameters.stages, parameters.tokens) == (0, 0)  # embedded ones are not worth a line
+
+
+def test_a_selection_is_as_large_as_the_gate_makes_it():
+    run, gate = config("pixelgen-l-256"), NoiseGate("hard", 0.3)
+    generator, most = torch.Generator().manual_seed(0), selected(run, 32)
+    normal = torch.randn(500, 32, generator=generator)
+    sizes = [
+        len(select_samples(torch.sigmoid(draw * 0.8 - 0.8), gate, device=torch.device("cpu")).is_real)
+        for draw in normal
+    ]
+    assert most % 4 == 0 and sum(size > most for size in sizes) <= 5
+    assert most - 4 <= max(sizes)  # and not more than a bucket too large
+    assert selected(config("pixelgen-l-256", loss={"gate_t": 0.0}), 32) == 32
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_fit(name):
+    text = plan_report(config(name), "8 x a100")
+    assert "does not fit" not in text
+    millions = {"pixelgen-xl-256": "676.7", "jit-b-256": "131.1"}.get(name, "458.9")
+    assert re.search(rf"^  denoiser +{millions} M$", text, re.MULTILINE)
+
+
+def test_the_command_needs_no_data_and_no_gpu():
+    command = [sys.executable, "-m", "pixelgen.train", "--config", "pixelgen-xl-256", "--plan"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith("PixelGen-XL/16 at 256x256 on 8xH100, bfloat16\n")
+    rows = dict(re.findall(r"^  (\S.*?)  +([\d,.]+)", done.stdout, re.MULTILINE))
+    items = [
+        "weights",
+        "gathered weights, a block's gradient",
+        "gradients",
+        "AdamW",
+        "EMA x 1",
+        "frozen networks",
+        "activations, 32 images",
+        "perceptual activations, 28 images",
+        "CUDA and workspaces (allowance)",
+    ]
+    memory = done.stdout[done.stdout.index("memory") : done.stdout.index("checkpoints")]
+    rows = dict(re.findall(r"^  (\S.*?)  +([\d,.]+)", memory, re.MULTILINE))
+    assert sum(float(rows[item]) for item in items) == pytest.approx(float(rows["total"]), abs=0.1)
+    assert max(len(line) for line in done.stdout.splitlines()) <= 120
+    assert not done.stderr
+
+
+def test_the_default_of_plan_and_its_place_among_other_options(capsys):
+    for argv in (["--plan", "--train.max_steps", "10"], ["--train.max_steps", "10", "--plan", "8xH100"]):
+        with pytest.raises(SystemExit) as stop:
+            load_config(argv, plan=plan_report)
+        assert stop.value.code == 0
+    first, second = capsys.readouterr().out.split("tiny/2")[1:]
+    assert first == second and "time to step 10," in first
+    with pytest.raises(UserError, match="unknown option --plan"):  # of programs that do not plan
+        load_config(["--plan"])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ("0", "--plan must be N or NxDEVICE, such as 4 or 16xH100, got '0'"),
+        ("H100", "--plan must be N or NxDEVICE"),
+        ("8xH10", "--plan: unknown device H10; did you mean H100? Known are B200, "),
+        ("12", "--plan: above 8, GPUs must come in full nodes of 8, got 12"),
+        ("7", "train.batch_size must be a multiple of 7 (7 processes x 1 micro-batches), such as 252 or 259"),
+    ],
+)
+def test_gpus_that_cannot_be(gpus, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan_report(config("pixelgen-l-256"), gpus)
+
+
+def test_a_batch_that_cannot_be_divided_into_micro_batches():
+    run = config(train={"batch_size": 12, "micro_batches": 3})
+    with pytest.raises(UserError, match=r"of 24 \(8 processes x 3 micro-batches\), such as 24"):
+        plan_report(run, "8")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "mode", "shards"),
+    [
+        ("jit-b-256", "8", "ddp", 1),
+        ("jit-l-256", "8", "fsdp", 8),
+        ("jit-l-256", "16", "hsdp", 8),
+        ("jit-l-256", "1", "none", 1),
+    ],
+)
+def test_auto_chooses_the_layout(name, gpus, mode, shards):
+    layout, _ = layout_of(config(name), gpus)
+    assert (layout.mode, layout.shards, layout.copies) == (mode, shards, int(gpus) // shards)
+
+
+def test_shards_must_divide_the_gpus():
+    run = config(parallel={"mode": "hsdp", "shard_size": 3})
+    with pytest.raises(UserError, match=r"parallel\.shard_size must divide the 4 GPUs, got 3"):
+        plan_report(run, "4")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "gpus", "expected"),
+    [
+        ("jit-b-256", {}, "1xA100", "--train.micro_batches 2"),
+        # the weights with their gradients and five averages do not fit into one of these
+        (
+            "pixelgen-xl-256",
+            {"parallel": {"mode": "ddp"}, "ema": {"decay": (0.9, 0.99, 0.999, 0.9999)}},
+            "8xL4",
+            "--parallel.mode fsdp",
+        ),
+        ("jit-l-256", {}, "8xL4", "--train.micro_batches 2"),
+    ],
+)
+def test_what_does_not_fit_comes_with_a_remedy_that_does(name, changes, gpus, expected):
+    change = re.search(r"does not fit: try (.*)", plan_report(config(name, **changes), gpus))[1]
+    assert change == expected
+    option, value = change.split()
+    section, key = option.removeprefix("--").split(".")
+    changes = changes | {section: changes.get(section, {}) | {key: value if key == "mode" else int(value)}}
+    assert "does not fit" not in plan_report(config(name, **changes), gpus)
+
+
+def test_checkpointing_is_the_remedy_where_passes_would_become_small():
+    averages = {"decay": tuple(1 - 0.1**digits for digits in range(1, 7))}  # 12 of 22 GiB
+    run = config("jit-l-256", train={"batch_size": 8}, ema=averages)
+    assert "does not fit: try --train.activation_checkpointing selective\n" in plan_report(run, "1xL4")
+    # with four times the tokens half of a pass is still a lot
+    averages = {"decay": averages["decay"][:5]}
+    larger = config("jit-l-256", data={"image_size": 512}, train={"batch_size": 4}, ema=averages)
+    assert "does not fit: try --train.micro_batches 2\n" in plan_report(larger, "1xL4")
+
+
+def test_without_a_remedy_it_says_so():
+    run = config("jit-l-256", model={"size": "JiT-G/16"}, train={"batch_size": 1})
+    assert "does not fit: try more GPUs, larger ones, or a smaller model" in plan_report(run, "1xL4")
+
+
+def test_more_averages_and_fewer_shards_cost_what_they_hold():
+    run = config("jit-l-256")
+    parameters = count_parameters(run)
+
+    def item(run, name, shards=8):
+        return step_memory(run, parameters, gpus=8, shards=shards, images=16)[name]
+
+    more = config("jit-l-256", ema={"decay": (0.99, 0.999), "power": (0.1,)})
+    assert item(more, "EMA x 3") == 3 * item(run, "EMA x 1") == 3 * 4 * parameters.denoiser / 8
+    assert item(run, "AdamW", shards=1) == 8 * parameters.trained
+    gathered = "gathered weights, a block's gradient"
+    kept = config("jit-l-256", parallel={"reshard_after_forward": False})
+    assert item(kept, gathered) - item(run, gathered) == 2 * 22 * parameters.block  # all 24 instead of 2
+    model = run.model_config()
+    full = config("jit-l-256", train={"activation_checkpointing": "full"})
+    back = recomputed_bytes(model, 2, "full")
+    assert item(full, "activations, 16 images") == 16 * (denoiser_activations(model, 2, "full") + back)
+
+
+def test_communication_follows_the_formula():
+    run = config("jit-l-256", train={"micro_batches": 2})
+    layout, parameters = layout_of(run, "8")
+    P, blocks = parameters.trained, 24 * parameters.block
+    sharded = 2 * (2 * (P + blocks) + 4 * P) * 7 / 8
+    assert communication(run, parameters, layout)[0] == pytest.approx(sharded)
+    layout, _ = layout_of(run, "16")
+    # over copies once a step, however many micro-batches there are
+    assert communication(run, parameters, layout)[0] == pytest.approx(sharded + 2 * 4 * P / 8 / 2)
+    kept = config("jit-l-256", parallel={"reshard_after_forward": False})
+    layout, _ = layout_of(kept, "8")
+    assert communication(kept, parameters, layout)[0] == pytest.approx((2 + 4) * P * 7 / 8)
+    run = config("jit-b-256")
+    layout, parameters = layout_of(run, "4")
+    assert communication(run, parameters, layout)[0] == pytest.approx(2 * 4 * parameters.trained * 3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 4),  # three, and the one being written
+        ({"keep_checkpoints": 0}, 20),
+        ({"keep_every": 50_000}, 8),
+        ({"max_steps": 15_000}, 2),
+        ({"checkpoint_every": 0}, 1),
+    ],
+)
+def test_checkpoints_on_disk(changes, kept):
+    assert checkpoints_kept(config("pixelgen-l-256", train=changes)) == kept
+
+
+def test_time_follows_the_schedule_of_the_terms():
+    def hours(**loss):
+        text = plan_report(config("pixelgen-l-256", loss=loss), "8xH800")
+        return float(re.search(r"MFU 20% +([\d.]+) h", text)[1])
+
+    always, never = hours(), hours(alignment_weight=0.0)
+    half = hours(alignment_schedule=((100_000, 0.0),))
+    assert always > half > never and half == pytest.approx((always + never) / 2, abs=0.1)
