@@ -8,12 +8,22 @@ if TYPE_CHECKING:
     from pixelgen.data.crop import center_crop
     from pixelgen.data.digits import Digits
     from pixelgen.data.folder import ClassFolder
-    from pixelgen.data.loader import ImageDataset, build_dataset, build_loader, stream_indices
+    from pixelgen.data.hf import HubImages
+    from pixelgen.data.loader import Batch, ImageDataset, Loader, build_dataset, build_loader, stream_indices
+    from pixelgen.data.prepared import PreparedImages
+    from pixelgen.data.streaming import HubStream
+    from pixelgen.data.synthetic import SyntheticImages
 
 __all__ = [
+    "Batch",
     "ClassFolder",
     "Digits",
+    "HubImages",
+    "HubStream",
     "ImageDataset",
+    "Loader",
+    "PreparedImages",
+    "SyntheticImages",
     "build_dataset",
     "build_loader",
     "center_crop",
@@ -24,10 +34,16 @@ _HOME = {
     "center_crop": "crop",
     "Digits": "digits",
     "ClassFolder": "folder",
+    "HubImages": "hf",
+    "Batch": "loader",
     "ImageDataset": "loader",
+    "Loader": "loader",
     "build_dataset": "loader",
     "build_loader": "loader",
     "stream_indices": "loader",
+    "PreparedImages": "prepared",
+    "HubStream": "streaming",
+    "SyntheticImages": "synthetic",
 }
 
 

@@ -1,9 +1,17 @@
-"""The centre crop of ADM, which every class-conditional ImageNet model since has been trained on."""
+"""The crops of ADM, which every class-conditional ImageNet model since has been trained on."""
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MIN_SHARE = 0.8  # of the short side that a random crop keeps, ADM's min_crop_frac
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -23,16 +31,109 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     Raises:
         ValueError: for another mode, or a size below 1.
     """
-    if image.mode not in ("RGB", "L"):
-        raise ValueError(f"center_crop: image must have mode RGB or L, got {image.mode}")
-    if size < 1:
-        raise ValueError(f"center_crop: size must be at least 1, got {size}")
+    _check("center_crop", image, size)
+    image = halve(image, size)
+    width, height = scaled_sides(*image.size, size)
+    return _resize_and_cut(image, (width, height), (width - size) // 2, (height - size) // 2, size)
+
+
+def random_crop(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarray:
+    """Scales the short side to a random length in [size, ceil(size / 0.8)] and cuts a random square (ADM).
+
+    Scaling is that of ``center_crop``.
+
+    Args:
+        image: Pillow image of mode "RGB" or "L".
+        size: side of the square, in pixels, at least 1.
+        draws: (3,) uniform numbers in [0, 1): for the length, the row and the column.
+
+    Returns:
+        uint8 array (size, size, 3) for "RGB", (size, size, 1) for "L".
+
+    Raises:
+        ValueError: for another mode, a size below 1 or other draws.
+    """
+    _check("random_crop", image, size)
+    if np.shape(draws) != (3,) or not all(0 <= draw < 1 for draw in draws):
+        raise ValueError(f"random_crop: draws must be three numbers in [0, 1), got {draws}")
+    of_size, of_row, of_column = map(float, draws)
+    short = size + int(of_size * (math.ceil(size / MIN_SHARE) - size + 1))
+    image = halve(image, short)
+    width, height = scaled_sides(*image.size, short)
+    left, top = int(of_column * (width - size + 1)), int(of_row * (height - size + 1))
+    return _resize_and_cut(image, (width, height), left, top, size)
+
+
+def near_center_crop(pixels: Tensor, size: int) -> np.ndarray:
+    """``center_crop`` with PyTorch's bicubic filter, whose weights have fewer bits: up to 2 grey levels off.
+
+    It takes a third of the time. Halving, which it leaves to ``halve``, has to be done before.
+
+    Args:
+        pixels: uint8 (C, H, W), at most twice as high as wide; quickest where the channels of a pixel lie
+            side by side in memory.
+        size: side of the square, in pixels, at least 1.
+
+    Returns:
+        uint8 array (C, size, size).
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    height, width = pixels.shape[1:]
+    sides = scaled_sides(width, height, size)
+    left, top = (sides[0] - size) // 2, (sides[1] - size) // 2
+    if sides != (width, height):
+        # The grid of the filter begins at the top left: what lies right of or below the square can go.
+        columns = _needed(width, sides[0], left + size)
+        rows = _needed(height, sides[1], top + size)
+        pixels = pixels[None, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
+        # The result has floor(side * factor) pixels, which rounding must not make one less.
+        factors = ((sides[1] + 1e-6) / height, (sides[0] + 1e-6) / width)
+        pixels = interpolate(
+            pixels, scale_factor=factors, mode="bicubic", antialias=True, recompute_scale_factor=False
+        )[0]
+    return np.ascontiguousarray(pixels[:, top : top + size, left : left + size].numpy())
+
+
+def _needed(side: int, scaled: int, end: int) -> int:
+    """Pixels of a side that the first ``end`` of its ``scaled`` ones depend on under a bicubic filter."""
+    step = side / scaled
+    return min(side, math.ceil(end * step + 2 * max(step, 1)) + 1)
+
+
+def halve(image: Image.Image, size: int) -> Image.Image:
+    """Halves both sides, rounding down, with a box filter while the short one is at least ``2 * size``."""
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC
-    )
-    pixels = np.array(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return np.ascontiguousarray(pixels[top : top + size, left : left + size]).reshape(size, size, -1)
+        width, height = image.width // 2, image.height // 2
+        if image.width % 2 or image.height % 2 or image.height > 2 * image.width:
+            image = image.resize((width, height), Image.Resampling.BOX)
+        else:  # the two passes of that resize, to the same bits, in half the time
+            image = image.reduce((2, 1)).reduce((1, 2))
+    return image
+
+
+def scaled_sides(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height of an image whose short side is scaled to ``size``."""
+    scale = size / min(width, height)
+    return round(width * scale), round(height * scale)
+
+
+def _check(name: str, image: Image.Image, size: int) -> None:
+    if image.mode not in ("RGB", "L"):
+        raise ValueError(f"{name}: image must have mode RGB or L, got {image.mode}")
+    if size < 1:
+        raise ValueError(f"{name}: size must be at least 1, got {size}")
+
+
+def _resize_and_cut(image: Image.Image, sides: tuple[int, int], left: int, top: int, size: int) -> np.ndarray:
+    """The square at (left, top) of the image resized to ``sides``, (size, size, C)."""
+    if image.width >= image.height:
+        # Pillow resizes the rows, then the columns, with 8 bits between them: to cut between the two changes
+        # no bit and spares the second pass what is not kept. Of tall images it may do the columns first.
+        image = image.resize((sides[0], image.height), Image.Resampling.BICUBIC)
+        image = image.crop((left, 0, left + size, image.height))
+        sides, left = (size, sides[1]), 0
+    image = image.resize(sides, Image.Resampling.BICUBIC)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels.reshape(size, size, -1)

@@ -1,0 +1,208 @@
+"""Shards of decoded images: Arrow files that are mapped into memory and read as they lie.
+
+A shard is an Arrow IPC file with one record batch, the columns ``image`` (C * H * W bytes, CHW, as training
+wants them: a batch is then plain copies), ``label`` (int32) and ``path``. It holds the readable images of one
+stretch of the source's listing; its metadata say which, and what could not be read. Beside the shards lie
+``settings.json``, what they depend on, and ``manifest.json``, which is written last and makes the folder
+complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pixelgen.errors import UserError
+
+FORMAT = 1
+SETTINGS, MANIFEST = "settings.json", "manifest.json"
+
+
+class Job(NamedTuple):
+    """What a worker made of a stretch of the source.
+
+    Attributes:
+        images: (n, C * H * W) uint8, the readable ones.
+        indices: (n,) their places in the source.
+        paths: what they are called there.
+        broken: path and reason of the others.
+    """
+
+    images: np.ndarray
+    indices: list[int]
+    paths: list[str]
+    broken: list[tuple[str, str]]
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.arrow"
+
+
+def write_shard(path: Path, jobs: Sequence[Job], labels: np.ndarray, metadata: dict[str, str]) -> None:
+    """Writes what was decoded, as `replacing` does.
+
+    Args:
+        path: the file.
+        jobs: its images, in order.
+        labels: of all images of the source.
+        metadata: what else to note in it.
+    """
+    images = np.concatenate([job.images for job in jobs])
+    indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
+    broken = [entry for job in jobs for entry in job.broken]
+    num_rows, image_bytes = images.shape
+    schema = pa.schema(
+        [("image", pa.binary(image_bytes)), ("label", pa.int32()), ("path", pa.string())],
+        metadata={**metadata, "broken": json.dumps(broken)},
+    )
+    columns = [
+        pa.FixedSizeBinaryArray.from_buffers(schema.types[0], num_rows, [None, pa.py_buffer(images)]),
+        pa.array(labels[indices], pa.int32()),
+        pa.array([path for job in jobs for path in job.paths], pa.string()),
+    ]
+    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def open_shard(path: Path) -> pa.RecordBatch:
+    """Maps a shard into memory.
+
+    Raises:
+        UserError: it is not there, cut short, or no shard.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = error.strerror if isinstance(error, FileNotFoundError) else str(error)
+        raise UserError(f"data: cannot read shard {path}: {' '.join(str(reason).split())}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A file that takes the place of ``path`` once all of it is on the disk; after an error nothing does.
+
+    Raises:
+        UserError: it cannot be written, most often because the disk is full.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"cannot write {path}: {error.strerror or error}; what was finished before is intact: make "
+                "room and give the command again to continue"
+            ) from error
+        raise
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON as `replacing` does."""
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
+
+
+def broken_of(shard: pa.RecordBatch) -> list[tuple[str, str]]:
+    """Path and reason of the images that are missing in a shard."""
+    return [(path, reason) for path, reason in json.loads(shard.schema.metadata[b"broken"])]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a settings file or a manifest.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"data: {path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"data: {path} is damaged: it must hold a JSON object")
+    return content
+
+
+class ShardFolder:
+    """A folder of shards that is being written; locked until it is closed.
+
+    Args:
+        path: the folder; made where it does not exist.
+        settings: what its shards depend on.
+
+    Raises:
+        UserError: it holds something else, or shards of other settings, or is being written already.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, object]) -> None:
+        self.path = path
+        self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path, os.O_RDONLY)
+        try:
+            self._claim(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, settings: dict[str, object]) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.path} is being written by another process") from error
+        if not (self.path / SETTINGS).exists():
+            if any(entry.name != f"{SETTINGS}.tmp" for entry in self.path.iterdir()):
+                raise UserError(
+                    f"{self.path} is not empty and was not made by this command; choose another folder"
+                )
+            write_json(self.path / SETTINGS, settings)
+        found = read_json(self.path / SETTINGS)
+        for name, value in settings.items():
+            if found.get(name) != value:
+                of_source = name in ("listing", "class_names", "num_source_images")
+                what = "from another source" if of_source else f"with {name} {found.get(name)}, not {value}"
+                raise UserError(
+                    f"{self.path} was made {what}; choose another folder, or delete it and begin again"
+                )
+
+    def close(self) -> None:
+        """Unlocks the folder."""
+        os.close(self._lock)
+
+    def write(self, number: int, jobs: Sequence[Job], labels: np.ndarray) -> None:
+        """Writes a shard; see `write_shard`."""
+        metadata = {"key": self.key, "number": str(number)}
+        write_shard(self.path / shard_name(number), jobs, labels, metadata)
+
+    def finished(self, number: int, size: int) -> pa.RecordBatch | None:
+        """The shard of ``size`` source images, or None where it is missing, cut short or another one's."""
+        path = self.path / shard_name(number)
+        if not path.exists():
+            return None
+        try:
+            shard = open_shard(path)
+        except UserError:
+            return None
+        noted = shard.schema.metadata or {}
+        is_ours = (noted.get(b"key"), noted.get(b"number")) == (self.key.encode(), str(number).encode())
+        return shard if is_ours and len(shard) + len(broken_of(shard)) == size else None

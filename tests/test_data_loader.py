@@ -1,0 +1,205 @@
+"""The order of images, and the loader: the same batches for any number of workers and ranks."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pixelgen_kernels import philox_uniform
+
+from pixelgen.data import ClassFolder, Digits, build_loader, stream_indices
+from pixelgen.data.decode import read_image
+
+
+def _fill(root: Path, classes=("cat", "ant"), per_class=5, side=(20, 14)) -> Path:
+    generator = np.random.default_rng(0)
+    for name in classes:
+        (root / name / "nested").mkdir(parents=True)
+        for index in range(per_class):
+            folder = root / name / ("nested" if index % 2 else "")
+            pixels = generator.integers(0, 256, (*side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+# --- the stream
+
+
+def _stream(steps, **arguments):
+    return np.concatenate([stream_indices(step, **arguments) for step in range(steps)])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 26])
+def test_every_epoch_is_a_permutation(batch_size):
+    size = 10
+    stream = _stream(130 // batch_size + 1, dataset_size=size, batch_size=batch_size, seed=3)
+    epochs = stream[:130].reshape(-1, size)
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 10
+    assert stream.dtype == np.int64
+
+
+def test_stream_does_not_depend_on_batch_size_or_order_of_calls():
+    arguments = {"dataset_size": 11, "seed": 5}
+    whole = _stream(1, batch_size=60, **arguments)
+    np.testing.assert_array_equal(_stream(15, batch_size=4, **arguments), whole)
+    backwards = [stream_indices(step, batch_size=4, **arguments) for step in reversed(range(15))]
+    np.testing.assert_array_equal(np.concatenate(backwards[::-1]), whole)
+
+
+def test_stream_is_the_same_everywhere():
+    # Stored values: a change of the shuffle would change every resumed run.
+    assert stream_indices(0, dataset_size=8, batch_size=8, seed=0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert stream_indices(2, dataset_size=8, batch_size=6, seed=123).tolist() == [2, 7, 0, 3, 6, 4]
+
+
+def test_seeds_differ():
+    streams = {tuple(_stream(1, dataset_size=20, batch_size=20, seed=seed)) for seed in (-1, 0, 1, 2**63 + 5)}
+    assert len(streams) == 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_share_the_global_batch(world_size):
+    arguments = {"dataset_size": 10, "batch_size": 12, "seed": 1}
+    for step in range(4):
+        parts = [stream_indices(step, rank=r, world_size=world_size, **arguments) for r in range(world_size)]
+        np.testing.assert_array_equal(np.concatenate(parts), stream_indices(step, **arguments))
+        assert {len(part) for part in parts} == {12 // world_size}
+
+
+# --- the loader
+
+
+def _take(loader, count):
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def _assert_same(first, second):
+    for (images, labels), (other_images, other_labels) in zip(first, second, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize("batch_size", [64, 2000])
+def test_loader_yields_the_stream(batch_size):
+    digits = Digits()
+    for step, (images, labels) in enumerate(_take(build_loader(digits, batch_size, seed=7), 3)):
+        index = stream_indices(step, dataset_size=1797, batch_size=batch_size, seed=7)
+        assert images.shape == (batch_size, 1, 8, 8)
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert torch.equal(images, digits.images[index])
+        assert torch.equal(labels, digits.labels[index])
+
+
+def test_loader_resumes_at_any_step():
+    straight = _take(build_loader(Digits(), 100, seed=1), 40)
+    for start in (1, 17, 18, 37):  # 17 and 18: either side of the first epoch's end
+        _assert_same(
+            _take(build_loader(Digits(), 100, seed=1, start_step=start), 3), straight[start : start + 3]
+        )
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_batches_depend_on_neither_workers_nor_ranks(tmp_path, crop):
+    data = ClassFolder(_fill(tmp_path), image_size=8, crop=crop)
+    arguments = {"batch_size": 6, "seed": 2, "start_step": 1}
+    whole = _take(build_loader(data, **arguments), 4)
+    for num_workers in (1, 2):
+        _assert_same(_take(build_loader(data, num_workers=num_workers, **arguments), 4), whole)
+    for world_size in (2, 3):
+        ranks = [
+            _take(build_loader(data, rank=rank, world_size=world_size, **arguments), 4)
+            for rank in range(world_size)
+        ]
+        united = [
+            tuple(torch.cat([batch[field] for batch in batches]) for field in (0, 1))
+            for batches in zip(*ranks, strict=True)
+        ]
+        _assert_same(united, whole)
+
+
+def test_random_crops_follow_seed_step_and_place(tmp_path):
+    data = ClassFolder(_fill(tmp_path, per_class=2, side=(40, 30)), image_size=8, crop="random")
+    images, _ = _take(build_loader(data, 8, seed=5, start_step=3), 1)[0]
+    indices = stream_indices(3, dataset_size=4, batch_size=8, seed=5)
+    draws = philox_uniform(5, 3, torch.arange(8), 3, stream=4).numpy()
+    for place, index in enumerate(indices):
+        expected = read_image(data.path(index), 8, 3, "random", draws[place])
+        np.testing.assert_array_equal(images[place], expected)
+    # Two epochs are in this batch: each image is there twice, and cropped differently.
+    assert len({image.numpy().tobytes() for image in images}) == 8
+    assert not torch.equal(images, _take(build_loader(data, 8, seed=5, start_step=4), 1)[0][0])
+
+
+def test_loader_of_a_rank():
+    whole = _take(build_loader(Digits(), 10, seed=4), 3)
+    part = _take(build_loader(Digits(), 10, seed=4, rank=1, world_size=2), 3)
+    _assert_same(part, [(images[5:], labels[5:]) for images, labels in whole])
+
+
+def test_loader_of_files_resumes_in_the_middle(tmp_path):
+    data = ClassFolder(_fill(tmp_path), image_size=8, crop="random")
+    straight = _take(build_loader(data, 4, seed=1), 6)
+    loader = build_loader(data, 4, seed=1, num_workers=2)
+    first = [next(loader) for _ in range(3)]
+    assert loader.state_dict() == {}
+    loader.close()
+    rest = _take(build_loader(data, 4, seed=1, start_step=3, num_workers=1, state={}), 3)
+    _assert_same(first + rest, straight)
+
+
+def test_workers_ignore_interrupts(tmp_path):
+    data = ClassFolder(_fill(tmp_path), image_size=8)
+    expected = _take(build_loader(data, 4, seed=1), 20)
+    before = {child.pid for child in multiprocessing.active_children()}
+    loader = build_loader(data, 4, seed=1, num_workers=2)
+    first = next(loader)
+    workers = {child.pid for child in multiprocessing.active_children()} - before
+    assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    _assert_same([first, *_take(loader, 19)], expected)
+
+
+def test_loader_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    np_before = np.random.get_state()[1].copy()  # noqa: NPY002
+    _take(build_loader(Digits(), 10, seed=4), 3)
+    _take(build_loader(Digits(), 10, seed=4, num_workers=1), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], np_before)  # noqa: NPY002
+
+
+def test_close_ends_the_workers(tmp_path):
+    data = ClassFolder(_fill(tmp_path), image_size=8)
+    before = {child.pid for child in multiprocessing.active_children()}
+    loader = build_loader(data, 2, seed=0, num_workers=2)
+    next(loader)
+    assert len({child.pid for child in multiprocessing.active_children()} - before) == 2
+    loader.close()
+    assert not {child.pid for child in multiprocessing.active_children()} - before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a multiple of world_size 1 and at least 1, got 0"),
+        ({"batch_size": 5, "world_size": 2}, "batch_size must be a multiple of world_size 2"),
+        ({"rank": 2, "world_size": 2}, "rank must satisfy 0 <= rank < world_size 2, got 2"),
+        ({"world_size": 0}, "rank must satisfy 0 <= rank < world_size 0, got 0"),
+        ({"start_step": -1}, "start_step must be at least 0, got -1"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"max_broken": 1.5}, r"max_broken must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_loader_errors_come_before_the_first_batch(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_loader(Digits(), **{"batch_size": 4, "seed": 0, **arguments})
