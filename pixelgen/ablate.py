@@ -21,7 +21,7 @@ from pixelgen.config import TrainConfig, config_from_yaml, load_config
 from pixelgen.errors import UserError
 
 if TYPE_CHECKING:
-    from pixelgen.trainer import Trainer
+    from pixelgen.loop import Run
 
 KEY = ("row", "seed", "steps", "sample_steps", "options")
 COLUMNS = (*KEY, *FIGURES, "failed")  # the last is the reason, without figures then; else empty
@@ -201,9 +201,9 @@ def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
         if not sys.stderr.isatty():
             stack.enter_context(contextlib.redirect_stderr(log))
         config = cell.config(options.device, options.threads)
-        trainer = build_trainer(run_dir, config, out / SHARED / cell.seed)
+        run = build_run(run_dir, config, out / SHARED / cell.seed)
         try:
-            code = trainer.train()
+            code = run.train()
         except UserError as error:  # a loss that is not finite: no reason to keep the other cells waiting
             reason = describe_error(error)
             print(reason)
@@ -226,8 +226,8 @@ def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
     return 0, {column: f"{values[column]:.5g}" for column in FIGURES} | {"failed": ""}
 
 
-def build_trainer(run_dir: Path, config: TrainConfig, shared: Path) -> Trainer:
-    """The trainer of a run, at its newest checkpoint if there is one.
+def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
+    """A run, at its newest checkpoint if there is one.
 
     Args:
         run_dir: folder of the run, existing or not.
@@ -239,26 +239,29 @@ def build_trainer(run_dir: Path, config: TrainConfig, shared: Path) -> Trainer:
     """
     from pixelgen import checkpoint as checkpoints
     from pixelgen.data.digits import Digits
+    from pixelgen.distributed import start_world
     from pixelgen.encoders.embedded import FILE_NAME
+    from pixelgen.loop import Run, resume_run
     from pixelgen.trainer import Trainer
 
+    world = start_world(config.device, config.parallel)
     if checkpoints.list_checkpoints(run_dir):
         kept = config_from_yaml((run_dir / checkpoints.CONFIG_FILE).read_text())
         if (kept.loss, kept.train, kept.seed) != (config.loss, config.train, config.seed):
             raise UserError(f"{run_dir} was trained with other options; choose another --out")
-        return Trainer.resume(str(run_dir), config)
+        return resume_run(str(run_dir), config, world)
     if run_dir.exists():  # stopped before its first checkpoint
         shutil.rmtree(run_dir)
     run_dir.mkdir()
     if (shared / FILE_NAME).exists():
         shutil.copy(shared / FILE_NAME, run_dir)
-    trainer = Trainer(config, run_dir, Digits())
+    trainer = Trainer(config, run_dir, Digits(), world)
     if (run_dir / FILE_NAME).exists() and not (shared / FILE_NAME).exists():
         shared.mkdir(parents=True, exist_ok=True)
         partial = shared / f"{FILE_NAME}.tmp"
         shutil.copy(run_dir / FILE_NAME, partial)
         partial.replace(shared / FILE_NAME)  # whole, whenever this is stopped
-    return trainer
+    return Run(trainer, contextlib.ExitStack(), {})
 
 
 def read_lines(path: Path) -> dict[tuple[str, ...], Line]:

@@ -1,13 +1,13 @@
 """Checkpoints: one folder per step, complete or absent.
 
     RUN/checkpoints/step_00001000/
-        meta.json          step, format and library versions; written last
-        config.yaml        the run's configuration
-        ema.safetensors    averaged weights, all that sampling needs
-        *.distcp .metadata everything that changes training (torch.distributed.checkpoint)
+        meta.json               step, format, averages and library versions; written last
+        config.yaml             the run's configuration
+        ema_0.9999.safetensors  averaged weights, all that sampling needs; a file for each average
+        *.distcp .metadata      everything that changes training (torch.distributed.checkpoint)
 
-A checkpoint is written under a temporary name, flushed to disk and renamed, so that a folder called
-``step_*`` is always whole.
+A checkpoint is written under a temporary name, flushed to disk and renamed (``pixelgen.saving``), so that a
+folder called ``step_*`` is always whole.
 """
 
 from __future__ import annotations
@@ -15,73 +15,37 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pixelgen.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-META_FILE, CONFIG_FILE, EMA_FILE = "meta.json", "config.yaml", "ema.safetensors"
+META_FILE, CONFIG_FILE = "meta.json", "config.yaml"
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    state: dict[str, Any],
-    ema_weights: Mapping[str, Tensor],
-    config_yaml: str,
-    keep: int,
-) -> Path:
-    """Writes one checkpoint and removes the oldest ones beyond ``keep``.
-
-    Args:
-        run_dir: the run's folder.
-        step: optimizer steps done.
-        state: nested state dicts; everything that changes training.
-        ema_weights: averaged weights by parameter name.
-        config_yaml: the run's configuration.
-        keep: how many checkpoints to keep, at least 1; 0 keeps all.
-
-    Returns:
-        The folder of the new checkpoint.
-    """
-    root = run_dir / "checkpoints"
-    final, partial = root / f"step_{step:08d}", root / f".step_{step:08d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed while saving
-    partial.mkdir(parents=True)
-    with _single_process():
-        dcp.save(state, checkpoint_id=partial, no_dist=True)
-    save_file({key: value.contiguous().cpu() for key, value in ema_weights.items()}, partial / EMA_FILE)
-    (partial / CONFIG_FILE).write_text(config_yaml)
-    meta = {"format": FORMAT, "step": step, "torch": str(torch.__version__)}
-    (partial / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
-    for path in partial.iterdir():
-        _flush(path)
-    shutil.rmtree(final, ignore_errors=True)  # without meta.json, or it would have been resumed from
-    partial.rename(final)
-    _flush(root)
-    if keep:
-        for old in list_checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    return final
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file so that it is always the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def ema_file(name: str) -> str:
+    """File of the average called ``name``."""
+    return f"ema_{name}.safetensors"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -142,6 +106,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Fills the tensors of ``state`` in place, and its other values, from a checkpoint.
 
+    Every process of a run calls it with its own shards; their number may differ from that of the saving run.
+
     Args:
         checkpoint: folder from ``find_checkpoint``.
         state: nested state dicts of the same structure as saved.
@@ -151,32 +117,70 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """
     read_meta(checkpoint)
     try:
-        with _single_process():
+        with quiet_alone():
             dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     except dcp.api.CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{checkpoint} cannot be restored: {str(reason).splitlines()[0]}") from error
+        raise UserError(f"{checkpoint} cannot be restored: {first_failure(error)}") from error
+
+
+def stored_names(checkpoint: Path) -> set[str]:
+    """Names of everything in a checkpoint, nested ones joined by dots."""
+    with quiet_alone():
+        return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+
+
+def stored_values(checkpoint: Path, prefix: str) -> dict[str, Any]:
+    """A place for each value that a checkpoint has under ``prefix.``, for ``load_state`` to fill."""
+    names = stored_names(checkpoint)
+    return {name.removeprefix(f"{prefix}."): None for name in names if name.startswith(f"{prefix}.")}
+
+
+def load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors whose names in the checkpoint begin with ``prefix``, without it, whole and on the CPU."""
+    with quiet_alone():
+        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        state = {
+            key: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for key, entry in stored.items()
+            if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        }
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def first_failure(error: BaseException) -> str:
+    """One line on what went wrong while a checkpoint was read or written."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
-    """torch warns that no process group exists; with one process that is as it should be."""
+def quiet_alone() -> Iterator[None]:
+    """torch warns that no process group takes part; where one process reads or writes, that is right."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*in a single process.*")
         yield
 
 
-def load_ema_weights(checkpoint: Path) -> dict[str, Tensor]:
+def load_ema_weights(checkpoint: Path, name: str | None = None) -> dict[str, Tensor]:
     """Averaged weights by parameter name, fp32 on the CPU.
 
+    Args:
+        checkpoint: folder from ``find_checkpoint``.
+        name: which average, such as ``"0.9999"``; None takes the run's first.
+
     Raises:
-        UserError: a missing or damaged file.
+        UserError: no such average, a missing or damaged file.
     """
     from safetensors import SafetensorError
 
-    path = checkpoint / EMA_FILE
+    names = read_meta(checkpoint)["averages"]
+    if name is not None and name not in names:
+        raise UserError(f"{checkpoint} has no average {name}; it has {', '.join(names)}")
+    path = checkpoint / ema_file(name or names[0])
     if not path.is_file():
-        raise UserError(f"{checkpoint} has no {EMA_FILE}")
+        raise UserError(f"{checkpoint} has no {path.name}")
     try:
         return load_file(path)
     except SafetensorError as error:

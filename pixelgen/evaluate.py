@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pixelgen.cli import parse, run
 from pixelgen.errors import UserError
@@ -23,7 +22,7 @@ class EvaluateOptions:
     Args:
         model: a run (runs/NAME) or one of its checkpoints.
         guidance: guidance scales separated by commas.
-        weights: averaged (ema) or raw weights.
+        weights: ema for the first of the averaged weights, raw, or the name of an average such as 0.9999.
         seed: of the starting noise.
         steps: solver steps; null takes the run's setting.
         batch_size: images drawn at once.
@@ -33,7 +32,7 @@ class EvaluateOptions:
 
     model: str
     guidance: str = "1.0,2.0"
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     seed: int = 0
     steps: int | None = None
     batch_size: int = 256

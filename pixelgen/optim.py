@@ -1,12 +1,16 @@
-"""AdamW with its state from the start, so that what a checkpoint holds never depends on what has happened."""
+"""AdamW, with its state from the start; its learning rate; clipping."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pixelgen.config import TrainConfig
+from pixelgen.distributed import local, whole
 
 
 def adamw(
@@ -36,10 +40,34 @@ def adamw(
     return optimizer
 
 
-def _state(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step ``step``, from 0: linear warm-up, then constant, or cosine down to zero."""
+    optimizer = config.optimizer
+    warm = min(1.0, (step + 1) / optimizer.warmup_steps) if optimizer.warmup_steps else 1.0
+    if optimizer.schedule == "cosine":
+        remaining = max(1, config.train.max_steps - optimizer.warmup_steps)
+        progress = min(1.0, max(0, step - optimizer.warmup_steps) / remaining)
+        return optimizer.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+    return optimizer.lr * warm
+
+
+def _state(parameter: nn.Parameter) -> dict[str, Tensor]:
     """What AdamW makes at the first gradient."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
         "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
     }
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scales gradients down to a norm, if one is given; returns that of all shards before. No host sync."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    kinds: dict[type, list[Tensor]] = {}
+    for grad in grads:
+        kinds.setdefault(type(grad), []).append(grad)
+    norms = [whole(nn.utils.get_total_norm(same, foreach=True)) for same in kinds.values()]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        torch._foreach_mul_([local(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

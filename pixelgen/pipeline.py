@@ -55,7 +55,7 @@ class Pipeline:
         cls,
         path: str | Path,
         *,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: str = "ema",
         device: str | torch.device = "cpu",
         kernels: Literal["auto", "eager"] = "auto",
     ) -> Pipeline:
@@ -63,22 +63,24 @@ class Pipeline:
 
         Args:
             path: ``runs/NAME`` or ``runs/NAME/checkpoints/step_00001000``.
-            weights: the averaged or the raw weights.
+            weights: ``"ema"`` for the first of the run's averages, one of their names such as ``"0.9999"`` or
+                ``"power-0.05"``, or ``"raw"``.
             device: where to sample.
             kernels: as in ``JiT``.
 
         Raises:
             FileNotFoundError: nothing there.
-            UserError: not a run, or a damaged one.
+            UserError: not a run, a damaged one, or one without such an average.
         """
         checkpoint = checkpoints.find_checkpoint(path)
         checkpoints.read_meta(checkpoint)
         config: TrainConfig = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text())
         model = JiT(config.model_config(), kernels)
-        if weights == "ema":
-            load_strictly(model, checkpoints.load_ema_weights(checkpoint), str(checkpoint))
-        else:
+        if weights == "raw":
             checkpoints.load_state(checkpoint, {"model": model.state_dict()})
+        else:
+            name = None if weights == "ema" else weights
+            load_strictly(model, checkpoints.load_ema_weights(checkpoint, name), str(checkpoint))
         return cls(
             model.to(device).eval(),
             config.sample,
@@ -227,7 +229,7 @@ def load_pipeline(
     path: str | Path,
     *,
     size: str | None = None,
-    weights: Literal["ema", "raw"] = "ema",
+    weights: str = "ema",
     device: str = "auto",
     kernels: Literal["auto", "eager"] = "auto",
 ) -> Pipeline:
@@ -236,7 +238,7 @@ def load_pipeline(
     Args:
         path: where it is.
         size: architecture of a ``.ckpt``, a key of ``pixelgen.models.SIZES``; runs know their own.
-        weights: averaged or raw.
+        weights: ``"ema"``, ``"raw"``, or for a run the name of one of its averages.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         kernels: as in ``JiT``.
 
@@ -251,6 +253,8 @@ def load_pipeline(
         )
     if not is_released and size is not None:
         raise UserError(f"{path}: --size is for .ckpt files; a run knows its architecture")
+    if is_released and weights not in ("ema", "raw"):
+        raise UserError(f"{path}: a .ckpt has ema and raw weights only, got {weights!r}")
     target = pick_device(device)
     if size is None:
         return Pipeline.from_run(path, weights=weights, device=target, kernels=kernels)
@@ -260,7 +264,7 @@ def load_pipeline(
         path,
         model_config(size),
         config.sample,
-        weights=weights,
+        weights="raw" if weights == "raw" else "ema",
         device=target,
         dtype=config.dtype,
         kernels=kernels,

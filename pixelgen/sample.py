@@ -30,7 +30,7 @@ class SampleOptions:
         steps: solver steps; null takes the run's setting.
         sampler: euler, heun, heun-reuse or adams; null takes the run's setting.
         timeshift: moves the steps towards the noise for values above 1; null takes the run's setting.
-        weights: averaged (ema) or raw weights.
+        weights: ema for the first of the averaged weights, raw, or the name of an average such as 0.9999.
         seed: of the starting noise; image i depends on the seed and i alone.
         batch_size: images drawn at once.
         device: auto, cpu or cuda.
@@ -49,7 +49,7 @@ class SampleOptions:
     steps: int | None = None
     sampler: Literal["euler", "heun", "heun-reuse", "adams"] | None = None
     timeshift: float | None = None
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     seed: int = 0
     batch_size: int = 256
     device: str = "auto"

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from pixelgen.cli import run
+import os
+
+from pixelgen.cli import USER_ERRORS, run
 from pixelgen.config import load_config
+from pixelgen.plan import plan_report
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, trains, returns the exit code."""
-    config, resume = load_config(argv)
+    try:
+        config, resume = load_config(argv, plan=plan_report)
+    except USER_ERRORS:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        return 2  # one process on each machine tells: all have the same command line
     # torch is imported only after the command line has been checked.
     import torch
 
-    from pixelgen.trainer import Trainer
+    from pixelgen.distributed import start_world
+    from pixelgen.loop import continue_or_start, resume_run, start_run
 
     torch.set_float32_matmul_precision("high")
     if config.threads:
         torch.set_num_threads(config.threads)
-    trainer = Trainer.start(config) if resume is None else Trainer.resume(resume, config)
-    return trainer.train()
+    world = start_world(config.device, config.parallel)
+    config = world.on_main(lambda: config)  # a name made from the time differs
+    if resume == "auto":
+        return continue_or_start(config, world).train()
+    return (start_run(config, world) if resume is None else resume_run(resume, config, world)).train()
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def with_embedded(embedded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     start = Trainer.__init__
 
-    def init(self, config, run_dir, dataset):
+    def init(self, config, run_dir, *arguments):
         if not (run_dir / embedded_file.name).exists():
             shutil.copy(embedded_file, run_dir)
-        start(self, config, run_dir, dataset)
+        start(self, config, run_dir, *arguments)
 
     monkeypatch.setattr(Trainer, "__init__", init)

@@ -266,3 +266,33 @@ def test_pending_branches_are_added_where_the_sum_is_needed():
     for layer in range(3):
         x_pred, _ = model(x, t, y, feature_layer=layer)
         assert torch.allclose(x_pred, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(mode: str, dropout: float) -> None:
+    """Also with dropout, which has to draw the same numbers again."""
+
+    def run(mode: str) -> tuple[torch.Tensor, int]:
+        torch.manual_seed(0)
+        model = JiT(model_config("tiny/4", depth=4, attn_dropout=dropout, proj_dropout=dropout))
+        for parameter in model.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.checkpoint_blocks(mode)
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x, t, y = torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 2])
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            prediction = model(x, t, y)
+        prediction.square().mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), sum(kept.values())
+
+    gradients, memory = run(mode)
+    expected, all_memory = run("none")
+    assert torch.equal(gradients, expected)
+    assert memory < 0.6 * all_memory

@@ -6,38 +6,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from processes import differences, stored
 from training import FLOW_ONLY, fails_with, options
 
 from pixelgen import checkpoint as checkpoints
+from pixelgen.config import load_config
+from pixelgen.distributed import start_world
+from pixelgen.loop import resume_run
 from pixelgen.train import main
 from pixelgen.trainer import Trainer
 from pixelgen.trainlog import TrainLog, truncate_metrics
 
 
-def full_state(run_dir: Path, scratch: Path) -> dict:
-    """Everything in the newest checkpoint, flat."""
-    dcp_to_torch_save(checkpoints.find_checkpoint(run_dir), scratch)
-
-    def flatten(node, prefix=""):
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    return dict(flatten(torch.load(scratch, weights_only=False)))
-
-
-def assert_same(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
-        assert same, key
+def assert_same(a: Path, b: Path) -> None:
+    """Everything in the newest checkpoints of two runs."""
+    assert differences(stored(a), stored(b)) == []
 
 
 def stop_after(monkeypatch, step: int) -> None:
@@ -46,7 +34,7 @@ def stop_after(monkeypatch, step: int) -> None:
     def stopping(self, images, labels):
         terms = train_step(self, images, labels)
         if self.step == step:
-            self.stop_signal = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
         return terms
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
@@ -73,12 +61,9 @@ def test_resume_in_another_process_is_bit_equal(tmp_path, monkeypatch, with_embe
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "pixelgen.train", "--resume", str(tmp_path / "stopped")]
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=120)
-    straight, resumed = (
-        full_state(tmp_path / name, tmp_path / "state.pt") for name in ("straight", "stopped")
-    )
-    assert straight["step"] == 20
-    assert straight["objective.balance.weight"] != 1.0
-    assert_same(straight, resumed)
+    assert checkpoints.find_checkpoint(tmp_path / "stopped").name == "step_00000020"
+    assert stored(tmp_path / "straight")["objective.balance.weight"] != 1.0
+    assert_same(tmp_path / "straight", tmp_path / "stopped")
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("straight", "stopped")
@@ -104,11 +89,8 @@ def test_saving_and_resuming_before_a_part_starts_changes_nothing(tmp_path, monk
             main(options(tmp_path, name, 10, *LATE[part], "--train.checkpoint_every", every))
     assert checkpoints.find_checkpoint(tmp_path / "stopped").name == "step_00000004"
     assert main(["--resume", str(tmp_path / "stopped")]) == 0
-    straight, *others = (
-        full_state(tmp_path / name, tmp_path / "state.pt") for name in ("straight", "saved", "stopped")
-    )
-    for other in others:
-        assert_same(straight, other)
+    for other in ("saved", "stopped"):
+        assert_same(tmp_path / "straight", tmp_path / other)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +213,8 @@ def test_resume_paths_that_hold_no_checkpoint(tmp_path, capsys):
     assert "leave out --name" in fails_with(capsys, [*run_, "--name", "other"])
     assert "leave out --config" in fails_with(capsys, [*run_, "--config", "digits"])
     text = (checkpoint / "meta.json").read_text()
-    (checkpoint / "meta.json").write_text(text.replace('"format": 1', '"format": 0'))
-    assert "format 0; this version reads format 1" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
+    (checkpoint / "meta.json").write_text(text.replace('"format": 2', '"format": 1'))
+    assert "format 1; this version reads format 2" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
     (checkpoint / "meta.json").write_text(text)
     shard = next(checkpoint.glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
@@ -241,3 +223,49 @@ def test_resume_paths_that_hold_no_checkpoint(tmp_path, capsys):
     )
     shutil.rmtree(checkpoint)
     assert "no complete checkpoint" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
+
+
+def test_options_of_the_optimizer_hold_after_a_resume(tmp_path, with_embedded):
+    more = ["--loss.gate", "learned", "--loss.adversarial_weight", "0.1"]
+    assert main(options(tmp_path, "run", 2, *more)) == 0
+    changed = ["--optimizer.betas", "[0.8, 0.9]", "--optimizer.weight_decay", "0.1"]
+    changed += ["--loss.adversarial_lr", "1e-5", "--train.max_steps", "4"]
+    config, path = load_config(["--resume", str(tmp_path / "run"), *changed])
+    trainer = resume_run(path, config, start_world("cpu", config.parallel)).trainer
+    weights, gate = trainer.optimizer.param_groups
+    assert weights["betas"] == gate["betas"] == (0.8, 0.9)
+    assert (weights["weight_decay"], gate["weight_decay"]) == (0.1, 0.0)
+    assert trainer.discriminator_optimizer.param_groups[0]["lr"] == 1e-5
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch):
+    """Not one that comes within seconds of the first: schedulers signal every process, which pass it on."""
+    monkeypatch.setattr("pixelgen.loop._ONCE_S", 0.05)
+    train_step = Trainer.train_step
+
+    def interrupted(self, images, labels):
+        terms = train_step(self, images, labels)
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return terms
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(options(tmp_path, "run", 10, *FLOW_ONLY))
+    assert not checkpoints.list_checkpoints(tmp_path / "run")
+
+
+def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    checkpoints.write_whole(path, "seed: 1\n")
+
+    def killed(_descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.write_whole(path, "seed: 2\n")
+    assert path.read_text() == "seed: 1\n"

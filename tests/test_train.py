@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import FLOW_ONLY, fails_with, options
+from processes import stored
+from training import FLOW_ONLY, fails_with, options, start_trainer
 
 from pixelgen import checkpoint as checkpoints
 from pixelgen.config import load_config
 from pixelgen.data.loader import stream_indices
-from pixelgen.ema import Ema
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
+from pixelgen.flops import train_step_flops
 from pixelgen.losses.objective import Objective
+from pixelgen.models.jit import JiT
+from pixelgen.optim import learning_rate
 from pixelgen.pipeline import Pipeline
 from pixelgen.train import main
-from pixelgen.trainer import Trainer, learning_rate
 
 
 def test_a_run_folder_holds_everything(tmp_path, with_embedded):
@@ -31,6 +33,7 @@ def test_a_run_folder_holds_everything(tmp_path, with_embedded):
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
     assert names == {
+        ".lock",
         "checkpoints",
         "config.yaml",
         FILE_NAME,
@@ -52,6 +55,62 @@ def test_a_run_folder_holds_everything(tmp_path, with_embedded):
     assert size < 20e6
 
 
+def test_a_log_line_tells_every_term_and_how_fast_it_goes(tmp_path, capsys, with_embedded, monkeypatch):
+    assert main(options(tmp_path, "run", 4, "--train.log_every", "2")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2", "4"]
+    for name in ("loss", "flow_matching", "alignment", "lpips", "p_dino", "grad_norm", "lr", "img/s"):
+        assert f" {name} " in lines[0]
+    assert re.search(
+        r"ms/step  img/s \d+  GFLOP/s [\d.]+  mem [\d.]+ GB  data \d+%  ETA 0:\d\d:\d\d$", lines[0]
+    )
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"data_wait", "memory_gb", "eta_s", "ms_per_step", "tflop_per_s_per_process"} <= record.keys()
+    assert "mfu" not in record  # nobody states what a CPU can do
+    monkeypatch.setattr("pixelgen.trainlog._peak_of", lambda device, dtype: 1e9)
+    assert main(options(tmp_path, "peak", 2, "--train.log_every", "2")) == 0
+    record = json.loads((tmp_path / "peak" / "metrics.jsonl").read_text())
+    assert record["mfu"] * 1e9 == pytest.approx(record["tflop_per_s_per_process"] * 1e12)
+    flops = train_step_flops(load_config(options(tmp_path, "peak", 2))[0]).total
+    assert record["tflop_per_s_per_process"] * 1e12 == pytest.approx(flops / (record["ms_per_step"] / 1000))
+    assert f"MFU {record['mfu']:.1%}" in capsys.readouterr().out
+
+
+def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert main(options(tmp_path, "run", 2, *FLOW_ONLY, "--train.wandb", "true")) == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.wandb needs a package"):
+        main(options(tmp_path, "other", 2, *FLOW_ONLY, "--train.wandb", "true"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_spikes_are_skipped_and_counted(tmp_path):
+    """Above the threshold nothing moves, not AdamW's averages either; below all is as without one."""
+    more = [*FLOW_ONLY, "--train.log_every", "1", "--optimizer.warmup_steps", "0"]
+    assert main(options(tmp_path, "plain", 6, *more)) == 0
+    records = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
+    norms = sorted(record["grad_norm"] for record in records)
+    assert main(options(tmp_path, "all", 6, *more, "--optimizer.skip_grad_norm", "1e9")) == 0
+    curves = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("plain", "all")]
+    assert [json.loads(line)["loss"] for line in curves[0]] == [
+        json.loads(line)["loss"] for line in curves[1]
+    ]
+    limit = str(norms[0] / 2)
+    assert main(options(tmp_path, "none", 6, *more, "--optimizer.skip_grad_norm", limit)) == 0
+    last = json.loads((tmp_path / "none" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped_steps"] == 6
+    state = stored(tmp_path / "none")
+    torch.manual_seed(0)
+    fresh = JiT(load_config(options(tmp_path, "none", 6))[0].model_config()).state_dict()
+    for key, value in fresh.items():
+        assert torch.equal(state[f"model.{key}"], value), key
+    assert not any(value.any() for key, value in state.items() if key.endswith(("exp_avg", "exp_avg_sq")))
+
+
 def test_the_first_losses_are_the_recorded_ones(tmp_path):
     # Any change of data order, random draws, flow matching or optimizer moves this curve.
     # Without the embedded features: their training would carry a machine's rounding into the curve.
@@ -63,8 +122,7 @@ def test_the_first_losses_are_the_recorded_ones(tmp_path):
 
 
 def test_one_batch_can_be_learnt_by_heart(tmp_path):
-    config, _ = load_config(options(tmp_path, "run", 300, *FLOW_ONLY, "--time.mean", "0"))
-    trainer = Trainer.start(config)
+    trainer = start_trainer(options(tmp_path, "run", 300, *FLOW_ONLY, "--time.mean", "0"))
     images, labels = trainer.dataset.batch(range(16))
     first = trainer.train_step(images, labels)["flow_matching"].item()
     for _ in range(149):
@@ -98,14 +156,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_pa
     more = ["--train.checkpoint_every", "4", "--train.log_every", "4", *FLOW_ONLY]
     told = (
         r"training stopped at step 6: not finite: loss, flow_matching, grad_norm; "
-        r"flow_matching of samples 3 \(digit (\d+)\), 11 \(digit (\d+)\)\. "
+        r"flow_matching of samples 3 \(digit (\d+), t (0\.\d+)\), 11 \(digit (\d+), t (0\.\d+)\)\. "
         r"The newest checkpoint is .*step_00000004\. Lower optimizer\.lr or lower optimizer\.max_grad_norm"
     )
     with pytest.raises(UserError, match=told) as raised:
         main(options(tmp_path, "run", 8, *more))
-    digits = [int(index) for index in re.search(told, str(raised.value)).groups()]
+    first, first_t, second, second_t = re.search(told, str(raised.value)).groups()
     drawn = stream_indices(5, dataset_size=1797, batch_size=16, seed=0)
-    assert digits == drawn[[3, 11]].tolist()
+    assert [int(first), int(second)] == drawn[[3, 11]].tolist()
+    t = start_trainer(options(tmp_path, "other", 8, *FLOW_ONLY)).draw_time(5)
+    assert [float(first_t), float(second_t)] == pytest.approx(t[[3, 11]].tolist(), rel=1e-3)
     assert checkpoints.find_checkpoint(tmp_path / "run").name == "step_00000004"
 
 
@@ -121,7 +181,8 @@ def test_a_prediction_that_is_not_finite_names_every_term_and_the_sample(
         return forward(self, x_pred, x, t, *arguments, step=step, host_t=host_t, **named)
 
     monkeypatch.setattr(Objective, "forward", poisoned)
-    told = r"step 3: not finite: loss, .*lpips, p_dino, .*; lpips of samples \d+ \(digit \d+\); p_dino of"
+    sample = r"\d+ \(digit \d+, t 0\.\d+\)"
+    told = rf"step 3: not finite: loss, .*lpips, p_dino, .*; lpips of samples {sample}; p_dino of"
     more = ["--train.log_every", "4", "--loss.adversarial_weight", "0.1"]
     with pytest.raises(UserError, match=told):
         main(options(tmp_path, "run", 8, *more))
@@ -134,10 +195,9 @@ def test_a_discriminator_that_diverges_is_told_apart(tmp_path, with_embedded):
 
 
 def test_the_learned_gate_is_trained_without_decay(tmp_path, with_embedded):
-    config, _ = load_config(
-        [*options(tmp_path, "run", 8, "--loss.gate", "learned", "--optimizer.weight_decay", "1")]
+    trainer = start_trainer(
+        options(tmp_path, "run", 8, "--loss.gate", "learned", "--optimizer.weight_decay", "1")
     )
-    trainer = Trainer.start(config)
     log_scale = trainer.objective.gate.log_scale
     images, labels = trainer.dataset.batch(range(16))
     for _ in range(3):
@@ -206,18 +266,6 @@ def test_every_option_of_a_step_changes_the_weights(tmp_path, plain_weights, opt
     assert math.isfinite(distance) and distance > 1e-8
 
 
-def test_ema_follows_its_equation():
-    model = torch.nn.Linear(2, 2)
-    for decay, warmup, expected in ((0.9, False, 0.9), (0.9, True, 2 / 11)):
-        ema = Ema(model, decay, warmup)
-        before = ema.model.weight.clone()
-        with torch.no_grad():
-            model.weight.add_(1.0)
-        ema.update(model)
-        assert torch.allclose(ema.model.weight, expected * before + (1 - expected) * model.weight)
-        assert not ema.model.weight.requires_grad
-
-
 @pytest.mark.slow
 def test_compiled_blocks_train_like_plain_ones(tmp_path):
     losses = {}
@@ -231,8 +279,7 @@ def test_compiled_blocks_train_like_plain_ones(tmp_path):
 
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_never_waits_for_it(tmp_path, with_embedded):
-    config, _ = load_config(["--out_dir", str(tmp_path), "--name", "run", "--device", "cuda"])
-    trainer = Trainer.start(config)
+    trainer = start_trainer(["--out_dir", str(tmp_path), "--name", "run", "--device", "cuda"])
     images, labels = (tensor.cuda() for tensor in trainer.dataset.batch(range(16)))
     trainer.train_step(images, labels)  # the first one fills caches
     torch.cuda.set_sync_debug_mode("error")

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 from pixelgen.cli import run
+from pixelgen.config import load_config
+from pixelgen.distributed import start_world
+from pixelgen.loop import start_run
 from pixelgen.train import main
+from pixelgen.trainer import Trainer
 
 FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
 QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]
@@ -23,3 +27,9 @@ def fails_with(capsys, argv: list[str]) -> str:
     error = capsys.readouterr().err
     assert error.startswith("pixelgen.train: error: ") and error.count("\n") == 1, error
     return error
+
+
+def start_trainer(argv: list[str]) -> Trainer:
+    """The trainer of a new run, for single steps."""
+    config, _ = load_config(argv)
+    return start_run(config, start_world(config.device, config.parallel)).trainer

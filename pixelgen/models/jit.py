@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pixelgen_kernels import select
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pixelgen.models.layers import (
     Block,
+    Checkpointing,
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
@@ -81,24 +82,38 @@ class JiT(nn.Module):
         self.y_embedder.reset_parameters()
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        for layer in (*self._adaln_layers(), self.final_layer.linear):
+        for layer in (*self.adaln_layers(), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_position_table(self.config.width, *self.config.grid))
 
+    def checkpoint_blocks(self, mode: Checkpointing) -> None:
+        """Chooses what a block's backward pass computes again instead of keeping it.
+
+        Args:
+            mode: ``"none"``; ``"selective"``: all but the outputs of matrix products and attention; or
+                ``"full"``: everything but the block's input.
+        """
+        for block in self._blocks():
+            block.checkpointing = mode
+
     def compile_blocks(self) -> None:
-        """Compiles every block by itself; equal blocks share their code.
+        """Compiles the forward pass of every block by itself; equal blocks share their code.
 
         They differ in dropout, in class tokens, and in whether a branch is pending, each in training and in
         evaluation: more variants than PyTorch compiles of one function by default, after which it would run
-        the others uncompiled.
+        the others uncompiled. Hooks on the blocks, such as those that gather sharded weights, stay outside.
         """
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        for block in self.blocks:
-            block.compile()
+        for block in self._blocks():
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
-    def _adaln_layers(self) -> list[nn.Linear]:
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))
+
+    def adaln_layers(self) -> list[nn.Linear]:
+        """The layers that one matrix product runs, outside of the modules that hold them."""
         return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
 
     def forward(
@@ -153,7 +168,7 @@ class JiT(nn.Module):
         # The stream keeps the embedding's dtype (bf16 under autocast) from the first block to the last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
-        modulations = adaln_modulations(condition, self._adaln_layers(), x.dtype)
+        modulations = adaln_modulations(condition, self.adaln_layers(), x.dtype)
         *block_modulations, final_modulation = modulations
         prefix, features = 0, None
         pending: Pending | None = None

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pixelgen_kernels import Ops
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+Checkpointing = Literal["none", "selective", "full"]
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
@@ -268,11 +277,40 @@ def norm_after_pending(
     return ops.gate_residual_norm_modulate(x, branch, gate, shift, scale, norm.weight, eps=norm.eps)
 
 
+# What selective checkpointing keeps: matrix products and attention take the time, everything else is cheap.
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_mm.default,
+}
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep(kept: set[Any]) -> Callable[[], Any]:
+    def policy(_context: Any, op: Any, *_args: Any, **_named: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(create_selective_checkpoint_contexts, policy)
+
+
+_keep_products = _keep(_PRODUCTS)
+_keep_products_and_attention = _keep(_PRODUCTS | _ATTENTION)
+
+
 class Block(nn.Module):
     """AdaLN transformer block: x + gate * f(norm(x) * (1 + scale) + shift), attention then MLP.
 
     The sum with the MLP's branch is left to whoever norms the stream next, usually the next block.
     """
+
+    #: What the backward pass computes again; see ``JiT.checkpoint_blocks``.
+    checkpointing: Checkpointing = "none"
 
     def __init__(
         self,
@@ -313,6 +351,24 @@ class Block(nn.Module):
         Returns:
             The stream (B, T, C) and the MLP's branch with its gate, in x's dtype.
         """
+        arguments = x, pending, modulation, rope, num_prefix_tokens
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._compute(*arguments)
+        context: Callable[[], Any] = noop_context_fn
+        if self.checkpointing == "selective":
+            # Attention that drops out has to run again: dropout after it would draw other numbers otherwise.
+            drops_out = self.training and self.attn.attn_dropout > 0
+            context = _keep_products if drops_out else _keep_products_and_attention
+        return checkpoint(self._compute, *arguments, use_reentrant=False, context_fn=context)
+
+    def _compute(
+        self,
+        x: Tensor,
+        pending: Pending | None,
+        modulation: Tensor,
+        rope: tuple[Tensor, Tensor],
+        num_prefix_tokens: int,
+    ) -> tuple[Tensor, Pending]:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x, h = norm_after_pending(x, pending, shift_attn, scale_attn, self.norm1, self.ops)
         attended = self.attn(h, rope, num_prefix_tokens).to(x.dtype), gate_attn

@@ -1,0 +1,319 @@
+"""Several processes, one run: the process group, how weights are sharded over it, and what ranks agree on.
+
+One process works without any of this. Several work through FSDP2 (``fully_shard``) on a mesh of (copies,
+shards): FSDP is (1, N), HSDP (N / S, S), and DDP (N, 1), where every process has all weights. The loss of a
+process is its share of the global batch's, so gradients are summed, never averaged.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from pixelgen.config import ParallelConfig
+from pixelgen.errors import ToldError, UserError
+from pixelgen.models.jit import JiT
+from pixelgen.pipeline import pick_device
+
+T = TypeVar("T")
+
+SMALL_MODEL = 200_000_000  # parameters below which parallel.mode auto keeps a copy in every process
+Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this is.
+
+    Attributes:
+        device: where this process computes.
+        rank, size: number of this process, and how many there are.
+        local_rank, local_size: the same on this machine.
+        host: name of this machine.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    host: str = ""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; ``values`` is not changed."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sums the gradients of parameters that are not sharded; a process without one has added nothing."""
+        if self.size > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def gather(self, value: T) -> list[T]:
+        """A small Python object of every process, in the order of ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What an action gives that the main process alone does; a small Python object.
+
+        Raises:
+            Exception: what the action raised, in the main process.
+            ToldError: the same, in the others.
+        """
+        result: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                result[0] = action()
+            except Exception as error:
+                failure, result[1] = error, str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0)
+        if failure is not None:
+            raise failure
+        if result[1] is not None:
+            raise ToldError(result[1])
+        return result[0]
+
+    def in_turn(self, action: Callable[[], T]) -> T:
+        """Does something in the main process first, then in one on each other machine, then in the rest.
+
+        For what the first one leaves on disk and the others only read: trained features, downloads.
+
+        Raises:
+            Exception: what the action raised in this process.
+            ToldError: it failed in another one.
+        """
+        own_turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        result: list[T] = []
+        for turn in range(3 if self.size > 1 else 1):
+            failure: Exception | None = None
+            if turn == own_turn:
+                try:
+                    result.append(action())
+                except Exception as error:
+                    failure = error
+            told = self.gather(None if failure is None else str(failure))
+            if failure is not None:
+                raise failure
+            for message in told:
+                if message is not None:
+                    raise ToldError(message)
+        return result[0]
+
+    def fail(self, message: str) -> NoReturn:
+        """Ends all processes with an error that they agree on; the main one tells it."""
+        raise UserError(message) if self.is_main else ToldError(message)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Equally many rows of every process, in the order of ranks, on all of them; on the host."""
+        if self.size == 1:
+            return rows
+        found = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
+
+def start_world(device: str, parallel: ParallelConfig) -> World:
+    """Joins the other processes that torchrun started; alone without torchrun.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        parallel: for the timeout.
+
+    Raises:
+        UserError: fewer GPUs than processes on this machine.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = pick_device(device)
+    if size == 1:
+        return World(chosen, host=socket.gethostname())
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    backend = "gloo"
+    if chosen.type == "cuda":
+        if torch.cuda.device_count() < local_size:
+            raise UserError(
+                f"torchrun started {local_size} processes on a machine with "
+                f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        # Longer than the watchdog's: that one names who hangs, the process group's does not.
+        timeout = timedelta(seconds=parallel.timeout_s + 60)
+        dist.init_process_group(backend, timeout=timeout)
+        atexit.register(_leave)
+    return World(chosen, rank, size, local_rank, local_size, socket.gethostname())
+
+
+def _leave() -> None:
+    """Ends the process group; without this the other processes see a connection that broke."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def resolve_mode(parallel: ParallelConfig, *, size: int, local_size: int, num_parameters: int) -> Mode:
+    """What ``parallel.mode`` means for a number of processes and a model."""
+    if size == 1:
+        return "none"
+    if parallel.mode != "auto":
+        return parallel.mode
+    if num_parameters < SMALL_MODEL:
+        return "ddp"
+    return "fsdp" if local_size == size else "hsdp"
+
+
+def build_mesh(mode: Mode, parallel: ParallelConfig, world: World) -> DeviceMesh:
+    """The (copies, shards) mesh of a mode.
+
+    Raises:
+        UserError: a shard size that does not divide the number of processes.
+    """
+    shards = {"ddp": 1, "fsdp": world.size, "hsdp": parallel.shard_size or world.local_size}[mode]
+    if world.size % shards:
+        raise UserError(
+            f"parallel.shard_size must divide the {world.size} processes, got {shards}; the others would "
+            f"have no complete copy of the weights"
+        )
+    return init_device_mesh(
+        world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards")
+    )
+
+
+def shard(
+    model: JiT, others: Sequence[nn.Module], mesh: DeviceMesh, parallel: ParallelConfig, *, half: bool
+) -> None:
+    """Shards a model's weights in place, block by block, and those of other modules, each as a whole.
+
+    Args:
+        model: the denoiser, with equal weights in all processes.
+        others: modules with a plain forward pass, such as the projector.
+        mesh: from ``build_mesh``.
+        parallel: prefetching and resharding.
+        half: gather weights in bf16; gradients are summed in fp32 either way.
+    """
+    # The shard axis alone where there is one copy: FSDP then has no all-reduce to do.
+    options: dict[str, Any] = {
+        "mesh": mesh["shards"] if mesh.size(0) == 1 else mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # autocast does that, and t must stay fp32
+        ),
+    }
+    # Nothing here writes to outputs in place, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    blocks: list[Any] = list(model.blocks)
+    # One matrix product of the model reads them, not the modules that hold them: a unit of their own,
+    # gathered when the condition is formed and given up when the first block begins.
+    adaln: list[Any] = [module.adaLN_modulation for module in (*blocks, model.final_layer)]
+    units: list[nn.Module] = [adaln[0], *blocks]
+    fully_shard(adaln, **options, reshard_after_forward=False)
+    for block in blocks:
+        fully_shard(block, **options, reshard_after_forward=parallel.reshard_after_forward)
+    fully_shard(model, **options)  # keeps what is left gathered: it is needed again at once
+    model.t_embedder.register_forward_pre_hook(lambda *_: adaln[0].unshard())
+    blocks[0].register_forward_pre_hook(lambda *_: adaln[0].reshard())
+    register_fsdp_forward_method(model, "forward_tokens")
+    for module in others:
+        if any(True for _ in module.parameters()):
+            fully_shard(module, **options)
+            units.append(module)
+    for index, block in enumerate(blocks):
+        ahead = range(1, parallel.prefetch + 1)
+        block.set_modules_to_forward_prefetch([blocks[index + i] for i in ahead if index + i < len(blocks)])
+        block.set_modules_to_backward_prefetch([blocks[index - i] for i in ahead if index - i >= 0])
+    for unit in (*units, model):
+        assert isinstance(unit, FSDPModule)
+        # Sums, for the shares of a batch; by plain sums, which every backend knows.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def sum_over_copies(modules: Iterable[nn.Module], wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over copies of the weights; else a later one does."""
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(wanted)
+
+
+def give_up_gathered(model: nn.Module) -> None:
+    """Frees weights that are still gathered after a forward pass; ``parameters()`` are the shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts of all processes, on each of them; a plain tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gloo_group(world: World) -> dist.ProcessGroup | None:
+    """A group of all processes for what the host does beside training; None alone.
+
+    Each use needs one of its own: collectives of two threads in one group would be mixed up.
+    """
+    if world.size == 1:
+        return None
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
+
+
+class StopVote:
+    """Lets all processes stop after the same step, though what stops them reaches one of them first."""
+
+    def __init__(self, world: World) -> None:
+        self._group = gloo_group(world)
+
+    def count(self, reason: int) -> int:
+        """Gives a vote, 0 to go on; returns the highest one of all processes.
+
+        On the host: the device works on meanwhile.
+        """
+        if self._group is None:
+            return reason
+        votes = torch.tensor(reason)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        return int(votes)

@@ -1,0 +1,50 @@
+"""Matrix products of the blocks in float8, by torchao."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pixelgen.errors import UserError
+from pixelgen.models.jit import JiT
+
+# The block's own products. AdaLN's run as one product for all blocks and are small.
+_LAYERS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+
+
+def use_float8(model: JiT, device: torch.device, *, emulate: bool = False) -> None:
+    """Replaces the linear layers of every block by torchao's, under the same parameter names.
+
+    Inputs, weights and gradients are scaled tensor by tensor, just in time; parameters stay as they are. Only
+    layers whose widths are multiples of 16 are replaced: the hardware takes no others.
+
+    Args:
+        model: the denoiser, before compilation and sharding.
+        device: where it will run.
+        emulate: compute the same numbers without the hardware, slowly.
+
+    Raises:
+        UserError: torchao is missing, the device has no float8 products, or no layer fits.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError('float8 needs torchao: pip install "pixelgen[float8]"') from error
+    if not emulate and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise UserError(
+            f"float8 needs a GPU of compute capability 8.9 or newer, got {device}; leave it out, or false"
+        )
+    count = 0
+
+    def fits(module: nn.Module, name: str) -> bool:
+        nonlocal count
+        if not isinstance(module, nn.Linear) or name not in _LAYERS:
+            return False
+        is_taken = module.in_features % 16 == 0 and module.out_features % 16 == 0
+        count += is_taken
+        return is_taken
+
+    for block in model.blocks:
+        convert_to_float8_training(block, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
+    if not count:
+        raise UserError("float8: no layer of the blocks has widths that are multiples of 16")

@@ -1,0 +1,119 @@
+"""Runs of the training command in processes that can be killed one by one, unlike torchrun's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from pixelgen.checkpoint import find_checkpoint, load_part
+
+# Everything that has a state: all terms, a trained gate and discriminator, a weight of each process.
+EVERYTHING = [
+    *("--loss.gate", "learned", "--loss.adversarial_weight", "0.1", "--loss.adversarial_start_step", "3"),
+    *("--loss.balance", "released", "--loss.balance_start_step", "2", "--loss.balance_every", "3"),
+    *("--ema.decay", "[0.9,0.99]", "--ema.power", "[0.1]", "--data.flip", "true"),
+    *("--optimizer.skip_grad_norm", "1000"),
+]
+SMALL = [
+    *("--device", "cpu", "--threads", "1", "--train.batch_size", "12", "--train.sample_every", "0"),
+    *("--model.depth", "3", "--model.width", "32", "--model.heads", "2", "--train.log_every", "1"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Job:
+    """``python -m pixelgen.train`` in a number of processes; the first one's lines are read.
+
+    Args:
+        arguments: of the command.
+        processes: how many.
+        log: gets the errors of all, and what the others print.
+        features: embedded features of the digits, to save their training.
+    """
+
+    def __init__(
+        self, arguments: list[str], processes: int = 1, *, log: Path, features: Path | None = None
+    ) -> None:
+        command = ["-m", "pixelgen.train"]
+        if features is not None:
+            command = [str(Path(__file__).with_name("train_command.py")), str(features)]
+        environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+        environment |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "PYTHONUNBUFFERED": "1"}
+        port = str(free_port())
+        self.processes: list[subprocess.Popen[str]] = []
+        with log.open("a") as errors:
+            for rank in range(processes):
+                if processes > 1:
+                    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank)}
+                    environment |= {"WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+                    environment |= {"LOCAL_WORLD_SIZE": str(processes)}
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *command, *arguments],
+                        env=environment,
+                        stdout=subprocess.PIPE if rank == 0 else errors,
+                        stderr=errors,
+                        text=True,
+                    )
+                )
+
+    def lines(self):
+        """What the first process prints, as it prints it."""
+        assert self.processes[0].stdout is not None
+        return iter(self.processes[0].stdout)
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """All processes at once, as when the power goes."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, timeout: float = 240) -> list[int]:
+        """Exit codes, of all processes."""
+        try:
+            self.processes[0].communicate(timeout=timeout)
+            return [process.wait(timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+
+def train(
+    arguments: list[str], processes: int = 1, *, log: Path, code: int = 0, features: Path | None = None
+) -> str:
+    """Runs a job to its end; returns what the first process printed, and all errors."""
+    job = Job(arguments, processes, log=log, features=features)
+    try:
+        lines = "".join(job.lines())
+        codes = job.wait()
+    finally:
+        job.signal(signal.SIGKILL)
+    text = lines + log.read_text()
+    assert codes == [code] * processes, f"exit codes {codes}\n{text}"
+    return text
+
+
+def stored(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    return load_part(find_checkpoint(run_dir), "")
+
+
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not bit-equal, or that only one has."""
+    return [
+        key for key in sorted(a.keys() | b.keys()) if key not in a or key not in b or not a[key].equal(b[key])
+    ]

@@ -1,0 +1,184 @@
+"""Several processes, really started: losses, checkpoints and stops do not depend on their number."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import EVERYTHING, SMALL, Job, differences, stored, train
+from training import FLOW_ONLY
+
+from pixelgen.config import ParallelConfig
+from pixelgen.distributed import resolve_mode
+
+# A balance that all processes agree on; "released" gives each its own by definition.
+ALIKE = [*EVERYTHING, "--loss.balance", "global", "--optimizer.schedule", "constant"]
+TERMS = ("loss", "flow_matching", "alignment", "lpips", "p_dino", "adversarial", "discriminator", "grad_norm")
+
+
+def curve(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(run: Path, alone: Path) -> None:
+    """All terms of all steps to fp32 rounding, which the optimizer carries on."""
+    ours, theirs = curve(run), curve(alone)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for term in (*TERMS, "balance_weight", "gated_fraction"):
+            if term in other:
+                assert mine[term] == pytest.approx(other[term], rel=2e-5, abs=1e-6), (mine["step"], term)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, embedded_file: Path) -> Path:
+    """20 steps in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    options = [*SMALL, *ALIKE, "--out_dir", str(folder), "--name", "run", "--train.max_steps", "20"]
+    train(options, log=folder / "log", features=embedded_file)
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (1, ["--train.micro_batches", "3", "--train.activation_checkpointing", "selective"]),
+        (2, ["--parallel.mode", "fsdp", "--train.sample_every", "10", "--sample.steps", "2"]),
+        (2, ["--parallel.mode", "ddp", "--train.micro_batches", "2", "--data.workers", "1"]),
+        (4, ["--parallel.mode", "hsdp", "--parallel.shard_size", "2", "--parallel.prefetch", "2"]),
+    ],
+    ids=["micro-batches", "fsdp", "ddp", "hsdp"],
+)
+def test_the_loss_curve_does_not_depend_on_the_processes(tmp_path, alone, embedded_file, processes, options):
+    common = [*SMALL, *ALIKE, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "20"]
+    text = train([*common, *options], processes, log=tmp_path / "log", features=embedded_file)
+    assert_alike(tmp_path / "run", alone)
+    if processes > 1:
+        assert f"{processes} processes ({options[1]}, cpu)" in text
+    ours, theirs = stored(tmp_path / "run"), stored(alone)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if key.startswith(("model.", "ema.values.")):
+            torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-5, msg=key)
+    grids = [path.name for path in (tmp_path / "run").glob("samples/*")]
+    assert len(grids) == (2 if "--train.sample_every" in options else 0)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, embedded_file):
+    """2, then 1, then 3: same batches, same order, same losses."""
+    run = tmp_path / "run"
+    first = [*SMALL, *ALIKE, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "8"]
+    train([*first, "--parallel.mode", "fsdp"], 2, log=tmp_path / "log", features=embedded_file)
+    train(["--resume", str(run), "--train.max_steps", "14"], 1, log=tmp_path / "log")
+    train(["--resume", str(run), "--train.max_steps", "20"], 3, log=tmp_path / "log")
+    assert_alike(run, alone)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, embedded_file):
+    """They save and leave; the resumed run ends as one that was never stopped, bit for bit."""
+    common = [*SMALL, *EVERYTHING, "--out_dir", str(tmp_path), "--train.max_steps", "30"]
+    given = {"log": tmp_path / "log", "features": embedded_file}
+    train([*common, "--name", "straight"], 2, **given)
+    job = Job([*common, "--name", "stopped"], 2, **given)
+    for line in job.lines():
+        if line.startswith("step 3 "):
+            break
+    job.signal(signal.SIGTERM, rank=1)
+    code = 128 + signal.SIGTERM
+    assert job.wait() == [code, code], (tmp_path / "log").read_text()
+    train(["--resume", str(tmp_path / "stopped")], 2, log=tmp_path / "log")
+    assert differences(stored(tmp_path / "straight"), stored(tmp_path / "stopped")) == []
+
+
+def test_a_process_that_hangs_is_named(tmp_path):
+    common = [*SMALL, *FLOW_ONLY, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "100000"]
+    job = Job([*common, "--parallel.timeout_s", "8"], 2, log=tmp_path / "log")
+    for line in job.lines():
+        if line.startswith("step 2 "):
+            break
+    job.signal(signal.SIGSTOP, rank=1)
+    try:
+        assert job.processes[0].wait(120) == 3
+    finally:
+        job.kill()
+    told = (tmp_path / "log").read_text()
+    assert "rank 0: no progress for" in told and "the others wait for rank 1" in told, told
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_with_one_report(tmp_path, embedded_file):
+    options = [*SMALL, *EVERYTHING, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "20"]
+    options += ["--optimizer.lr", "1e35", "--optimizer.warmup_steps", "0"]
+    options += ["--optimizer.skip_grad_norm", "null", "--optimizer.max_grad_norm", "null"]
+    text = train(options, 2, log=tmp_path / "log", code=2, features=embedded_file)
+    assert "training stopped at step" in text and "There is no checkpoint yet" in text
+    assert "Traceback" not in text and text.count("pixelgen.train: error:") == 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
+def test_images_that_one_process_cannot_read_end_all_after_the_same_step(tmp_path):
+    """With a checkpoint of the last step that had all of its images, and one report."""
+    from PIL import Image
+
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(12):
+            Image.new("RGB", (40, 40), (index * 20, 0, 0)).save(tmp_path / "images" / label / f"{index}.png")
+    (tmp_path / "images" / "cat" / "3.png").write_bytes(b"")
+    options = [*SMALL, *FLOW_ONLY, "--out_dir", str(tmp_path), "--name", "run", "--data.max_broken", "0"]
+    options += ["--data.name", "folder", "--data.path", str(tmp_path / "images"), "--data.num_classes", "2"]
+    options += ["--data.image_size", "16", "--data.channels", "3", "--model.size", "tiny/4"]
+    options += ["--train.batch_size", "4"]
+    text = train([*options, "--train.max_steps", "50"], 2, log=tmp_path / "log", code=2)
+    assert "data.max_broken 0 allows" in text and "3.png" in text and "Traceback" not in text, text
+    assert text.count("pixelgen.train: error:") == 1
+    step = int(text.split("stopped after step ")[1].split(",")[0])
+    found = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert found == [f"step_{step:08d}"]
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path):
+    options = [*SMALL, "--out_dir", str(tmp_path), "--name", "run", "--train.batch_size", "7"]
+    text = train(options, 2, log=tmp_path / "log", code=2)
+    assert "train.batch_size must be a multiple of 2 (2 processes x 1 micro-batches), such as 6 or 8" in text
+    assert "Traceback" not in text and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "local_size", "parameters", "expected"),
+    [
+        ("auto", 1, 1, 10**9, "none"),
+        ("fsdp", 1, 1, 10**9, "none"),
+        ("auto", 8, 8, 10**8, "ddp"),
+        ("auto", 8, 8, 10**9, "fsdp"),
+        ("auto", 16, 8, 10**9, "hsdp"),
+        ("fsdp", 16, 8, 10**8, "fsdp"),
+    ],
+)
+def test_the_mode_follows_from_model_and_machines(mode, size, local_size, parameters, expected):
+    parallel = ParallelConfig(mode=mode)
+    found = resolve_mode(parallel, size=size, local_size=local_size, num_parameters=parameters)
+    assert found == expected
+
+
+def test_torchrun_starts_it(tmp_path):
+    """The documented way, and a shard size that does not fit."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "pixelgen.train", *SMALL, "--out_dir", str(tmp_path), "--name", "run"]
+    command += FLOW_ONLY
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 240, "check": False}
+    done = subprocess.run([*command, "--train.max_steps", "2"], **options)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes (ddp, cpu)" in done.stdout
+    shutil.rmtree(tmp_path / "run")
+    wrong = subprocess.run([*command, "--parallel.mode", "hsdp", "--parallel.shard_size", "3"], **options)
+    assert wrong.returncode and "parallel.shard_size must divide the 2 processes, got 3" in wrong.stderr
