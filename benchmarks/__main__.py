@@ -11,7 +11,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 # Options that not every suite has.
-OPTIONS = {"kernels": ("only", "shapes", "dtypes"), "step": ("batch",), "perceptual": ("only", "batch")}
+OPTIONS = {
+    "kernels": ("only", "shapes", "dtypes", "providers"),
+    "step": ("batch", "providers"),
+    "perceptual": ("only", "batch", "providers"),
+    "data": ("batch", "providers"),
+    "train": ("only", "batch"),
+}
 
 
 def names(text: str) -> list[str]:
@@ -24,7 +30,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="kernels: times every op against eager PyTorch and torch.compile, once it is right. "
         "step: times whole training steps. perceptual: times LPIPS, P-DINO and REPA's targets, gathered and "
-        "masked, and their ops. Rows go to a CSV in --out; tables and plots are drawn from it. "
+        "masked, and their ops. data: times decoding, prepared shards and the loader. "
+        "train: times what data, checkpoints and more processes cost a step. "
+        "Rows go to a CSV in --out; tables and plots are drawn from it. "
         "Options that take names take several, separated by commas, or are repeated.",
     )
 
@@ -35,7 +43,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one that PyTorch can use"
     )
-    add_names("--only", "OP", "kernels, perceptual: these ops only")
+    add_names(
+        "--only", "OP", "kernels, perceptual: these ops only; train: these of step, save and processes only"
+    )
     add_names("--shapes", "MODEL", "kernels: the shapes of these models only, such as L/16")
     add_names(
         "--dtypes",
@@ -46,7 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--providers",
         "PROVIDER",
         "these only: eager, compile, ours, for step also ours_compile, for perceptual also masked (of the op "
-        "branch, which has masked and ours); the baseline, eager or masked, is always timed",
+        "branch, which has masked and ours), for data pil, center, fast, prepared, folder and others; the "
+        "baseline, eager, masked, pil or folder, is always timed",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(
@@ -56,7 +67,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="timed calls of each row; default: as many as fit into a second, at least 7",
     )
     parser.add_argument(
-        "--batch", type=int, metavar="B", help="step, perceptual: images per step; default: 64, on the CPU 8"
+        "--batch",
+        type=int,
+        metavar="B",
+        help="step, perceptual, data, train: images per step; default: 64, on the CPU 8 but for data",
     )
     parser.add_argument(
         "--out",
@@ -77,12 +91,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    from benchmarks import kernels, perceptual, step
+    from benchmarks import data, kernels, perceptual, step, train
     from pixelgen.errors import UserError
 
-    run = {"kernels": kernels.run, "step": step.run, "perceptual": perceptual.run}[arguments.suite]
+    suites = {"kernels": kernels.run, "step": step.run, "perceptual": perceptual.run, "data": data.run}
+    suites["train"] = train.run
     try:
-        return run(arguments)
+        return suites[arguments.suite](arguments)
     except UserError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2

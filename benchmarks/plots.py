@@ -178,3 +178,88 @@ def step(rows: list[Row], path: Path) -> None:
     )
     figure.tight_layout()
     _save(figure, path)
+
+
+def data(rows: list[Row], path: Path) -> None:
+    """Images per second: of one core for every way to decode, and of the loader over its workers."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+    decoded = grouped([row for row in rows if row["op"] == "decode"], ("shape",))
+    names = list(dict.fromkeys(name for group in decoded.values() for name in group))
+    height = 0.8 / len(decoded)
+    for index, ((shape,), group) in enumerate(decoded.items()):
+        color = plt.get_cmap("tab10")(index)
+        for place, name in enumerate(names):
+            if name in group:
+                value = float(group[name]["images_per_s"])
+                y = place + (index - (len(decoded) - 1) / 2) * height
+                left.barh(y, value, height * 0.9, color=color, label=shape if name == "pil" else None)
+                left.annotate(f"{value:,.0f}", (value, y), (3, -3), textcoords="offset points", fontsize=7)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set_xscale("log")
+    left.margins(x=0.12)
+    left.set_xlabel("images per second and core")
+    left.legend(fontsize=8, frameon=False)
+
+    loaded: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["op"] == "loader":
+            workers = int(row["shape"].split()[0].removeprefix("workers="))
+            loaded.setdefault(row["provider"], []).append((workers, float(row["images_per_s"])))
+    for name, points in loaded.items():
+        right.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+        for workers, value in points:
+            right.annotate(f"{value:,.0f}", (workers, value), (4, 4), textcoords="offset points", fontsize=8)
+    right.set_yscale("log")
+    right.set_xticks(sorted({workers for points in loaded.values() for workers, _ in points}))
+    right.set_xlabel("workers of the loader (0: the training process itself)")
+    right.set_ylabel("images per second")
+    right.margins(x=0.12, y=0.15)
+    right.legend(fontsize=8, frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"From files to batches\n{heading(rows[0])}", fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def train(rows: list[Row], path: Path) -> None:
+    """A panel for each op: steps and their wait for data, saves and their stall, steps beside, processes."""
+    ops = {
+        "step": "ms/step; pale: waiting for images",
+        "save": "ms that training waits at a checkpoint",
+        "beside": "ms/step beside a checkpoint",
+        "processes": "ms/step of one process and several",
+    }
+    panels = {
+        op: [row for row in rows if row["op"] == op] for op in ops if any(row["op"] == op for row in rows)
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 4.2), squeeze=False)
+    for axis, (op, found) in zip(axes.flat, panels.items(), strict=True):
+        for index, row in enumerate(found):
+            median, low, high = (float(row[f"{name}_ms"]) for name in ("median", "p20", "p80"))
+            waited = median * float(row["data_wait"] or 0)
+            axis.bar(index, median - waited, 0.7, color=COLORS["compile"])
+            axis.bar(index, waited, 0.7, bottom=median - waited, color=COLORS["compile"], alpha=0.35)
+            spread = [[max(0.0, median - low)], [max(0.0, high - median)]]
+            axis.errorbar(index, median, yerr=spread, ecolor=DARK, lw=0.9)
+            text = f"{median:.0f}" if median >= 100 else f"{median:.3g}"
+            if row["data_wait"]:
+                text += f"\n{float(row['data_wait']):.1%}"
+            if row["save_s"]:
+                text += f"\nof {float(row['save_s']):.3g} s\n{float(row['stall_share']):.1%}"
+            if float(row["sent_mb"] or 0):
+                text += f"\n{float(row['sent_mb']):.3g} MB\n(formula {float(row['formula_mb']):.3g})"
+            axis.annotate(
+                text, (index, max(median, high)), (0, 2), textcoords="offset points", ha="center", fontsize=7
+            )
+        names = [row["provider"] for row in found]
+        if op == "step":
+            names = [f"{name}\n{row['shape'].split()[-1]}" for name, row in zip(names, found, strict=True)]
+        axis.set_xticks(range(len(found)), names, fontsize=7 if len(found) < 5 else 5.5)
+        axis.set_title(ops[op], fontsize=9)
+        axis.margins(y=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"What a run costs beside its steps\n{heading(rows[0])}", fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)

@@ -59,6 +59,39 @@ STEP = Theme(
     ),
     case=("model", "batch", "dtype"),
 )
+DATA = Theme(
+    columns=(
+        "op",
+        "provider",
+        "shape",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "images_per_s",
+        "levels",
+        *SETTING,
+    ),
+    case=("op", "shape"),
+)
+TRAIN = Theme(
+    columns=(
+        "op",
+        "provider",
+        "shape",
+        "median_ms",
+        "p20_ms",
+        "p80_ms",
+        "images_per_s",
+        "data_wait",
+        "save_s",
+        "stall_share",
+        "sent_mb",
+        "formula_mb",
+        "loss",
+        *SETTING,
+    ),
+    case=("op", "shape"),
+)
 
 
 def write_csv(path: Path, theme: Theme, rows: list[Row]) -> None:

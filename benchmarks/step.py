@@ -66,6 +66,9 @@ class RandomImages:
         images, labels = self.batch([index])
         return images[0], int(labels[0])
 
+    def name(self, index: int) -> str:
+        return f"noise {index}"
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
         shape = (len(indices), self.channels, self.image_size, self.image_size)
@@ -126,7 +129,8 @@ class Runner:
     def peak_mb(self) -> float:
         """Weights, gradients, averages and optimizer state, and what a step needs on top of them."""
         trainer = self.trainer
-        kept = [*trainer.trained.parameters(), *trainer.trained.buffers(), *trainer.ema.model.parameters()]
+        kept = [*trainer.trained.parameters(), *trainer.trained.buffers()]
+        kept += [value for average in trainer.averages.values.values() for value in average.values()]
         kept += [parameter.grad for parameter in trainer.parameters if parameter.grad is not None]
         kept += [
             value
@@ -206,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     rows: list[report.Row] = []
     for name, config, timing, peak_mb, first in measure(device, names, batch, arguments.repeats):
-        flops = train_step_flops(config)
+        flops = train_step_flops(config).total
         per_second = 1e3 / timing.median_ms
         rows.append(
             {

@@ -131,3 +131,78 @@ def step(rows: list[Row]) -> str:
         f"MFU against {rows[0]['peak_tflops']} TFLOP/s; loss and gradient norm are those of the first step."
     )
     return f"{heading(rows[0])} {told}\n\n{_table(head, 4, lines)}\n"
+
+
+def data(rows: list[Row]) -> str:
+    """A table of decoding, a line per size and provider, and one of the loader."""
+    parts = []
+    for op, baseline, told in (
+        (
+            "decode",
+            "pil",
+            "Decoding and cropping one image: milliseconds of one core, and images per second.",
+        ),
+        ("loader", "folder", "The loader: wall time per image."),
+    ):
+        lines = []
+        for (shape,), group in grouped([row for row in rows if row["op"] == op], ("shape",)).items():
+            for provider, row in group.items():
+                times = f"{row['median_ms']} ({row['p20_ms']} to {row['p80_ms']})"
+                gain = _times(ratio(group, baseline, provider))
+                lines.append([shape, provider, times, row["images_per_s"], gain, row["levels"]])
+        head = ["shape", "provider", "ms/img (p20 to p80)", "img/s", f"vs {baseline}", "grey levels off"]
+        parts.append(f"{heading(rows[0])} {told}\n\n{_table(head, 2, lines)}\n")
+    return "\n".join(parts)
+
+
+def data_ratios(rows: list[Row]) -> str:
+    """A line per shape: images per second of every provider, and how that compares with the baseline."""
+    lines = []
+    for (op, shape), group in grouped(rows, ("op", "shape")).items():
+        gains = {name: ratio(group, "pil" if op == "decode" else "folder", name) for name in group}
+        texts = (f"{name} {row['images_per_s']} img/s {_times(gains[name])}" for name, row in group.items())
+        lines.append(f"{op} {shape}: {', '.join(text.rstrip() for text in texts)}")
+    return "\n".join(lines)
+
+
+def train(rows: list[Row]) -> str:
+    """Tables of steps by source of images, of saves, and of numbers of processes; any may be absent."""
+    parts = []
+    for op, baseline, told, columns in (
+        (
+            "step",
+            "synthetic",
+            "A step of a whole run; `data wait`: its share that is spent waiting for images.",
+            {"images_per_s": "img/s", "data_wait": "data wait", "loss": "loss"},
+        ),
+        (
+            "save",
+            "sync",
+            "Time for which training waits at a checkpoint, and its share of what the checkpoint takes.",
+            {"save_s": "save s", "stall_share": "stall"},
+        ),
+        ("beside", "alone", "A step while nothing, and while a checkpoint is written.", {}),
+        (
+            "processes",
+            "one",
+            "A step of one process and of several with the same batch and losses; MB that each sends.",
+            {"images_per_s": "img/s", "sent_mb": "MB sent", "formula_mb": "MB by formula", "loss": "loss"},
+        ),
+    ):
+        lines = []
+        for (shape,), group in grouped([row for row in rows if row["op"] == op], ("shape",)).items():
+            for provider, row in group.items():
+                times = f"{row['median_ms']} ({row['p20_ms']} to {row['p80_ms']})"
+                values = [
+                    f"{float(row[column]):.1%}" if column in ("data_wait", "stall_share") else row[column]
+                    for column in columns
+                ]
+                if op == "processes":
+                    formula = float(row["formula_mb"])
+                    values.append(f"{float(row['sent_mb']) / formula:.3f}" if formula else "")
+                lines.append([shape, provider, times, _times(ratio(group, baseline, provider)), *values])
+        if lines:
+            head = ["shape", "provider", "ms (p20 to p80)", f"vs {baseline}", *columns.values()]
+            head += ["sent / formula"] if op == "processes" else []
+            parts.append(f"{heading(rows[0])} {told}\n\n{_table(head, 2, lines)}\n")
+    return "\n".join(parts)
