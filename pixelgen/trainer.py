@@ -155,9 +155,10 @@ class Trainer:
 
         No random state: every draw of a step is a function of the seed, the step and the sample.
         """
-        tables = {name: buffer for name, buffer in self.model.named_buffers() if name in self._saved_names()}
+        model = self.model.state_dict()
+        tables = {name: model[name] for name, _ in self.model.named_buffers() if name in model}
         state: dict[str, Any] = {
-            "model": self.model.state_dict(),
+            "model": model,
             "tables": tables,
             "objective": self.objective.state_dict(),
             "ema": self.averages.state_dict(),
@@ -172,9 +173,6 @@ class Trainer:
         if self._own_balance is not None:
             state[self._own_balance] = self.objective.state_dict()["balance.weight"].clone()
         return state
-
-    def _saved_names(self) -> set[str]:
-        return set(self.model.state_dict())
 
     @property
     def _own_balance(self) -> str | None:
@@ -194,10 +192,9 @@ class Trainer:
         """
         checkpoints.read_meta(checkpoint)
         check_same_parts(self.config, checkpoint)
-        state = self.state_dict() | {"data": {}}
+        state = self.state_dict() | {"data": checkpoints.stored_values(checkpoint, "data")}
         if self._own_balance is not None and self._own_balance not in checkpoints.stored_names(checkpoint):
             del state[self._own_balance]  # saved by fewer processes: another one's will do
-        state["data"] = checkpoints.stored_values(checkpoint, "data")
         checkpoints.load_state(checkpoint, state)
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])

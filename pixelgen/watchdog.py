@@ -77,7 +77,7 @@ class Watchdog:
             }
         self._beats += 1
         if self._store is not None:
-            with suppress(Exception):  # the main process may be gone, which shows when the others are read
+            with suppress(RuntimeError):  # the main process may be gone, which shows when the others are read
                 self._store.set(f"watchdog/{self._world.rank}", json.dumps(state))
         return state
 
@@ -119,7 +119,7 @@ class Watchdog:
             key = f"watchdog/{rank}"
             try:
                 states[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else {}
-            except Exception:
+            except RuntimeError:  # what a store raises whose process is gone
                 return None
         return states
 

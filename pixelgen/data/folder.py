@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_or_next(
     raise UserError(f"data: {len(broken):,} images in a row cannot be read, beginning with {path}: {reason}")
 
 
-class EncodedImages:
+class EncodedImages(ABC):
     """Images that are decoded when they are read: subclasses say where the bytes of each one are.
 
     Attributes:
@@ -95,17 +96,17 @@ class EncodedImages:
         self.crop: Crop = crop
         self.labels: Tensor = torch.empty(0, dtype=torch.int64)
 
+    @abstractmethod
     def source(self, index: int) -> bytes | Path:
         """Returns the encoded image ``index``, or the file that holds it.
 
         Raises:
             ImageError: there is none.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Returns what to call image ``index`` in a message."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.labels)
