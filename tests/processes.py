@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,12 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def signal_from_elsewhere(pids: Iterable[int]) -> None:
+    """Interrupts and terminates processes as a terminal and a scheduler do: not from their parent."""
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", "-s", name, *map(str, pids)], check=True)
 
 
 class Job:

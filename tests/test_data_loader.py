@@ -1,8 +1,8 @@
 """The order of images, and the loader: the same batches for any number of workers and ranks."""
 
 import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from pixelgen_kernels import philox_uniform
+from processes import signal_from_elsewhere
 
 from pixelgen.data import ClassFolder, Digits, build_loader, stream_indices
 from pixelgen.data.decode import read_image
@@ -155,18 +156,33 @@ def test_loader_of_files_resumes_in_the_middle(tmp_path):
     _assert_same(first + rest, straight)
 
 
-def test_workers_ignore_interrupts(tmp_path):
+def test_workers_outlive_signals_of_others(tmp_path):
     data = ClassFolder(_fill(tmp_path), image_size=8)
     expected = _take(build_loader(data, 4, seed=1), 20)
     before = {child.pid for child in multiprocessing.active_children()}
     loader = build_loader(data, 4, seed=1, num_workers=2)
-    first = next(loader)
+    first = next(loader)  # of one worker: the other may not have begun yet
     workers = {child.pid for child in multiprocessing.active_children()} - before
     assert len(workers) == 2
-    for pid in workers:
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
+    signal_from_elsewhere(workers)
     _assert_same([first, *_take(loader, 19)], expected)
+    loader.close()
+
+
+_LEFT_OPEN = """
+import sys
+from pixelgen.data import Digits, build_loader
+loader = build_loader(Digits(), 4, seed=1, num_workers=2)
+batches = [next(loader) for _ in range(int(sys.argv[1]))]
+kept = loader, loader._batches  # an iterator that something refers to is not closed with the loader
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("batches", [1, 5])
+def test_process_with_an_open_loader_ends(batches):
+    command = [sys.executable, "-c", _LEFT_OPEN, str(batches)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 7
 
 
 def test_loader_leaves_the_global_random_state_alone():

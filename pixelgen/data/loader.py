@@ -8,6 +8,8 @@ that is streamed has a state beyond that (`pixelgen.data.streaming`); every batc
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 # Stream of the counter-based generator that places random crops; the trainer's own are 0 to 3.
 CROP_STREAM = 4
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MIN_JUDGED = 1000  # images: over fewer, a single unreadable one would be a large share
 
 
@@ -273,9 +276,9 @@ def build_loader(
     """Returns an endless iterator of batches, beginning with that of ``start_step``.
 
     The number of worker processes changes nothing but speed. The global random state is neither read nor
-    advanced. ``close()`` ends the workers early; they ignore SIGINT and SIGTERM, so that the trainer can
-    finish its step and save. In place of an image that cannot be read comes the next one that can, by index:
-    the same on any number of ranks and workers.
+    advanced. ``close()`` ends the workers early; they outlive SIGINT and SIGTERM of others, so that the
+    trainer can finish its step and save. In place of an image that cannot be read comes the next one that
+    can, by index: the same on any number of ranks and workers.
 
     Args:
         dataset: images and labels.
@@ -329,22 +332,25 @@ def build_loader(
         num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # without one, starting the loader draws from the global generator
     )
     return Loader(loader, max_broken, state)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    # Workers inherit the mask, so that no signal ends one before it has run `_outlive_signals`.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
     # By its handler of SIGCHLD a worker's death would raise wherever the main thread is; without it, where
     # the DataLoader next waits for a batch, within five seconds.
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_child = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)
     finally:
-        signal.signal(signal.SIGCHLD, before)
+        if in_main_thread:
+            signal.signal(signal.SIGCHLD, on_child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _Stream(Sampler[tuple[np.ndarray, np.ndarray | None]]):
@@ -393,7 +399,16 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end.
+def _outlive_signals(worker: int) -> None:
+    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end. A
+    # SIGTERM of its own does end them: Python sends it to those that are left when it exits, then waits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)  # in the threads to come, too
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None:
+        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
+            os._exit(128 + signal.SIGTERM)
