@@ -296,3 +296,19 @@ def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(mode: str, dr
     expected, all_memory = run("none")
     assert torch.equal(gradients, expected)
     assert memory < 0.6 * all_memory
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_blocks_compile(mode: str) -> None:
+    model = randomized(small(depth=3))
+    batch = inputs(model.config)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(*batch).square().mean(), list(model.parameters())))
+
+    expected = gradients()
+    model.checkpoint_blocks(mode)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for found, value in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, value)

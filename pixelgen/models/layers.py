@@ -19,7 +19,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -354,11 +353,11 @@ class Block(nn.Module):
         arguments = x, pending, modulation, rope, num_prefix_tokens
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._compute(*arguments)
-        context: Callable[[], Any] = noop_context_fn
-        if self.checkpointing == "selective":
-            # Attention that drops out has to run again: dropout after it would draw other numbers otherwise.
-            drops_out = self.training and self.attn.attn_dropout > 0
-            context = _keep_products if drops_out else _keep_products_and_attention
+        if self.checkpointing == "full":
+            return checkpoint(self._compute, *arguments, use_reentrant=False)
+        # Attention that drops out has to run again: dropout after it would draw other numbers otherwise.
+        drops_out = self.training and self.attn.attn_dropout > 0
+        context = _keep_products if drops_out else _keep_products_and_attention
         return checkpoint(self._compute, *arguments, use_reentrant=False, context_fn=context)
 
     def _compute(
