@@ -71,7 +71,8 @@ _SIGMOID_REACH = 0.75
 # TFLOP/s of dense matrix products, from the vendor's data sheets: bf16 and fp16 with fp32 accumulation, then
 # fp32 through TF32. The first name that matches counts. Sparsity is left out: it doubles what is advertised.
 _PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
-    (r"B200", 2250, 1125),
+    (r"GB[23]00", 2500, 1250),
+    (r"B[23]00", 2250, 1125),
     (r"H200 NVL", 835.5, 417.5),
     (r"H200|GH200", 989.5, 494.5),
     (r"H[18]00 PCIe", 756, 378),
@@ -86,6 +87,8 @@ _PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
     (r"L40", 181, 90.5),
     (r"L4", 121, 60),
     (r"RTX A6000", 154.8, 77.4),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1),
+    (r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 251.9),
     (r"RTX 5090", 209.5, 104.8),
     (r"RTX 4090", 165.2, 82.6),
     (r"RTX 3090", 71, 35.6),
