@@ -153,6 +153,8 @@ def read_values(cls: type, mapping: object, source: str) -> dict[str, object]:
     known = field_types(cls)
     found: dict[str, object] = {}
 
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+
     def walk(node: object, prefix: str) -> None:
         if not isinstance(node, Mapping):
             where = f"{prefix[:-1]} is a section and " if prefix else ""
@@ -164,8 +166,9 @@ def read_values(cls: type, mapping: object, source: str) -> dict[str, object]:
             elif any(other.startswith(f"{key}.") for other in known):
                 walk({} if value is None else value, f"{key}.")
             else:
+                meant = sections if isinstance(value, Mapping) else known
                 raise UserError(
-                    f"{source}: unknown key {key}{_suggestion(key, {name: name for name in known})}"
+                    f"{source}: unknown key {key}{_suggestion(key, {other: other for other in meant})}"
                 )
 
     walk({} if mapping is None else mapping, "")

@@ -6,6 +6,8 @@ The defaults are the preset ``digits``; the other presets in ``pixelgen/configs`
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import re
 import sys
 import time
@@ -209,7 +211,7 @@ def load_config(
             "print what the run needs and takes on so many GPUs, such as 4 or 16xH200, and exit; "
             f"default: {DEFAULT_PLAN}"
         )
-    config = parse(TrainConfig, rest, prog=prog, values=values, extra=extra)
+    config = _with_absolute_paths(parse(TrainConfig, rest, prog=prog, values=values, extra=extra))
     if known.print_config:
         print(config_to_yaml(config), end="")
         raise SystemExit(0)
@@ -222,6 +224,21 @@ def load_config(
         # Without a preset or file the data say best what the run is: digits, or folder.
         config = replace(config, name=f"{stem or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     return config, known.resume
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """A run may go on in another directory; what is not there, such as a hub id, stays as it is."""
+
+    def absolute(path: str | None) -> Any:
+        if path in (None, "pretrained", "random") or not (glob.has_magic(path) or os.path.exists(path)):
+            return path
+        return os.path.abspath(path)
+
+    loss, data = config.loss, config.data
+    loss = replace(
+        loss, stages_weights=absolute(loss.stages_weights), tokens_weights=absolute(loss.tokens_weights)
+    )
+    return replace(config, loss=loss, data=replace(data, path=absolute(data.path)))
 
 
 def config_to_yaml(config: TrainConfig) -> str:

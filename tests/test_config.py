@@ -148,7 +148,8 @@ def test_yaml_as_people_write_it():
             "loss:\n  lpips_wieght: 1",
             "x.yaml: unknown key loss.lpips_wieght; did you mean loss.lpips_weight?",
         ),
-        ("losss: {}", "x.yaml: unknown key losss"),
+        ("losss: {}", "x.yaml: unknown key losss; did you mean loss?"),
+        ("trian:\n  max_steps: 3", "x.yaml: unknown key trian; did you mean train?"),
         ("resume: runs/a", "x.yaml: unknown key resume"),
         ("train: {batch_size: many}", "x.yaml: train.batch_size must be an integer, got 'many'"),
         ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be an integer, got 2.5"),
@@ -314,3 +315,18 @@ def test_the_package_offers_its_names_without_loading_them():
     assert pixelgen.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pixelgen.nothing  # noqa: B018
+
+
+def test_paths_are_kept_so_that_any_directory_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Path("vgg16.pth").touch()
+
+    def path(*options):
+        return load_config(["--data.name", "hf", *options])[0].data.path
+
+    assert path("--data.path", "photos") == str(tmp_path / "photos")
+    assert path("--data.path", "shards/*.tar") == str(tmp_path / "shards" / "*.tar")
+    assert path("--data.path", "user/photos") == "user/photos"  # of the hub
+    loss = load_config(["--loss.stages_weights", "vgg16.pth", "--loss.tokens_weights", "random"])[0].loss
+    assert (loss.stages_weights, loss.tokens_weights) == (str(tmp_path / "vgg16.pth"), "random")
