@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import elapsed_ms, in_turns
 from pixelgen.config import TrainConfig, load_config
 from pixelgen.data.loader import build_dataset, stream_indices
-from pixelgen.distributed import World, start_world
+from pixelgen.distributed import World, leaving_together, start_world
 from pixelgen.errors import UserError
 from pixelgen.trainer import Trainer
 
@@ -120,6 +120,7 @@ def wrong_losses(found: list[float], one: list[float]) -> str | None:
     return None
 
 
+@leaving_together()
 def work(task: Task) -> dict[str, dict[str, Any]]:
     """Does a task; every process calls it.
 

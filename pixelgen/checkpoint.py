@@ -1,7 +1,7 @@
 """Checkpoints: one folder per step, complete or absent.
 
     RUN/checkpoints/step_00001000/
-        meta.json               step, format, averages and library versions; written last
+        meta.json               step, format, averages, classes of the data; written last
         config.yaml             the run's configuration
         ema_0.9999.safetensors  averaged weights, all that sampling needs; a file for each average
         *.distcp .metadata      everything that changes training (torch.distributed.checkpoint)
@@ -120,13 +120,29 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
         with quiet_alone():
             dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     except dcp.api.CheckpointException as error:
-        raise UserError(f"{checkpoint} cannot be restored: {first_failure(error)}") from error
+        raise _damaged(checkpoint, first_failure(error)) from error
 
 
 def stored_names(checkpoint: Path) -> set[str]:
-    """Names of everything in a checkpoint, nested ones joined by dots."""
-    with quiet_alone():
-        return set(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+    """Names of everything in a checkpoint, nested ones joined by dots.
+
+    Raises:
+        UserError: a damaged checkpoint.
+    """
+    return set(_stored(checkpoint))
+
+
+def _stored(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # it is a pickle: a part of one may raise anything
+        raise _damaged(checkpoint, first_failure(error)) from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> UserError:
+    older = [path.name for path in list_checkpoints(checkpoint.parent.parent) if path.name < checkpoint.name]
+    remedy = f"; remove it to go on from {older[-1]}" if older else ""
+    return UserError(f"{checkpoint} cannot be restored: {reason}{remedy}")
 
 
 def stored_values(checkpoint: Path, prefix: str) -> dict[str, Any]:
@@ -137,13 +153,12 @@ def stored_values(checkpoint: Path, prefix: str) -> dict[str, Any]:
 
 def load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors whose names in the checkpoint begin with ``prefix``, without it, whole and on the CPU."""
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in _stored(checkpoint).items()
+        if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
     with quiet_alone():
-        stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        state = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in stored.items()
-            if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
-        }
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return {key.removeprefix(prefix): value for key, value in state.items()}
 

@@ -7,11 +7,14 @@ process is its share of the global batch's, so gradients are summed, never avera
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NoReturn, TypeVar
@@ -28,6 +31,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from pixelgen.cli import USER_ERRORS
 from pixelgen.config import ParallelConfig
 from pixelgen.errors import ToldError, UserError
 from pixelgen.models.jit import JiT
@@ -35,6 +39,8 @@ from pixelgen.pipeline import pick_device
 
 T = TypeVar("T")
 
+_FOR_EVER = timedelta(days=365)
+_TELL_EVERY_S = 60.0
 SMALL_MODEL = 200_000_000  # parameters below which parallel.mode auto keeps a copy in every process
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 
@@ -48,6 +54,8 @@ class World:
         rank, size: number of this process, and how many there are.
         local_rank, local_size: the same on this machine.
         host: name of this machine.
+        group: the processes where they exchange Python objects, however long one of them takes; None for the
+            default group.
     """
 
     device: torch.device
@@ -56,6 +64,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     host: str = ""
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -83,7 +92,7 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -101,17 +110,25 @@ class World:
             except Exception as error:
                 failure, result[1] = error, str(error)
         if self.size > 1:
-            dist.broadcast_object_list(result, src=0)
+            dist.broadcast_object_list(result, src=0, group=self.group)
         if failure is not None:
             raise failure
         if result[1] is not None:
             raise ToldError(result[1])
         return result[0]
 
-    def in_turn(self, action: Callable[[], T]) -> T:
+    def in_turn(self, doing: str, action: Callable[[], T]) -> T:
         """Does something in the main process first, then in one on each other machine, then in the rest.
 
-        For what the first one leaves on disk and the others only read: trained features, downloads.
+        For what the first one leaves on disk and the others only read: trained features, downloads. Who takes
+        long says so, and the others wait.
+
+        Args:
+            doing: what to say, such as ``"opening the data"``.
+            action: called without arguments.
+
+        Returns:
+            What the action gave in this process.
 
         Raises:
             Exception: what the action raised in this process.
@@ -123,7 +140,8 @@ class World:
             failure: Exception | None = None
             if turn == own_turn:
                 try:
-                    result.append(action())
+                    with self._told_if_slow(doing):
+                        result.append(action())
                 except Exception as error:
                     failure = error
             told = self.gather(None if failure is None else str(failure))
@@ -133,6 +151,23 @@ class World:
                 if message is not None:
                     raise ToldError(message)
         return result[0]
+
+    @contextmanager
+    def _told_if_slow(self, doing: str) -> Iterator[None]:
+        done, started = threading.Event(), time.monotonic()
+
+        def tell() -> None:
+            while not done.wait(_TELL_EVERY_S):
+                seconds = time.monotonic() - started
+                print(f"rank {self.rank}: {doing} for {seconds:.0f} s; the others wait", file=sys.stderr)
+
+        thread = threading.Thread(target=tell, name="patience", daemon=True)
+        if self.size > 1:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def fail(self, message: str) -> NoReturn:
         """Ends all processes with an error that they agree on; the main one tells it."""
@@ -156,6 +191,7 @@ def start_world(device: str, parallel: ParallelConfig) -> World:
 
     Raises:
         UserError: fewer GPUs than processes on this machine.
+        ToldError: the same, in all of its processes but one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = pick_device(device)
@@ -165,24 +201,39 @@ def start_world(device: str, parallel: ParallelConfig) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     backend = "gloo"
     if chosen.type == "cuda":
-        if torch.cuda.device_count() < local_size:
-            raise UserError(
-                f"torchrun started {local_size} processes on a machine with "
-                f"{torch.cuda.device_count()} GPUs; lower --nproc-per-node"
-            )
-        chosen = torch.device("cuda", local_rank)
+        count = torch.cuda.device_count()
+        # A scheduler may show each process its own GPU alone; torchrun shows all of them to all.
+        is_bound = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        if count < local_size and not is_bound:
+            message = f"{local_size} processes on {socket.gethostname()}, which has {count} GPUs; start fewer"
+            raise UserError(message) if local_rank == 0 else ToldError(message)
+        chosen = torch.device("cuda", 0 if is_bound else local_rank)
         torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
         # Longer than the watchdog's: that one names who hangs, the process group's does not.
         timeout = timedelta(seconds=parallel.timeout_s + 60)
         dist.init_process_group(backend, timeout=timeout)
-        atexit.register(_leave)
-    return World(chosen, rank, size, local_rank, local_size, socket.gethostname())
+    group = gloo_group(size)
+    return World(chosen, rank, size, local_rank, local_size, socket.gethostname(), group)
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Ends the process group with its block, as all processes do that come to its end or to a user's error.
+
+    Any other exception may be this process's alone. It ends without leaving the group then: that would wait
+    for the others, which wait in a collective for this one, where its end stops them.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        _leave()
+        raise
+    _leave()
 
 
 def _leave() -> None:
-    """Ends the process group; without this the other processes see a connection that broke."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -289,14 +340,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gloo_group(world: World) -> dist.ProcessGroup | None:
-    """A group of all processes for what the host does beside training; None alone.
+def gloo_group(size: int) -> dist.ProcessGroup | None:
+    """A group of all ``size`` processes for what the host does beside training; None alone.
 
-    Each use needs one of its own: collectives of two threads in one group would be mixed up.
+    Each use needs one of its own: collectives of two threads in one group would be mixed up. Its timeout is
+    out of the way: a process that ends breaks its connections, and one that hangs is the watchdog's business.
     """
-    if world.size == 1:
+    if size == 1:
         return None
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=_FOR_EVER)
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
     return group
 
@@ -305,7 +357,7 @@ class StopVote:
     """Lets all processes stop after the same step, though what stops them reaches one of them first."""
 
     def __init__(self, world: World) -> None:
-        self._group = gloo_group(world)
+        self._group = gloo_group(world.size)
 
     def count(self, reason: int) -> int:
         """Gives a vote, 0 to go on; returns the highest one of all processes.

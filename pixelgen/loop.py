@@ -7,14 +7,17 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from pixelgen import checkpoint as checkpoints
 from pixelgen.config import TrainConfig, config_to_yaml
+from pixelgen.data.identity import compare, identify
 from pixelgen.data.loader import Batch, build_dataset, build_loader
 from pixelgen.data.streaming import HubStream
 from pixelgen.distributed import StopVote, World
@@ -37,7 +40,8 @@ def start_run(config: TrainConfig, world: World) -> Run:
         UserError: the folder exists, cannot be written to, or the data cannot be used.
     """
     run_dir = Path(config.out_dir) / str(config.name)
-    dataset = world.in_turn(lambda: build_dataset(config.data))  # a wrong path must not leave an empty run
+    # Before the folder is made: a wrong path must not leave an empty run.
+    dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
     check_logging(config)
     folder = ExitStack()
 
@@ -95,7 +99,8 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
     checkpoint = world.on_main(find)
     check_logging(config)
     try:
-        dataset = world.in_turn(lambda: build_dataset(config.data))
+        dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
+        compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset), warn=world.is_main)
         trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
         position = trainer.load(checkpoint)
     except BaseException:
@@ -107,20 +112,26 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
 def continue_or_start(config: TrainConfig, world: World) -> Run:
     """``--resume auto``: continues the run that has this name, or starts it if it has no checkpoint yet.
 
+    The folder of a run that stopped before its first checkpoint is kept under another name.
+
     Raises:
-        UserError: the folder is there but not that of a run.
+        UserError: the folder is there but not that of a run, or its checkpoints are not complete.
     """
     run_dir = Path(config.out_dir) / str(config.name)
 
     def look() -> bool:
         if not run_dir.exists():
             return False
-        if checkpoints.list_checkpoints(run_dir):
+        if any((run_dir / "checkpoints").glob("step_*")):
+            checkpoints.find_checkpoint(run_dir)
             return True
         if not (run_dir / checkpoints.CONFIG_FILE).is_file():
             raise UserError(f"--resume auto: {run_dir} is not the folder of a run: it has no config.yaml")
+        names = (run_dir.with_name(f"{run_dir.name}.stopped-{number}") for number in count(1))
+        aside = next(path for path in names if not path.exists())
         with locked(run_dir):
-            shutil.rmtree(run_dir)  # stopped before its first checkpoint: nothing is lost
+            run_dir.rename(aside)
+        print(f"{run_dir} stopped before its first checkpoint: now {aside}, and the run starts anew")
         return False
 
     if world.on_main(look):
@@ -151,7 +162,6 @@ class Run:
         # A resumed run stands at its newest checkpoint.
         self._saved_step = trainer.step if checkpoints.list_checkpoints(self.run_dir) else None
         self._signal: int | None = None  # that reached this process
-        self._signalled_at = 0.0
         self._data_error: UserError | None = None
 
     def train(self) -> int:
@@ -181,6 +191,7 @@ class Run:
                 trainer.averages.names,
                 config.train.keep_checkpoints,
                 config.train.keep_every,
+                identify(trainer.dataset),
             )
             # Whatever ends the run: a checkpoint that is being written is good.
             stack.callback(self._writer.close)
@@ -319,30 +330,45 @@ class Run:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM finishes the step, saves and leaves; a later one acts at once.
-
-        Not one that follows within seconds: torchrun and schedulers tell every process, and pass it on.
-        """
+        """The first SIGINT or SIGTERM finishes the step, saves and leaves; a later one ends the process."""
         previous: dict[int, Any] = {}
 
         def on_signal(number: int, _frame: object) -> None:
-            now = time.monotonic()
             if self._signal is None:
-                self._signal, self._signalled_at = number, now
+                self._signal = number
                 if self.world.is_main:
                     told = f"\nsignal {number}: saving after this step; another one ends the run at once\n"
                     os.write(2, told.encode())  # print may have been interrupted by this signal
-            elif now - self._signalled_at > _ONCE_S:
-                signal.signal(number, previous[number])
-                signal.raise_signal(number)
 
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        numbers = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, on_signal)
+        threading.Thread(target=_end_at_once, args=(reader,), name="signals", daemon=True).start()
         try:
             yield
         finally:
             for which, handler in previous.items():
                 signal.signal(which, handler)
+            signal.set_wakeup_fd(numbers)
+            os.close(writer)
+
+
+def _end_at_once(reader: int) -> None:
+    """Ends the process at the second of the signals that are read, also while it hangs in a collective.
+
+    Not at one that follows within seconds: torchrun and schedulers tell every process, and pass it on.
+    """
+    first: float | None = None
+    with open(reader, "rb", buffering=0) as signals:
+        while got := signals.read(1):
+            if got[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > _ONCE_S:
+                os._exit(128 + got[0])
 
 
 @contextmanager

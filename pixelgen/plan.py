@@ -244,7 +244,7 @@ def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout
     yield "checkpoints, GB"
     yield _row("one", f"{on_disk / 1e9:.1f}")
     yield _row("on disk at most", f"{kept * on_disk / 1e9:,.1f}", f"{kept} of them")
-    yield _row("host memory of a node, while written", f"{on_node / 1e9:.1f}")
+    yield _row("host memory of a node, for copies", f"{on_node / 1e9:.1f}")
     yield from _time_lines(config, machine, parameters, layout)
 
 

@@ -53,12 +53,22 @@ class CheckpointWriter:
         averages: names of the averages, which get files of their own.
         keep: how many of the newest checkpoints stay; 0 keeps all.
         keep_every: checkpoints of steps that this divides stay too; 0 for none.
+        data: what the run is trained on, from ``identify``.
     """
 
-    def __init__(self, run_dir: Path, world: World, averages: list[str], keep: int, keep_every: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        averages: list[str],
+        keep: int,
+        keep_every: int,
+        data: dict[str, Any] | None = None,
+    ) -> None:
         self._root, self._world, self._averages = run_dir / "checkpoints", world, averages
         self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
-        self._group = gloo_group(world)
+        self._data = data or {}
+        self._group = gloo_group(world.size)
         # What DefaultStager uses; that one gives its memory up after the first copy in torch 2.11.
         self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
         self._thread: threading.Thread | None = None
@@ -119,6 +129,8 @@ class CheckpointWriter:
 
     def _write(self, save: Save, started: float, staged: dict[str, Any], config_yaml: str) -> None:
         partial = self._root / f".step_{save.step:08d}.partial"
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # a thread begins on the first GPU, and would use it
 
         def write() -> None:
             with checkpoints.quiet_alone():
@@ -171,6 +183,7 @@ class CheckpointWriter:
             "averages": self._averages,
             "processes": self._world.size,
             "torch": str(torch.__version__),
+            "data": self._data,
         }
         (partial / checkpoints.META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
         for path in (*partial.iterdir(), partial):

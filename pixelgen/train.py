@@ -20,17 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     # torch is imported only after the command line has been checked.
     import torch
 
-    from pixelgen.distributed import start_world
+    from pixelgen.distributed import leaving_together, start_world
     from pixelgen.loop import continue_or_start, resume_run, start_run
 
     torch.set_float32_matmul_precision("high")
     if config.threads:
         torch.set_num_threads(config.threads)
     world = start_world(config.device, config.parallel)
-    config = world.on_main(lambda: config)  # a name made from the time differs
-    if resume == "auto":
-        return continue_or_start(config, world).train()
-    return (start_run(config, world) if resume is None else resume_run(resume, config, world)).train()
+    with leaving_together():
+        config = world.on_main(lambda: config)  # a name made from the time differs
+        if resume == "auto":
+            return continue_or_start(config, world).train()
+        return (start_run(config, world) if resume is None else resume_run(resume, config, world)).train()
 
 
 if __name__ == "__main__":

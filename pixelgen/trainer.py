@@ -65,6 +65,7 @@ class Trainer:
         self.model = JiT(config.model_config(), config.kernels)
         self.num_parameters = count_parameters(self.model)
         self.objective = self.world.in_turn(
+            "preparing the losses",
             lambda: build_objective(
                 config.loss,
                 self.model.config,
@@ -73,7 +74,7 @@ class Trainer:
                 t_eps=config.time.t_eps,
                 seed=config.seed,
                 kernels=config.kernels,
-            )
+            ),
         ).to(self.device)
         is_half = config.dtype == "bfloat16" and self.device.type == "cuda"
         self.objective.speed_up_networks(half=is_half, compiled=config.loss.compile_networks)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Stream of the counter-based generator that places random crops; the trainer's own are 0 to 3.
 CROP_STREAM = 4
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MIN_JUDGED = 1000  # images: over fewer, a single unreadable one would be a large share
+MIN_JUDGED = 1000  # images of all processes: over fewer, a single unreadable one would be a large share
 
 
 class ImageDataset(Protocol):
@@ -191,12 +191,14 @@ class Loader:
         num_drawn: rows that this rank has yielded.
     """
 
-    def __init__(self, loader: DataLoader[Any], max_broken: float, state: dict[str, int]) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], max_broken: float, min_judged: int, state: dict[str, int]
+    ) -> None:
         self.broken: list[Broken] = []
         self.num_broken = self.num_drawn = 0
         self._loader: DataLoader[Any] | None = loader
         self._batches: Iterator[Any] | None = None
-        self._max_broken = max_broken
+        self._max_broken, self._min_judged = max_broken, min_judged
         self._state = state
 
     def __iter__(self) -> Loader:
@@ -243,7 +245,7 @@ class Loader:
                 known.add(image.path)
                 self.broken.append(image)
                 report_broken(*image)
-        if self.num_broken > self._max_broken * max(self.num_drawn, MIN_JUDGED):
+        if self.num_broken > self._max_broken * max(self.num_drawn, self._min_judged):
             shown = ", ".join(f"{path} ({reason})" for path, reason in self.broken[:3])
             raise UserError(
                 f"data: {self.num_broken} of {self.num_drawn} images drawn "
@@ -289,8 +291,8 @@ def build_loader(
         rank, world_size: which part of every global batch to yield, images (B, C, H, W) uint8 and labels (B,)
             int64 with B = batch_size // world_size.
         pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
-        max_broken: share of the images drawn by this rank, counted over 1,000 of them at least, that may be
-            unreadable; 0 for none at all.
+        max_broken: share of the images drawn by this rank that may be unreadable, counted over 1,000 /
+            world_size of them at least; 0 for none at all.
         state: what ``state_dict()`` gave after step ``start_step - 1``; needed to continue a stream.
 
     Raises:
@@ -335,7 +337,7 @@ def build_loader(
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # without one, starting the loader draws from the global generator
     )
-    return Loader(loader, max_broken, state)
+    return Loader(loader, max_broken, MIN_JUDGED // world_size, state)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:

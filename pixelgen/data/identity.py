@@ -1,0 +1,61 @@
+"""What a run was trained on, in few words: kept with its checkpoints and compared when it goes on."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from pixelgen.errors import UserError
+
+if TYPE_CHECKING:
+    from pixelgen.data.loader import ImageDataset
+    from pixelgen.data.streaming import HubStream
+
+
+def identify(dataset: ImageDataset | HubStream) -> dict[str, Any]:
+    """What tells data sets apart, for JSON: names of classes; but for a stream, numbers of images and a
+    checksum of their labels in order."""
+    identity: dict[str, Any] = {"class_names": list(dataset.class_names)}
+    labels = getattr(dataset, "labels", None)
+    if labels is not None:
+        identity |= {"images": len(labels), "labels": zlib.crc32(labels.contiguous().numpy())}
+    return identity
+
+
+def compare(then: dict[str, Any], now: dict[str, Any], *, warn: bool = True) -> None:
+    """Compares the data that a run was trained on with those it is to go on with.
+
+    Other data are the user's choice, and told; labels that have changed places are not.
+
+    Args:
+        then, now: from ``identify``; ``then`` may be empty.
+        warn: print what is told.
+
+    Raises:
+        UserError: a class has another label than before.
+    """
+    names, others = then.get("class_names", []), now["class_names"]
+    labels = {name: label for label, name in enumerate(others)}
+    for label, name in enumerate(names):
+        if labels.get(name, label) != label:
+            raise UserError(
+                f"data: class {name} had label {label} and now has {labels[name]}: these are not the data "
+                f"that the run was trained on"
+            )
+    if not warn:
+        return
+    if names and names != others:
+        label = next(i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1])
+        print(
+            f"warning: data: classes have other names than before: label {label} was {names[label]}, is "
+            f"{others[label]}",
+            file=sys.stderr,
+        )
+    images = "images" in then and "images" in now
+    if images and (then["images"], then["labels"]) != (now["images"], now["labels"]):
+        print(
+            f"warning: data: {now['images']:,} images with other labels than the {then['images']:,} that the "
+            f"run was trained on so far; they come in another order",
+            file=sys.stderr,
+        )
