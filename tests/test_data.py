@@ -192,6 +192,63 @@ def test_folder_takes_known_kinds_of_files_only(tmp_path):
     assert (images.int() - expected).abs().max() <= 4  # lossy kinds
 
 
+def test_files_of_other_kinds_are_counted_once(tmp_path, capfd, monkeypatch):
+    _fill(tmp_path)
+    for name in ("1.gif", "2.TXT", "nested/3.tiff", "4.txt", ".hidden.txt", "notes"):
+        (tmp_path / "ant" / name).touch()
+    (tmp_path / "cat" / ".thumbs").mkdir()
+    (tmp_path / "cat" / ".thumbs" / "5.gif").touch()
+    monkeypatch.setenv("RANK", "1")
+    ClassFolder(tmp_path, image_size=8)
+    assert capfd.readouterr().err == ""  # the first process of a run tells it
+    monkeypatch.setenv("RANK", "0")
+    for _ in range(2):
+        assert len(ClassFolder(tmp_path, image_size=8)) == 10
+    assert capfd.readouterr().err == (
+        f"data: files of other kinds in {tmp_path} were left out: 5 "
+        "(.txt 2, no extension 1, .gif 1, .tiff 1)\n"
+    )
+
+
+def test_kinds_of_files_left_out_are_not_all_listed(tmp_path, capfd):
+    _fill(tmp_path, classes=("ant",))
+    for extension in "abcdefg":
+        (tmp_path / "ant" / f"0.{extension}").touch()
+    ClassFolder(tmp_path, image_size=8)
+    assert capfd.readouterr().err.endswith("were left out: 7 (.a 1, .b 1, .c 1, .d 1, .e 1, ...)\n")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../../ant"])
+@pytest.mark.parametrize("place", ["ant/self", "ant/nested/self"])
+def test_links_to_a_folder_above_are_not_followed(tmp_path, place, target):
+    data = ClassFolder(_fill(tmp_path), image_size=8)
+    (tmp_path / place).symlink_to(target)
+    again = ClassFolder(tmp_path, image_size=8)
+    assert [again.name(index) for index in range(len(again))] == [data.name(index) for index in range(10)]
+    assert torch.equal(again.labels, data.labels)
+
+
+def test_links_to_folders_elsewhere_are_followed(tmp_path):
+    _fill(tmp_path / "set")
+    _fill(tmp_path / "elsewhere", classes=("bee",))
+    (tmp_path / "set" / "bee").symlink_to(tmp_path / "elsewhere" / "bee")
+    (tmp_path / "set" / "ant" / "more").symlink_to(tmp_path / "elsewhere" / "bee" / "nested")
+    data = ClassFolder(tmp_path / "set", image_size=8)
+    assert data.class_names == ("ant", "bee", "cat")
+    assert torch.bincount(data.labels).tolist() == [7, 5, 5]
+
+
+def test_order_of_images_is_that_of_the_names_of_their_folders(tmp_path):
+    # The shuffle is a function of it: another order would change every resumed run.
+    names = ["a-b/0", "a/b/c/0", "a/b-c/0", "a/b/1", "a/.h/2", "a/1", "a/B/0", "a.b/0", "0", "B/0", "a b/0"]
+    for name in names:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / f"{name}.png").touch()
+    data = ClassFolder(tmp_path, image_size=8)
+    got = [str(data.path(index).relative_to(tmp_path / "x").with_suffix("")) for index in range(len(data))]
+    assert got == ["0", "B/0", "a/1", "a b/0", "a-b/0", "a.b/0", "a/B/0", "a/b/1", "a/b-c/0", "a/b/c/0"]
+
+
 def _mode_images():
     palette = Image.new("RGB", (9, 9), (0, 0, 255)).convert("P")
     clear = Image.new("RGBA", (9, 9), (255, 0, 0, 0))

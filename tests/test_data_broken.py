@@ -106,6 +106,14 @@ def test_folder_that_may_not_be_listed(tmp_path):
     assert str(error) == "data: cannot list folder a/more: Permission denied"
 
 
+def test_hidden_folder_that_may_not_be_listed_is_skipped(tmp_path):
+    _fill(tmp_path)
+    for place in (tmp_path / ".snapshot", tmp_path / "a" / ".snapshot"):
+        place.mkdir()
+        place.chmod(0)
+    assert _as_other_user(tmp_path, lambda: len(ClassFolder(".", image_size=8))) == 10
+
+
 def test_file_that_may_not_be_read_is_replaced(tmp_path):
     data = _fill(tmp_path)
     next(build_loader(data, 10, seed=0))  # imports everything: the other user may not read Python's files
@@ -162,6 +170,14 @@ def test_huge_image_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match=r"cannot read image .* exceeds limit"):
         data[0]
+
+
+def test_image_of_very_unequal_sides_is_named(tmp_path):
+    data = _fill(tmp_path)
+    Image.new("RGB", (1, 60_000)).save(data.path(3), "PNG")
+    data.image_size = 256
+    with pytest.raises(UserError, match=r"a/003\.jpg: its sides are too unequal, 1 x 60000; repair or rem"):
+        data[3]
 
 
 # --- training goes on
@@ -224,6 +240,11 @@ def test_features_are_trained_in_spite_of_a_broken_image(tmp_path, capfd):
     assert _numbers(images) == [0, 2, 6]
     assert labels.tolist() == [0, 0, 1]
     assert "001.jpg: the file is empty" in capfd.readouterr().err
+    data.path(7).write_bytes(b"")
+    data.batch([0, 1, 7])
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1  # each image once, though it is met again
+    assert "007.jpg: the file is empty" in lines[0]
 
 
 # --- and ends where too many are broken

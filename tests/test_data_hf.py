@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face library, from files of every kind it is used with here."""
 
+import gzip
 import io
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from PIL import Image
 from pixelgen.config_sections import DataConfig
 from pixelgen.data import ClassFolder, HubImages, build_dataset, build_loader
 from pixelgen.data.decode import read_image
+from pixelgen.data.hf import check_tar
 from pixelgen.errors import UserError
 
 _NAMES = ["ant", "bee", "cat"]
@@ -237,6 +239,83 @@ def test_broken_rows_are_replaced(tmp_path):
     np.testing.assert_array_equal(data.batch([7])[0][0], read_image(_IMAGES[9], 16, 3))
 
 
+# --- tars that were cut short
+
+
+def _cut(path: Path, end) -> Path:
+    """Cuts a tar where ``end`` says, given its second to last member and its last one."""
+    with tarfile.open(path) as tar:
+        *_, member, last = tar.getmembers()
+    os.truncate(path, end(member, last))
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_pattern", [False, True])
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda member, last: last.offset + 100,  # of all, `datasets` is silent about this one only
+        lambda member, last: member.offset_data + 10,
+        lambda member, last: member.offset_data + member.size - 1,
+        lambda member, last: last.offset_data,
+    ],
+)
+def test_tar_that_was_cut_short(tmp_path, end, as_pattern, streaming):
+    root = _tars(tmp_path / "set")
+    path = _cut(root / "001.tar", end)
+    with pytest.raises(UserError, match=rf"^data: {path} is cut short or damaged: .*; fetch it again$"):
+        build_dataset(_config(root / "*.tar" if as_pattern else root, streaming=streaming))
+
+
+def test_tar_with_a_damaged_header(tmp_path):
+    path = _tars(tmp_path / "set") / "001.tar"
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[2]
+    _cut(path, lambda _, last: last.offset_data + 512)  # otherwise the headers are not looked at
+    with path.open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"damage")
+    with pytest.raises(UserError, match=r"001\.tar is cut short or damaged"):
+        build_dataset(_config(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda member, last: last.offset_data + 512,
+        lambda member, last: last.offset_data + 1024,
+        lambda member, last: last.offset_data + 1500,
+    ],
+)
+def test_tar_without_its_padding_is_whole(tmp_path, end):
+    root = _tars(tmp_path / "set")
+    _cut(root / "001.tar", end)
+    _assert_holds(build_dataset(_config(root)))
+
+
+def test_check_tar_knows_all_kinds_of_members(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+            info = tarfile.TarInfo("folder")
+            info.type, info.size, info.linkname = kind, 10**6, "x"
+            tar.addfile(info)
+        info = tarfile.TarInfo("é" * 200)  # its name is a member of its own
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    for size in (last.offset_data + 512, last.offset_data + 3):  # without padding at all
+        os.truncate(path, size)
+        check_tar(str(path))
+    os.truncate(path, last.offset_data + 2)
+    with pytest.raises(UserError, match="is cut short"):
+        check_tar(str(path))
+    path.write_bytes(gzip.compress(os.urandom(5000)))
+    check_tar(str(path))  # for the reader to judge
+
+
 # --- labels
 
 
@@ -311,10 +390,22 @@ def test_wrong_columns(tmp_path, options, message):
         build_dataset(_config(_parquet(tmp_path / "set", _table()), **options))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_of_classes_that_the_library_does_not_see(tmp_path, streaming):
+    root = _folder(tmp_path / "set")
+    (root / "ant" / "deep").mkdir()
+    (root / "ant" / "00.jpg").rename(root / "ant" / "deep" / "00.jpg")
+    message = (
+        "set --data.streaming false" if streaming else "a folder of class folders is read with --data.name"
+    )
+    with pytest.raises(UserError, match=message):
+        build_dataset(_config(root, streaming=streaming))
+
+
 def test_missing_columns(tmp_path):
     root = _parquet(tmp_path / "images", _table().remove_columns("label"))
     with pytest.raises(
-        UserError, match=r"has no column of labels among image; name one with --data\.label_c"
+        UserError, match=r"has no column of labels among image; name one with --data\.label_column$"
     ):
         build_dataset(_config(root))
     root = _parquet(tmp_path / "labels", _table().remove_columns("image"))

@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, features
 
 from pixelgen.data.crop import center_crop, random_crop
 from pixelgen.data.decode import ImageError, read_image
@@ -103,6 +104,9 @@ def _odd_images():
         "cmyk": (Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
         "webp": (Image.new("RGB", (9, 9), (99, 99, 99)), "WEBP", (99, 99, 99)),
         "gif": (Image.new("RGB", (9, 9), (0, 0, 255)), "GIF", (0, 0, 255)),
+        "tiff": (Image.new("RGB", (9, 9), (99, 99, 99)), "TIFF", (99, 99, 99)),
+        "bmp": (Image.new("RGB", (9, 9), (99, 99, 99)), "BMP", (99, 99, 99)),
+        "ppm": (Image.new("RGB", (9, 9), (99, 99, 99)), "PPM", (99, 99, 99)),
     }
 
 
@@ -175,6 +179,75 @@ def test_any_damage_is_an_image_error_or_an_image(kind):
             num_read += 1
     assert num_refused
     assert num_read or kind == "PNG"  # whose chunks have checksums
+
+
+def test_two_pictures_of_a_phone_are_the_first_one():
+    first, second = natural(90, 70), natural(90, 70, seed=1)
+    data = encode(first, "MPO", save_all=True, append_images=[second], quality=90)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    for crop in ("center", "fast"):
+        np.testing.assert_array_equal(
+            read_image(data, 90, 3, crop), read_image(encode(first, quality=90), 90, 3, crop)
+        )
+
+
+def test_kinds_that_run_other_programs_are_not_tried():
+    data = encode(natural(30, 20), "EPS")
+    assert Image.open(io.BytesIO(data)).format == "EPS"
+    with pytest.raises(ImageError, match=r"^not an image of a known kind$"):
+        read_image(data, 8, 3)
+
+
+@pytest.mark.parametrize("crop", ["center", "fast"])
+def test_what_a_decoder_says_of_a_damaged_file(crop, monkeypatch):
+    def load(image):
+        raise RuntimeError("Failed to decode image:\nNot implemented")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(ImageError, match=r"^Failed to decode image: Not implemented$"):
+        read_image(encode(natural(30, 20), "PNG"), 8, 3, crop)
+
+
+@pytest.mark.skipif("avif" not in features.get_supported(), reason="this Pillow has no AVIF")
+@pytest.mark.parametrize("crop", ["center", "fast"])
+def test_damaged_avif(crop):
+    whole = encode(natural(60, 50), "AVIF")
+    assert read_image(whole, 16, 3, crop).shape == (3, 16, 16)
+    reasons = set()
+    for place in range(4, len(whole), 3):
+        data = bytearray(whole)
+        data[place] ^= 0x55
+        try:
+            read_image(bytes(data), 16, 3, crop)
+        except ImageError as error:
+            reasons.add(str(error))
+    assert any(reason.startswith("Failed to decode") for reason in reasons)  # that is a RuntimeError
+
+
+@pytest.mark.parametrize("crop", ["center", "fast", "random"])
+@pytest.mark.parametrize("sides", [(1, 10_000), (1, 60_000), (60_000, 1), (10, 10_250)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_sides_too_unequal(kind, sides, crop, monkeypatch):
+    data = encode(Image.new("RGB", sides), kind)
+
+    def load(image):
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", load)
+    reason = f"^its sides are too unequal, {sides[0]} x {sides[1]}$"
+    with pytest.raises(ImageError, match=reason):
+        read_image(data, 256, 3, crop, np.array([0.5, 0.5, 0.5]))
+
+
+@pytest.mark.parametrize("crop", ["center", "fast", "random"])
+@pytest.mark.parametrize("sides", [(1, 1024), (1024, 1)])
+def test_sides_just_equal_enough(sides, crop):
+    # What is allowed depends on the target: at 64 px this would be a side of 16,384 times the other one.
+    data = encode(Image.new("RGB", sides, "white"), "PNG")
+    got = read_image(data, 256, 3, crop, np.array([0.5, 0.5, 0.5]))
+    assert got.shape == (3, 256, 256)
+    assert got.min() == 255
 
 
 def test_missing_and_unreadable_paths(tmp_path):

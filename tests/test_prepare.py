@@ -1,5 +1,6 @@
 """The command that decodes a data set into shards, and the data set that reads them."""
 
+import errno
 import io
 import json
 import os
@@ -258,11 +259,67 @@ def test_other_sources_and_foreign_folders_are_refused(tmp_path, src):
     (src / "ant" / "000.jpg").rename(src / "ant" / "0000.jpg")
     with pytest.raises(UserError, match="was made from another source; choose another folder"):
         prepare(_options(src, tmp_path / "dst"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
     with pytest.raises(UserError, match="is not empty and was not made by this command"):
-        prepare(_options(src, src))
+        prepare(_options(src, tmp_path / "foreign"))
     with pytest.raises(FileNotFoundError, match="does not exist; a data set of the hub needs --name hf"):
         prepare(_options(tmp_path / "none", tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["folder", "hf"])
+@pytest.mark.parametrize("dst", [".", "dst", "ant/deep/dst", "link/dst"])
+def test_dst_in_src_is_refused(tmp_path, src, name, dst):
+    (tmp_path / "link").symlink_to(src)
+    dst = tmp_path / dst if dst.startswith("link") else src / dst
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        UserError, match=rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
+    ):
+        prepare(_options(src, dst, name=name))
+    assert sorted(tmp_path.rglob("*")) == before
+    prepare(_options(src, f"{src}-256"))  # a name that only begins the same
+
+
+def test_dst_that_is_a_file(tmp_path, src):
+    (tmp_path / "file").touch()
+    for dst in (tmp_path / "file", tmp_path / "file" / "dst"):
+        with pytest.raises(
+            UserError, match=rf"^{dst} is no folder, or lies in a file; choose another folder$"
+        ):
+            prepare(_options(src, dst))
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_read_only_dst(tmp_path, src, monkeypatch, is_there):
+    dst = tmp_path / "dst"
+    if is_there:
+        dst.mkdir()
+
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    open_file = Path.open
+    # A file system that takes no writes says so of the removal of a file that is not there, too.
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(
+        Path, "open", lambda path, mode="r", *more: (refuse if "w" in mode else open_file)(path, mode, *more)
+    )
+    if not is_there:
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    message = rf"^cannot write to folder {dst}: Read-only file system; choose another folder$"
+    with pytest.raises(UserError, match=message):
+        prepare(_options(src, dst))
+
+
+def test_images_of_very_unequal_sides_are_broken(tmp_path, src):
+    Image.new("RGB", (1, 60_000)).save(src / "ant" / "000.jpg", "PNG")
+    for crop in ("center", "fast"):
+        line = prepare(_options(src, tmp_path / crop, resolution=128, crop=crop))
+        assert "1 cannot be read" in line
+        report = json.loads((tmp_path / crop / "report.jsonl").read_text())
+        assert report == {"path": "ant/000.jpg", "reason": "its sides are too unequal, 1 x 60000"}
 
 
 def test_two_commands_at_once(tmp_path, src):

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,15 @@ from PIL import Image, UnidentifiedImageError
 
 from pixelgen.data.crop import center_crop, halve, near_center_crop, random_crop
 
-# What Pillow raises on a file that is no image, cut short or damaged (PNG chunks: SyntaxError, struct.error).
+# Pixels of an image whose short side is scaled to the target. A crop may make all of them: without a bound a
+# file of 200 bytes, of 1 x 60,000 pixels, takes 16 GB. At 256 px this is a long side of 1,024 short ones.
+MAX_SCALED_PIXELS = 2**26
+
+# What Pillow raises on a file that is no image, cut short or damaged (PNG chunks: SyntaxError, struct.error;
+# AVIF: RuntimeError).
 _UNREADABLE = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -56,19 +63,22 @@ def read_image(
     Raises:
         ImageError: the file cannot be read as an image.
     """
+    mode = "RGB" if channels == 3 else "L"
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
             raise ImageError("the file is empty")
-        image: Image.Image = Image.open(io.BytesIO(data))
-        mode = "RGB" if channels == 3 else "L"
-        if crop == "fast":
-            return _read_near(image, data, image_size, mode)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
+        _check_sides(image, image_size)
         # Decoders are bit-equal and cost a fifth of this: the exact crop gains nothing from another one.
-        image.load()
-        image = _to_mode(image, mode)
+        quick = _decode_quickly(image, data, image_size, mode) if crop == "fast" else None
+        if quick is None:
+            image.load()
+            image = _to_mode(image, mode)
     except _UNREADABLE as error:
         raise ImageError(_reason(error)) from error
+    if crop == "fast":
+        return _crop_near(image if quick is None else quick, image_size)
     if crop == "random":
         if draws is None:
             raise ValueError("read_image: crop random needs draws")
@@ -78,30 +88,49 @@ def read_image(
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _read_near(image: Image.Image, data: bytes, image_size: int, mode: str) -> np.ndarray:
-    """The crop "fast" of an image that is opened and not yet decoded."""
+@cache
+def _formats() -> tuple[str, ...]:
+    """The kinds of files that are read; Pillow knows 35 more, some of which run other programs."""
+    Image.init()
+    # JPEG stands for MPO, too. Pillow has AVIF since 11.3.
+    kinds = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "JPEG2000", "AVIF")
+    return tuple(kind for kind in kinds if kind in Image.OPEN)
+
+
+def _check_sides(image: Image.Image, image_size: int) -> None:
+    """Raises ImageError for an image that a crop would have to enlarge beyond ``MAX_SCALED_PIXELS``."""
+    short, long = sorted(image.size)
+    if long * image_size**2 > MAX_SCALED_PIXELS * short:
+        raise ImageError(f"its sides are too unequal, {image.width} x {image.height}")
+
+
+def _decode_quickly(image: Image.Image, data: bytes, image_size: int, mode: str) -> np.ndarray | None:
+    """Pixels (H, W, C) of a plain JPEG that is opened and not yet decoded; None where Pillow has to do it."""
+    # Halving and tall images are Pillow's in the crop, so it decodes them, too.
+    is_plain = min(image.size) < 2 * image_size and image.height <= 2 * image.width
+    if not is_plain or image.format != "JPEG" or image.mode not in ("L", mode):
+        return None
+    import simplejpeg
+
+    try:
+        # 1.2 ms for 500x375 where Pillow takes 1.8; a buffer of its own would be zeroed first, 0.1 ms.
+        buffer = np.empty((image.height, image.width, len(mode)), dtype=np.uint8)
+        return simplejpeg.decode_jpeg(data, "RGB" if mode == "RGB" else "GRAY", buffer=buffer)
+    except ValueError:
+        return None  # damaged: Pillow decides, as for the other crops
+
+
+def _crop_near(image: Image.Image | np.ndarray, image_size: int) -> np.ndarray:
+    """The crop "fast", (C, image_size, image_size), of a decoded image or of pixels that need no halving."""
     import torch
 
-    # Halving and tall images are Pillow's below, so it decodes them, too.
-    is_plain = min(image.size) < 2 * image_size and image.height <= 2 * image.width
-    if is_plain and image.format == "JPEG" and image.mode in ("L", mode):
-        import simplejpeg
-
-        try:
-            # 1.2 ms for 500x375 where Pillow takes 1.8; a buffer of its own would be zeroed first, 0.1 ms.
-            buffer = np.empty((image.height, image.width, len(mode)), dtype=np.uint8)
-            array = simplejpeg.decode_jpeg(data, "RGB" if mode == "RGB" else "GRAY", buffer=buffer)
-        except ValueError:
-            pass  # damaged: Pillow decides, as for the other crops
-        else:
-            return near_center_crop(torch.from_numpy(array).permute(2, 0, 1), image_size)
-    image.load()
-    image = halve(_to_mode(image, mode), image_size)
-    if image.height > 2 * image.width:
-        # Pillow may filter the columns first here, which the quicker filter would be 30 levels off.
-        return np.ascontiguousarray(center_crop(image, image_size).transpose(2, 0, 1))
-    array = np.array(image).reshape(image.height, image.width, -1)
-    return near_center_crop(torch.from_numpy(array).permute(2, 0, 1), image_size)
+    if isinstance(image, Image.Image):
+        image = halve(image, image_size)
+        if image.height > 2 * image.width:
+            # Pillow may filter the columns first here, which the quicker filter would be 30 levels off.
+            return np.ascontiguousarray(center_crop(image, image_size).transpose(2, 0, 1))
+        image = np.array(image).reshape(image.height, image.width, -1)
+    return near_center_crop(torch.from_numpy(image).permute(2, 0, 1), image_size)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

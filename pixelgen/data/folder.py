@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -128,7 +129,7 @@ class EncodedImages(ABC):
     def batch(
         self, indices: Sequence[int] | np.ndarray, draws: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As `read_batch`, but what cannot be read is reported on stderr.
+        """As `read_batch`, but what cannot be read is reported on stderr, each image once per process.
 
         Returns:
             Images (B, C, H, W) uint8 and labels (B,) int64.
@@ -166,16 +167,24 @@ class EncodedImages(ABC):
 
 
 def report_broken(path: str, reason: str) -> None:
-    """One line on stderr."""
-    print(
-        f"data: cannot read image {path}: {reason}; another one takes its place", file=sys.stderr, flush=True
-    )
+    """One line on stderr, the first time in this process."""
+    _print_once(f"data: cannot read image {path}: {reason}; another one takes its place")
+
+
+_printed: set[str] = set()
+
+
+def _print_once(line: str) -> None:
+    if line not in _printed:
+        _printed.add(line)
+        print(line, file=sys.stderr, flush=True)
 
 
 class ClassFolder(EncodedImages):
     """Images of ``root/<class>/**/<file>``; labels follow the sorted names of the classes.
 
-    Hidden files and folders (a leading dot) are skipped. See `read_image` for how files become pixels.
+    Hidden files and folders (a leading dot) are skipped, and so are links to a folder that holds the link.
+    Files of other kinds are counted on stderr. See `read_image` for how files become pixels.
 
     Attributes:
         num_classes, class_names: number and sorted names of the class folders.
@@ -245,13 +254,11 @@ def _find_images(root: Path, class_names: tuple[str, ...]) -> tuple[list[str], l
     """Paths and labels of all images, sorted by class and path."""
     paths: list[str] = []
     labels: list[int] = []
+    others: Counter[str] = Counter()
     for label, class_name in enumerate(class_names):
-        # A folder that cannot be listed would otherwise be left out without a word.
-        tree = os.walk(root / class_name, onerror=_cannot_list, followlinks=True)
-        for folder, _, files in sorted(tree):
-            if any(part.startswith(".") for part in Path(folder).relative_to(root).parts):
-                continue
-            found = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        for folder, files in sorted(_walk(root, class_name)):
+            found = [name for name in files if name.lower().endswith(EXTENSIONS)]
+            others.update(Path(name).suffix.lower() for name in set(files).difference(found))
             paths += [os.path.join(folder, name) for name in sorted(found)]
             labels += [label] * len(found)
     kinds = " ".join(extension.removeprefix(".") for extension in EXTENSIONS)
@@ -266,7 +273,48 @@ def _find_images(root: Path, class_names: tuple[str, ...]) -> tuple[list[str], l
             f"data: {len(empty)} of {len(class_names)} class folders of {root} hold no images ({shown}); "
             f"looked for {kinds}"
         )
+    _report_others(root, others)
     return paths, labels
+
+
+def _walk(root: Path, class_name: str) -> Iterator[tuple[str, list[str]]]:
+    """The folders of a class and the names of their files, without what is hidden.
+
+    A folder that can be reached from itself by a link is visited once.
+    """
+    top = {_identity(root)}
+    above: dict[str, set[tuple[int, int]]] = {}  # a folder itself and all that hold it
+    # A folder that cannot be listed would otherwise be left out without a word.
+    for folder, names, files in os.walk(root / class_name, onerror=_cannot_list, followlinks=True):
+        holders = above.get(os.path.dirname(folder), top)
+        identity = _identity(folder)
+        if identity in holders:
+            names.clear()
+            continue
+        above[folder] = holders | {identity}
+        names[:] = [name for name in names if not name.startswith(".")]
+        yield folder, [name for name in files if not name.startswith(".")]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Device and number of a folder, whichever path leads to it."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        _cannot_list(error)
+    return status.st_dev, status.st_ino
+
+
+def _report_others(root: Path, others: Counter[str]) -> None:
+    """One line about the files that are no images by their names, from the first process of a run."""
+    if not others or os.environ.get("RANK", "0") != "0":
+        return
+    most_first = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{suffix or 'no extension'} {count}" for suffix, count in most_first[:5])
+    _print_once(
+        f"data: files of other kinds in {root} were left out: {others.total():,} "
+        f"({shown}{', ...' if len(others) > 5 else ''})"
+    )
 
 
 def _cannot_list(error: OSError) -> NoReturn:

@@ -157,9 +157,15 @@ def prepare(options: PrepareOptions) -> str:
 
     Raises:
         FileNotFoundError: src does not exist.
-        UserError: src cannot be read, dst is something else or cannot be written, or too much is broken.
+        UserError: src cannot be read, dst lies in it, is something else or cannot be written, or too much is
+            broken.
     """
     started = time.perf_counter()
+    if Path(options.src).is_dir() and Path(options.dst).resolve().is_relative_to(Path(options.src).resolve()):
+        raise UserError(
+            f"DST {options.dst} lies in SRC {options.src} and would be read as a part of it; choose a folder "
+            "outside of SRC"
+        )
     source = open_source(options)
     settings = describe(source, options)
     total, size = len(source), options.rows

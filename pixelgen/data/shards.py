@@ -9,12 +9,13 @@ complete.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from pixelgen.errors import UserError
 
 FORMAT = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Job(NamedTuple):
@@ -93,7 +95,7 @@ def replacing(path: Path) -> Iterator[Any]:
     """A file that takes the place of ``path`` once all of it is on the disk; after an error nothing does.
 
     Raises:
-        UserError: it cannot be written, most often because the disk is full.
+        UserError: it cannot be written, most often because the disk is full or the folder is read-only.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -108,13 +110,20 @@ def replacing(path: Path) -> Iterator[Any]:
         finally:
             os.close(folder)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that takes no writes
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
+            if error.errno in _NOT_WRITABLE:
+                raise UserError(_cannot_write(path.parent, error)) from error
             raise UserError(
                 f"cannot write {path}: {error.strerror or error}; what was finished before is intact: make "
                 "room and give the command again to continue"
             ) from error
         raise
+
+
+def _cannot_write(folder: Path, error: OSError) -> str:
+    return f"cannot write to folder {folder}: {error.strerror or error}; choose another folder"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -151,18 +160,26 @@ class ShardFolder:
         settings: what its shards depend on.
 
     Raises:
-        UserError: it holds something else, or shards of other settings, or is being written already.
+        UserError: it is a file, cannot be made or written, holds something else or shards of other settings,
+            or is being written already.
     """
 
     def __init__(self, path: Path, settings: dict[str, object]) -> None:
         self.path = path
         self.key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path, os.O_RDONLY)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path, os.O_RDONLY)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{path} is no folder, or lies in a file; choose another folder") from error
+        except OSError as error:
+            raise UserError(_cannot_write(path, error)) from error
         try:
             self._claim(settings)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise UserError(_cannot_write(path, error)) from error
             raise
 
     def _claim(self, settings: dict[str, object]) -> None:

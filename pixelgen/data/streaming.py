@@ -83,7 +83,7 @@ class HubStream:
         self.image_size, self.channels = data.image_size, data.channels
         self.crop: Crop = data.crop
         self.shuffle_block = data.shuffle_block
-        self._columns = find_columns(rows.features, data)
+        self._columns = find_columns(rows, data)
         self.class_names = self._columns.class_names
         self.num_classes = len(self.class_names)
         rows = rows.select_columns([self._columns.image, self._columns.label])
