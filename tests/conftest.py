@@ -15,6 +15,7 @@ import torch
 def pytest_configure(config: pytest.Config) -> None:
     """Uses the threads that OMP_NUM_THREADS allows, at most two: the tensors of these tests are small."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    config.addinivalue_line("markers", "curves: draws the loss curves of its runs, whatever `no_curves` says")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -59,3 +60,10 @@ def with_embedded(embedded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         start(self, config, run_dir, *arguments)
 
     monkeypatch.setattr(Trainer, "__init__", init)
+
+
+@pytest.fixture
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no loss curves, which takes seconds; but in a test with the mark `curves`."""
+    if "curves" not in request.keywords:
+        monkeypatch.setattr("pixelgen.trainlog.save_loss_curves", lambda *_: None)

@@ -39,8 +39,16 @@ def kill_in_save(job: Job, run_dir: Path, wait: float) -> None:
     job.kill()
 
 
-def run(kills: int, processes: int, seed: int, folder: Path, tell=print) -> list[str]:
+def run(
+    kills: int, processes: int, seed: int, folder: Path, features: Path | None = None, tell=print
+) -> list[str]:
     """Trains with and without kills.
+
+    Args:
+        kills, processes, seed: as on the command line.
+        folder: for the runs.
+        features: embedded features of the digits, to save their training.
+        tell: is called as ``print`` is.
 
     Returns:
         What differs at the end; empty when all is well.
@@ -49,7 +57,7 @@ def run(kills: int, processes: int, seed: int, folder: Path, tell=print) -> list
     steps = STEPS_PER_KILL * (kills + 1)
     options = [*SMALL, *EVERYTHING, "--out_dir", str(folder), "--train.max_steps", str(steps)]
     options += ["--train.checkpoint_every", "3"]
-    train([*options, "--name", "alone"], processes, log=folder / "alone.log")
+    train([*options, "--name", "alone"], processes, log=folder / "alone.log", features=features)
     killed = {"log": folder / "killed.log", "features": folder / "alone" / FILE_NAME}
     reached = 0
     for number in range(kills):

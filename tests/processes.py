@@ -6,11 +6,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from forked import Forked
 
 from pixelgen.checkpoint import find_checkpoint, load_part
 
@@ -40,7 +40,9 @@ def signal_from_elsewhere(pids: Iterable[int]) -> None:
 
 
 class Job:
-    """``python -m pixelgen.train`` in a number of processes; the first one's lines are read.
+    """``python -m pixelgen.train``, but for the loss curves, in a number of processes.
+
+    The first one's lines are read.
 
     Args:
         arguments: of the command.
@@ -52,33 +54,24 @@ class Job:
     def __init__(
         self, arguments: list[str], processes: int = 1, *, log: Path, features: Path | None = None
     ) -> None:
-        command = ["-m", "pixelgen.train"]
-        if features is not None:
-            command = [str(Path(__file__).with_name("train_command.py")), str(features)]
+        command = [str(Path(__file__).with_name("train_command.py")), str(features or "")]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "PYTHONUNBUFFERED": "1"}
         port = str(free_port())
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Forked] = []
         with log.open("a") as errors:
             for rank in range(processes):
                 if processes > 1:
                     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank)}
                     environment |= {"WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
                     environment |= {"LOCAL_WORLD_SIZE": str(processes)}
+                stdout = None if rank == 0 else errors
                 self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *command, *arguments],
-                        env=environment,
-                        stdout=subprocess.PIPE if rank == 0 else errors,
-                        stderr=errors,
-                        text=True,
-                    )
+                    Forked([*command, *arguments], environment=environment, stdout=stdout, stderr=errors)
                 )
 
-    def lines(self):
+    def lines(self) -> Iterator[str]:
         """What the first process prints, as it prints it."""
-        assert self.processes[0].stdout is not None
-        return iter(self.processes[0].stdout)
+        return self.processes[0].lines()
 
     def signal(self, number: int, rank: int | None = None) -> None:
         for process in self.processes if rank is None else [self.processes[rank]]:
@@ -92,7 +85,8 @@ class Job:
     def wait(self, timeout: float = 240) -> list[int]:
         """Exit codes, of all processes."""
         try:
-            self.processes[0].communicate(timeout=timeout)
+            for _ in self.processes[0].lines(timeout):  # a pipe that is full would hold it up
+                pass
             return [process.wait(timeout) for process in self.processes]
         finally:
             for process in self.processes:

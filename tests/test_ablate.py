@@ -19,6 +19,8 @@ from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
 from pixelgen.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 QUICK = ["--device", "cpu", "--steps", "4", "--sample-steps", "1", "--seeds", "0"]
 
 

@@ -149,7 +149,7 @@ def test_yaml_as_people_write_it():
             "x.yaml: unknown key loss.lpips_wieght; did you mean loss.lpips_weight?",
         ),
         ("losss: {}", "x.yaml: unknown key losss; did you mean loss?"),
-        ("trian:\n  max_steps: 3", "x.yaml: unknown key trian; did you mean train?"),
+        ("traim:\n  max_steps: 3", "x.yaml: unknown key traim; did you mean train?"),
         ("resume: runs/a", "x.yaml: unknown key resume"),
         ("train: {batch_size: many}", "x.yaml: train.batch_size must be an integer, got 'many'"),
         ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be an integer, got 2.5"),

@@ -1,13 +1,13 @@
 """The order of images, and the loader: the same batches for any number of workers and ranks."""
 
 import multiprocessing
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
@@ -181,8 +181,11 @@ raise SystemExit(7)
 
 @pytest.mark.parametrize("batches", [1, 5])
 def test_process_with_an_open_loader_ends(batches):
-    command = [sys.executable, "-c", _LEFT_OPEN, str(batches)]
-    assert subprocess.run(command, timeout=120, check=False).returncode == 7
+    process = Forked(["-c", _LEFT_OPEN, str(batches)], stderr=sys.__stderr__, takes_down=True)
+    try:
+        assert process.wait(120) == 7
+    finally:
+        process.kill()
 
 
 def test_loader_leaves_the_global_random_state_alone():

@@ -70,6 +70,18 @@ def test_the_loss_curve_does_not_depend_on_the_processes(tmp_path, alone, embedd
     assert len(grids) == (2 if "--train.sample_every" in options else 0)
 
 
+def test_bf16_over_processes_is_that_of_one_but_for_rounding(tmp_path, embedded_file):
+    """FSDP gathers all weights in bf16; one process keeps norms and tables in fp32."""
+    common = [*SMALL, *ALIKE, "--out_dir", str(tmp_path), "--dtype", "bfloat16", "--train.max_steps", "6"]
+    given = {"log": tmp_path / "log", "features": embedded_file}
+    train([*common, "--name", "one"], **given)
+    train([*common, "--name", "two", "--parallel.mode", "fsdp"], 2, **given)
+    ours, theirs = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=5e-3)
+    assert stored(tmp_path / "two").keys() == stored(tmp_path / "one").keys()
+    assert all(value.dtype != torch.bfloat16 for value in stored(tmp_path / "two").values())
+
+
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, embedded_file):
     """2, then 1, then 3: same batches, same order, same losses."""
     run = tmp_path / "run"
@@ -82,7 +94,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, embedde
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, embedded_file):
     """They save and leave; the resumed run ends as one that was never stopped, bit for bit."""
-    common = [*SMALL, *EVERYTHING, "--out_dir", str(tmp_path), "--train.max_steps", "30"]
+    common = [*SMALL, *EVERYTHING, "--out_dir", str(tmp_path), "--train.max_steps", "12"]
     given = {"log": tmp_path / "log", "features": embedded_file}
     train([*common, "--name", "straight"], 2, **given)
     job = Job([*common, "--name", "stopped"], 2, **given)

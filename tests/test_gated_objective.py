@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Forked
 from objectives import (
     B,
     C,
@@ -261,9 +263,9 @@ def test_a_learned_gate_and_a_balance_bear_a_batch_in_which_nothing_passes(form:
     assert terms["loss"].isfinite() and float(terms["gate_penalty"]) == 0
 
 
-def _move_balance(rank: int, store: str, results: Any) -> None:
+def _move_balance(rank: int, store: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    results[rank] = _balance_of(rank)
+    print(_balance_of(rank))
     torch.distributed.destroy_process_group()
 
 
@@ -282,11 +284,13 @@ def _balance_of(*parts: int) -> float:
 
 
 def test_global_balance_agrees_over_processes_and_parts(tmp_path: Any) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_move_balance, (str(tmp_path / "store"), results), nprocs=2)
-        first, second = results[0], results[1]
+    with (tmp_path / "errors").open("w") as errors:
+        processes = [
+            Forked([__file__, str(rank), str(tmp_path / "store")], stderr=errors) for rank in range(2)
+        ]
+    printed = ["".join(process.lines(120)) for process in processes]
+    assert [process.wait(60) for process in processes] == [0, 0], (tmp_path / "errors").read_text()
+    first, second = map(float, printed)
     flow, perceptual = math.hypot(1.5, 2, -0.5), math.sqrt(3) * 6
     rate = 0.2 * 0.75
     expected = (1 - rate) * 1 + rate * flow / (perceptual + 1e-4)
@@ -382,3 +386,7 @@ def test_the_released_gate_needs_no_count_on_the_host(passing: int) -> None:
 def test_the_released_gate_knows_no_ramps() -> None:
     with pytest.raises(ValueError, match=r"p_dino_gate must be 'paper' .*'released' and 'cosine'"):
         make_objective(p_dino_gate="released", gate=NoiseGate("cosine"))
+
+
+if __name__ == "__main__":
+    _move_balance(int(sys.argv[1]), sys.argv[2])

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from processes import differences, stored
 from training import FLOW_ONLY, fails_with, options
 
@@ -21,6 +21,8 @@ from pixelgen.loop import resume_run
 from pixelgen.train import main
 from pixelgen.trainer import Trainer
 from pixelgen.trainlog import TrainLog, truncate_metrics
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -112,17 +114,19 @@ def test_what_a_run_trains_cannot_change_at_a_resume(tmp_path, capsys, with_embe
 
 def test_interrupt_saves_and_the_run_continues(tmp_path):
     arguments = options(tmp_path, "run", 100_000, *FLOW_ONLY, "--train.log_every", "5", "--threads", "1")
-    command = [sys.executable, "-m", "pixelgen.train", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "errors").open("w") as errors:
+        process = Forked(["-m", "pixelgen.train", *arguments], stderr=errors)
     try:
-        for line in process.stdout:
+        for line in process.lines():
             if line.startswith("step 10 "):
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out = "".join(process.lines(60))
+        code = process.wait(60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGINT, err
+    err = (tmp_path / "errors").read_text()
+    assert code == 128 + signal.SIGINT, err
     assert "Traceback" not in err
     assert f"--resume {tmp_path / 'run'}" in out
     step = checkpoints.read_meta(checkpoints.find_checkpoint(tmp_path / "run"))["step"]
@@ -131,6 +135,20 @@ def test_interrupt_saves_and_the_run_continues(tmp_path):
     assert last["step"] == step + 3
 
 
+@pytest.mark.parametrize("damage", [".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    assert main(options(tmp_path, "run", 4, *FLOW_ONLY, "--train.checkpoint_every", "2")) == 0
+    damaged = run / "checkpoints" / "step_00000004" / damage
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    error = fails_with(capsys, ["--resume", str(run), "--train.max_steps", "6"])
+    assert f"{damaged.parent} cannot be restored: " in error
+    assert error.endswith("; remove it to go on from step_00000002\n")
+    shutil.rmtree(damaged.parent)
+    assert main(["--resume", str(run), "--train.max_steps", "6"]) == 0
+
+
+@pytest.mark.curves
 @pytest.mark.parametrize("method", ["write", "curves", "image"])
 def test_a_signal_while_logging_saves_too(tmp_path, monkeypatch, method):
     original = getattr(TrainLog, method)
@@ -157,19 +175,20 @@ def test_a_signal_while_logging_saves_too(tmp_path, monkeypatch, method):
 
 def test_a_signal_to_the_process_group_saves_with_workers(tmp_path):
     more = [*FLOW_ONLY, "--train.log_every", "5", "--data.workers", "1"]
-    command = [sys.executable, "-m", "pixelgen.train", *options(tmp_path, "run", 100_000, *more)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = ["-m", "pixelgen.train", *options(tmp_path, "run", 100_000, *more)]
+    with (tmp_path / "errors").open("w") as errors:
+        process = Forked(command, stderr=errors, own_group=True)
     try:
-        for line in process.stdout:
+        for line in process.lines():
             if line.startswith("step 5 "):
                 break
         os.killpg(process.pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        for _ in process.lines(60):
+            pass
+        code = process.wait(60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM, err
+    assert code == 128 + signal.SIGTERM, (tmp_path / "errors").read_text()
     assert checkpoints.list_checkpoints(tmp_path / "run")
 
 
@@ -238,23 +257,35 @@ def test_options_of_the_optimizer_hold_after_a_resume(tmp_path, with_embedded):
     assert trainer.discriminator_optimizer.param_groups[0]["lr"] == 1e-5
 
 
-def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch):
+_HANGS = """
+import os, signal, sys, time
+from pixelgen import loop
+from pixelgen.train import main
+from pixelgen.trainer import Trainer
+
+def hanging(self, images, labels):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.5)
+    print("goes on after two at once")
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1000)
+
+loop._ONCE_S, Trainer.train_step = 1.0, hanging
+main(sys.argv[1:])
+"""
+
+
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
     """Not one that comes within seconds of the first: schedulers signal every process, which pass it on."""
-    monkeypatch.setattr("pixelgen.loop._ONCE_S", 0.05)
-    train_step = Trainer.train_step
-
-    def interrupted(self, images, labels):
-        terms = train_step(self, images, labels)
-        if self.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGINT)
-        return terms
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(options(tmp_path, "run", 10, *FLOW_ONLY))
+    with (tmp_path / "errors").open("w") as errors:
+        process = Forked(["-c", _HANGS, *options(tmp_path, "run", 10, *FLOW_ONLY)], stderr=errors)
+    try:
+        printed = list(process.lines(60))
+    finally:
+        process.kill()
+    assert process.wait(60) == 128 + signal.SIGINT, (tmp_path / "errors").read_text()
+    assert printed[-1] == "goes on after two at once\n"
     assert not checkpoints.list_checkpoints(tmp_path / "run")
 
 

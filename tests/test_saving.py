@@ -19,6 +19,8 @@ from pixelgen.pipeline import Pipeline
 from pixelgen.saving import CheckpointWriter
 from pixelgen.train import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def make_state(value: float) -> dict:
     return {
@@ -118,7 +120,6 @@ def test_a_full_disk_in_a_run(tmp_path):
             break
     resource.prlimit(job.processes[0].pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
     intact = checkpoints.find_checkpoint(tmp_path / "run")
-    job.processes[0].stdout.read()
     assert job.wait() == [2]
     log = (tmp_path / "log").read_text()
     assert "could not be written" in log and "File too large" in log, log
@@ -174,11 +175,18 @@ def test_resume_auto_starts_continues_and_refuses(tmp_path, capsys):
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "config.yaml").write_text("seed: 0\n")  # stopped before its first checkpoint
     assert main(options(tmp_path, "early", 2, *FLOW_ONLY, "--resume", "auto")) == 0
+    assert (tmp_path / "early.stopped-1" / "config.yaml").read_text() == "seed: 0\n"
+    assert f"now {tmp_path / 'early.stopped-1'}, and the run starts anew" in capsys.readouterr().out
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("")
     error = fails_with(capsys, options(tmp_path, "foreign", 2, *FLOW_ONLY, "--resume", "auto"))
     assert "not the folder of a run" in error and (tmp_path / "foreign" / "thesis.tex").exists()
     assert "needs --name" in fails_with(capsys, ["--resume", "auto"])
+    for path in checkpoints.list_checkpoints(tmp_path / "run"):
+        (path / "meta.json").unlink()  # a copy that was not finished
+    error = fails_with(capsys, longer)
+    assert "holds no complete checkpoint" in error and "step_00000004" in error
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
 def test_averages_are_chosen_by_name(tmp_path, capsys):

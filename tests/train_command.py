@@ -1,6 +1,7 @@
-"""``python -m pixelgen.train`` with embedded features that are there already, which otherwise takes seconds.
+"""``python -m pixelgen.train`` without what takes seconds: no loss curves, and features that are there.
 
-The first argument is a file with the features of the digits; a new run finds a copy of it in its folder.
+The first argument is a file with embedded features of the digits, of which a new run finds a copy in its
+folder; or empty, and they are trained.
 """
 
 import shutil
@@ -9,19 +10,21 @@ from pathlib import Path
 
 
 def main() -> None:
-    features = Path(sys.argv.pop(1))
+    features = sys.argv.pop(1)
     import pixelgen.losses.build as build
+    from pixelgen import trainlog
     from pixelgen.cli import run
     from pixelgen.train import main as train
 
     embedded_features = build.embedded_features
 
     def with_copy(run_dir, config, images):
-        if not (Path(run_dir) / features.name).exists():
+        if features and not (Path(run_dir) / Path(features).name).exists():
             shutil.copy(features, run_dir)
         return embedded_features(run_dir, config, images)
 
     build.embedded_features = with_copy
+    trainlog.save_loss_curves = lambda *_: None
     run(train, "pixelgen.train")
 
 
