@@ -80,7 +80,7 @@ def check_dtype(x: Tensor, dtype: torch.dtype, function: str) -> None:
         TypeError: names both dtypes.
     """
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has no autocast
         dtype = torch.promote_types(dtype, torch.float32)  # autocast narrows float32 by itself
     if not x.is_floating_point() or torch.promote_types(x.dtype, dtype) != dtype:
         raise TypeError(
