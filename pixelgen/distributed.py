@@ -131,26 +131,38 @@ class World:
             What the action gave in this process.
 
         Raises:
-            Exception: what the action raised in this process.
-            ToldError: it failed in another one.
+            Exception, ToldError: as ``together``.
         """
         own_turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         result: list[T] = []
+
+        def act() -> None:
+            with self._told_if_slow(doing):
+                result.append(action())
+
         for turn in range(3 if self.size > 1 else 1):
-            failure: Exception | None = None
-            if turn == own_turn:
-                try:
-                    with self._told_if_slow(doing):
-                        result.append(action())
-                except Exception as error:
-                    failure = error
-            told = self.gather(None if failure is None else str(failure))
-            if failure is not None:
-                raise failure
-            for message in told:
-                if message is not None:
-                    raise ToldError(message)
+            self.together(act if turn == own_turn else lambda: None)
         return result[0]
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Does something in all processes, and waits for all; the action itself must not wait for others.
+
+        Raises:
+            Exception: what the action raised, in the first process in which it did.
+            ToldError: the same, in all others.
+        """
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        told = self.gather(None if failure is None else str(failure))
+        first = next((rank for rank, message in enumerate(told) if message is not None), None)
+        if first is None:
+            return result
+        if failure is not None and first == self.rank:
+            raise failure
+        raise ToldError(told[first])
 
     @contextmanager
     def _told_if_slow(self, doing: str) -> Iterator[None]:

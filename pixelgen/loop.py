@@ -100,7 +100,7 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
     check_logging(config)
     try:
         dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
-        compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset), warn=world.is_main)
+        world.on_main(lambda: compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset)))
         trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
         position = trainer.load(checkpoint)
     except BaseException:

@@ -19,7 +19,6 @@ from pixelgen.data.loader import ImageDataset, stream_indices
 from pixelgen.data.streaming import HubStream
 from pixelgen.distributed import Mode, World, build_mesh, resolve_mode, shard, sum_over_copies
 from pixelgen.ema import Averages
-from pixelgen.errors import UserError
 from pixelgen.flow import logit_normal_time, shift_time
 from pixelgen.guard import FiniteGuard
 from pixelgen.losses.build import build_objective
@@ -191,6 +190,13 @@ class Trainer:
         Raises:
             UserError: the checkpoint is damaged, or that of a run that trains other parts.
         """
+        position = self.world.together(lambda: self._load(checkpoint))
+        steps = set(self.world.gather(self.step))
+        if len(steps) > 1:
+            self.world.fail(f"{checkpoint}: the processes read different steps, {sorted(steps)}")
+        return position
+
+    def _load(self, checkpoint: Path) -> dict[str, Any]:
         checkpoints.read_meta(checkpoint)
         check_same_parts(self.config, checkpoint)
         state = self.state_dict() | {"data": checkpoints.stored_values(checkpoint, "data")}
@@ -210,9 +216,6 @@ class Trainer:
         self._set_options()
         self.skipped.copy_(state["skipped"])
         self.step = state["step"]
-        steps = set(self.world.gather(self.step))
-        if len(steps) > 1:
-            raise UserError(f"{checkpoint}: the processes read different steps, {sorted(steps)}")
         return state["data"]
 
     def _set_options(self) -> None:

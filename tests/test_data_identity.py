@@ -40,8 +40,6 @@ def test_the_same_data_are_not_told(photos, capsys):
 def test_other_images_are_told(photos, capsys):
     first = identity(photos)
     (photos / "dog" / "3.png").rename(photos / "zebra" / "4.png")
-    compare(first, identity(photos), warn=False)
-    assert capsys.readouterr().err == ""
     compare(first, identity(photos))
     assert "12 images with other labels than the 12 that the run was trained on" in capsys.readouterr().err
 

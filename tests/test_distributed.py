@@ -154,6 +154,17 @@ def test_images_that_one_process_cannot_read_end_all_after_the_same_step(tmp_pat
     assert found == [f"step_{step:08d}"]
 
 
+def test_a_damaged_checkpoint_is_told_once(tmp_path):
+    options = [*SMALL, *FLOW_ONLY, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "2"]
+    train(options, 2, log=tmp_path / "log")
+    for path in (tmp_path / "run" / "checkpoints").glob("step_*/__1_*.distcp"):
+        path.write_bytes(b"")  # what the first process reads may be whole
+    more = ["--resume", str(tmp_path / "run"), "--train.max_steps", "4"]
+    text = train(more, 2, log=tmp_path / "resumed", code=2)
+    assert "step_00000002 cannot be restored: " in text and "Traceback" not in text, text
+    assert text.count("pixelgen.train: error:") == 1
+
+
 def test_a_batch_that_cannot_be_divided_is_refused_once(tmp_path):
     options = [*SMALL, "--out_dir", str(tmp_path), "--name", "run", "--train.batch_size", "7"]
     text = train(options, 2, log=tmp_path / "log", code=2)

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 def identify(dataset: ImageDataset | HubStream) -> dict[str, Any]:
-    """What tells data sets apart, for JSON: names of classes; but for a stream, numbers of images and a
-    checksum of their labels in order."""
+    """What tells data sets apart, as JSON: names of classes, and a checksum of all labels but a stream's."""
     identity: dict[str, Any] = {"class_names": list(dataset.class_names)}
     labels = getattr(dataset, "labels", None)
     if labels is not None:
@@ -23,14 +22,13 @@ def identify(dataset: ImageDataset | HubStream) -> dict[str, Any]:
     return identity
 
 
-def compare(then: dict[str, Any], now: dict[str, Any], *, warn: bool = True) -> None:
+def compare(then: dict[str, Any], now: dict[str, Any]) -> None:
     """Compares the data that a run was trained on with those it is to go on with.
 
     Other data are the user's choice, and told; labels that have changed places are not.
 
     Args:
         then, now: from ``identify``; ``then`` may be empty.
-        warn: print what is told.
 
     Raises:
         UserError: a class has another label than before.
@@ -43,8 +41,6 @@ def compare(then: dict[str, Any], now: dict[str, Any], *, warn: bool = True) -> 
                 f"data: class {name} had label {label} and now has {labels[name]}: these are not the data "
                 f"that the run was trained on"
             )
-    if not warn:
-        return
     if names and names != others:
         label = next(i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1])
         print(
