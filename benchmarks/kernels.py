@@ -7,32 +7,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import (
-    bench_flow_matching_loss,
-    bench_gate_residual_norm_modulate,
-    bench_noise_patchify,
-    bench_patchify,
-    bench_qk_norm_rope,
-    bench_rms_norm_modulate,
-    bench_swiglu,
-    plots,
-    report,
-    setting,
-    tables,
-)
-from benchmarks.case import DTYPES, MODELS, Case, Op, Outputs, outputs
-from benchmarks.measure import ColdTimer, Oracle, copy_gbps, peak_bytes
+from benchmarks import plots, report, setting, tables
+from benchmarks.case import DTYPES, MODELS, Case, Op, Outputs, cases, leaves_of, outputs
+from benchmarks.measure import ColdTimer, Oracle, copy_gbps, peak_bytes, traffic
 from pixelgen.errors import UserError
 
-SUITES = (
-    bench_rms_norm_modulate,  # rms_norm_modulate
-    bench_gate_residual_norm_modulate,  # gate_residual_norm_modulate
-    bench_qk_norm_rope,  # qk_norm_rope
-    bench_swiglu,  # swiglu
-    bench_noise_patchify,  # noise_patchify
-    bench_patchify,  # patchify, unpatchify
-    bench_flow_matching_loss,  # flow_matching_loss
-)
 PROVIDERS = ("eager", "compile", "ours")
 # Error that a provider may have, in units of eager's. torch.compile adds the rows of a batch up one by one
 # and is 11 times further off in grad_weight at XL/16 in bf16; that is no reason not to time it.
@@ -58,7 +37,7 @@ def timed_parts(
     The forward pass is that of a training step: it keeps what backward needs. So one compilation serves all
     modes.
     """
-    leaves = {name: inputs[name].detach().requires_grad_() for name in case.differentiable}
+    leaves = leaves_of(inputs, case.differentiable)
     arguments = {**inputs, **leaves}
     if mode == "fwd":
         return lambda: None, lambda _: fn(**arguments)
@@ -76,7 +55,7 @@ def timed_parts(
 
 def selected(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
     """The cases that the command line asks for."""
-    every = [case for suite in SUITES for case in suite.cases(device)]
+    every = cases(device, of_models=True)
     ops = setting.chosen("--only", arguments.only, list(dict.fromkeys(case.op for case in every)))
     models = setting.chosen("--shapes", arguments.shapes, list(MODELS))
     dtypes = setting.chosen("--dtypes", arguments.dtypes, list(DTYPES))
@@ -84,7 +63,7 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
     def is_default(case: Case) -> bool:
         return device.type == "cuda" or case.dtype == "fp32" or case.model == CPU_BF16_MODEL
 
-    cases = [
+    chosen = [
         case
         for case in every
         if case.op in ops
@@ -92,9 +71,9 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
         and case.dtype in dtypes
         and (arguments.dtypes or is_default(case))
     ]
-    if not cases:
+    if not chosen:
         raise UserError("no case is left: --only, --shapes and --dtypes exclude each other")
-    return cases
+    return chosen
 
 
 def right_providers(
@@ -119,12 +98,13 @@ def measure(
     bar.set_postfix_str(f"{case}: check")
     inputs = case.inputs(timer.device)
     providers = right_providers(case, names, inputs)
+    moved = traffic(case, inputs)
     bar.update()
     for mode in case.modes:
         bar.set_postfix_str(f"{case}: {', '.join(providers)} {mode}")
         parts = {name: timed_parts(case, fn, mode, inputs) for name, fn in providers.items()}
         for name, timing in timer.side_by_side(parts, repeats).items():
-            gbps = case.bytes(mode) / timing.median_ms / 1e6
+            gbps = moved[mode] / timing.median_ms / 1e6
             prepare, call = parts[name]
             peak = peak_bytes(timer.device, call, prepare)
             yield {
@@ -150,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 1 when ours was wrong somewhere.
     """
     device, columns, folder = setting.start(arguments)
-    cases = selected(arguments, device)
+    chosen = selected(arguments, device)
     names = setting.chosen("--providers", arguments.providers, list(PROVIDERS))
     names = [name for name in PROVIDERS if name == "eager" or name in names]
     timer = ColdTimer(device)
@@ -159,8 +139,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     path = folder / "kernels.csv"
     rows: list[report.Row] = []
-    with tqdm(total=sum(1 + len(case.modes) for case in cases), unit="row", dynamic_ncols=True) as bar:
-        for case in cases:
+    with tqdm(total=sum(1 + len(case.modes) for case in chosen), unit="row", dynamic_ncols=True) as bar:
+        for case in chosen:
             torch.compiler.reset()
             timed = measure(case, names, timer, copy, arguments.repeats, bar)
             measured = [{**row, **columns} for row in timed]
@@ -174,4 +154,4 @@ def run(arguments: argparse.Namespace) -> int:
     print(tables.ratios(rows))
     print(f"\n{path} and, drawn from it, kernels.md, kernels_time.png, kernels_bandwidth.png")
     is_complete = len({(row["op"], row["shape"], row["dtype"]) for row in rows if row["provider"] == "ours"})
-    return 0 if "ours" not in names or is_complete == len(cases) else 1
+    return 0 if "ours" not in names or is_complete == len(chosen) else 1

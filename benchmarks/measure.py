@@ -8,10 +8,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from pixelgen_kernels import registry
 from torch import Tensor
 from torch.autograd.profiler import profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.case import Case, Op, outputs
+from benchmarks.case import Case, Op, leaves_of, outputs
 
 # larger than the last-level cache: 32 to 64 MB per core complex of a server CPU, up to 126 MB on a GPU
 FLUSH_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
@@ -168,13 +170,52 @@ def results(
     fn: Op, inputs: dict[str, Any], differentiable: tuple[str, ...], cotangents: list[Tensor]
 ) -> dict[str, Tensor]:
     """Every output and gradient by name."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable}
+    leaves = leaves_of(inputs, differentiable)
     y = outputs(fn(**{**inputs, **leaves}))
     named = {f"output {i}": output.detach() for i, output in enumerate(y)}
     if leaves:
         grads = torch.autograd.grad(y, list(leaves.values()), cotangents)
         named |= dict(zip((f"grad_{name}" for name in leaves), grads, strict=True))
     return named
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of this package's `torch.library` ops: (op, arguments, what came out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "pixelgen":
+            self.calls.append((func, args, result))
+        return result
+
+
+def _bytes(value: Any) -> int:
+    tensors = value if isinstance(value, tuple | list) else [value]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def traffic(case: Case, inputs: dict[str, Any]) -> dict[str, int]:
+    """Bytes that have to move at least, by mode: every input read once, every output written once.
+
+    Statistics that forward keeps for backward count, and what backward need not read of an input does not
+    (`Op.idle`).
+    """
+    op = registry.ops()[case.op]
+    with Recorder() as recorder:
+        leaves = leaves_of(inputs, case.differentiable)
+        y = outputs(case.fused(**{**inputs, **leaves}))
+        if leaves:
+            torch.autograd.grad(y, list(leaves.values()), [torch.ones_like(output) for output in y])
+    moved = [_bytes(arguments) + _bytes(made) for _, arguments, made in recorder.calls]
+    if op.call.bwd is not None:
+        named = dict(zip(op.call.bwd.arguments, recorder.calls[-1][1], strict=True))
+        moved[-1] -= sum(int(share * _bytes(named[key])) for key, share in op.idle.items())
+    bwd = sum(moved[1:])
+    return {"fwd": moved[0], "bwd": bwd, "fwd_bwd": moved[0] + bwd}
 
 
 class Oracle:

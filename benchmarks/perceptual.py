@@ -13,8 +13,8 @@ from pixelgen_kernels import select
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import bench_cosine_distance, bench_lpips_distance, kernels, plots, report, setting, tables
-from benchmarks.case import DTYPES, normal
+from benchmarks import kernels, plots, report, setting, tables
+from benchmarks.case import DTYPES, cases, normal
 from benchmarks.measure import ColdTimer, Timing, copy_gbps, in_turns, peak_bytes
 from pixelgen.config import LossConfig, TimeConfig
 from pixelgen.encoders.dinov2 import DINOv2
@@ -25,7 +25,6 @@ from pixelgen.losses.gate import NoiseGate, Selection
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 
-SUITES = (bench_lpips_distance, bench_cosine_distance)
 # Op -> its providers; the first is the baseline.
 OPS = {
     "branch": ("masked", "ours"),
@@ -271,9 +270,9 @@ def run(arguments: argparse.Namespace) -> int:
     device, columns, folder = setting.start(arguments)
     size = SIZES[device.type]
     size = replace(size, batch=arguments.batch or size.batch)
-    cases = [case for suite in SUITES for case in suite.cases(device) if case.op in providers]
+    chosen = [case for case in cases(device, of_models=False) if case.op in providers]
     # as in the suite of ops: on the CPU bf16 is no one's choice, and compiling takes longer than timing
-    cases = [case for case in cases if device.type == "cuda" or case.dtype == "fp32"]
+    chosen = [case for case in chosen if device.type == "cuda" or case.dtype == "fp32"]
     timer = ColdTimer(device)
     copy = copy_gbps(timer)
     print(f"{columns['device']}, {columns['threads']} CPU threads; a copy runs at {copy:.1f} GB/s")
@@ -286,12 +285,12 @@ def run(arguments: argparse.Namespace) -> int:
         report.write_csv(path, report.KERNELS, measured)  # now: a run that is stopped keeps its rows
         rows.extend(measured)
 
-    total = sum(1 + len(case.modes) for case in cases)
+    total = sum(1 + len(case.modes) for case in chosen)
     total += len(TERMS) * (1 + size.batches) if "branch" in providers else 0
     with tqdm(total=total, unit="part", dynamic_ncols=True) as bar:
         if "branch" in providers:
             keep(branch_rows(size, device, providers["branch"], timer, arguments.repeats, bar))
-        for case in cases:
+        for case in chosen:
             torch.compiler.reset()
             keep(kernels.measure(case, providers[case.op], timer, copy, arguments.repeats, bar))
 
@@ -300,7 +299,7 @@ def run(arguments: argparse.Namespace) -> int:
     plots.times(recorded, folder / "perceptual.png")
     print("\n".join(filter(None, (tables.ratios(rows), *tables.all_stages(rows)))))
     print(f"\n{path} and, drawn from it, perceptual.md and perceptual.png")
-    expected = sum("ours" in providers[case.op] for case in cases)
+    expected = sum("ours" in providers[case.op] for case in chosen)
     expected += len(TERMS) * ("ours" in providers.get("branch", ()))
     right = {(row["op"], row["shape"], row["dtype"]) for row in rows if row["provider"] == "ours"}
     return 0 if len(right) == expected else 1

@@ -1,6 +1,7 @@
 """Markdown tables and the summary of a run, from rows of a CSV."""
 
-from benchmarks.bench_lpips_distance import STAGES
+from pixelgen_kernels.ops.lpips_distance import STAGES
+
 from benchmarks.report import Row, grouped, ratio
 
 

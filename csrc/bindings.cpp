@@ -1,505 +1,360 @@
-// The only C++ file that knows Python. Every function takes the fields of its op's struct by
-// keyword: device addresses (0 for a missing buffer), sizes, strides in elements and dtype tags;
-// and where it runs: `device`, a CUDA device index or -1 for the CPU, `stream` and `num_threads`.
-// Shapes are the Python side's.
+// The only C++ file that knows Python. A function of an op (common/op.h) takes tensors and plain
+// numbers by position; Torch shows memory, shape, strides, dtype and device of a tensor, and the
+// current stream, through DLPack's exchange table: no header and no library of Torch is needed.
 #include <pybind11/pybind11.h>
 
-#include <cstddef>
-#include <cstdint>
+#include <algorithm>
+#include <deque>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
-#include <utility>
+#include <string_view>
 #include <vector>
 
-#include "cosine_distance.h"
-#include "cpu/dispatch.h"
-#include "cuda/device.h"
-#include "flow_matching_loss.h"
-#include "gate_residual_norm_modulate.h"
-#include "lpips_distance.h"
-#include "noise_patchify.h"
-#include "patchify.h"
-#include "philox.h"
-#include "qk_norm_rope.h"
-#include "rms_norm_modulate.h"
-#include "swiglu.h"
+#include "common/dlpack.h"
+#include "dispatch.h"
+
+#ifdef PIXELGEN_CUDA_EMULATION  // tests/cuda_emulation: memory of the CPU stands for that of a GPU
+extern "C" void cuda_emulation_add_buffer(uint64_t address, uint64_t bytes);
+constexpr bool kIsEmulated = true;
+#else
+constexpr bool kIsEmulated = false;
+#endif
 
 namespace py = pybind11;
 
 namespace pixelgen {
 namespace {
 
-#ifdef PIXELGEN_HAS_CUDA
-constexpr bool kHasCuda = true;
-#define PIXELGEN_CUDA_FUNCTION(op) &cuda::op
-#else
-constexpr bool kHasCuda = false;
-#define PIXELGEN_CUDA_FUNCTION(op) nullptr
-#endif
+// What Torch gave at import; see `connect`.
+const dlpack::ExchangeApi* torch_api = nullptr;
+PyObject *num_threads = nullptr, *out_of_memory = nullptr;
 
-// --- keywords to fields
+constexpr int kMaxArguments = 32;
 
-enum class Kind { kPointer, kInt64, kInt, kBool, kDouble };
+// --- reading arguments
 
-// A member of a struct, by its offset.
-struct Field {
-  const char* name;
-  Kind kind;
-  size_t offset;
-};
-using Fields = std::vector<Field>;
-
-template <typename T>
-constexpr Kind kind_of() {
-  if constexpr (std::is_pointer_v<T>) return Kind::kPointer;
-  if constexpr (std::is_same_v<T, int64_t>) return Kind::kInt64;
-  if constexpr (std::is_same_v<T, int> || std::is_same_v<T, DType>) return Kind::kInt;
-  if constexpr (std::is_same_v<T, bool>) return Kind::kBool;
-  if constexpr (std::is_same_v<T, double>) return Kind::kDouble;
+DType dtype_of(const dlpack::Tensor& tensor) {
+  constexpr int kKinds[] = {dlpack::kFloat * 256 + 32, dlpack::kBFloat * 256 + 16,
+                            dlpack::kFloat * 256 + 16, dlpack::kFloat * 256 + 64,
+                            dlpack::kUInt * 256 + 8,   dlpack::kInt * 256 + 64};  // as DType
+  const int kind = tensor.lanes == 1 ? tensor.code * 256 + tensor.bits : -1;
+  return DType(std::find(std::begin(kKinds), std::end(kKinds), kind) - std::begin(kKinds));
 }
 
-#define NAMED_FIELD(Params, member, name) \
-  Field { name, kind_of<decltype(std::declval<Params>().member)>(), offsetof(Params, member) }
-#define FIELD(Params, member) NAMED_FIELD(Params, member, #member)
-
-// Both lists; `inner` belongs to the struct that lies at `offset` of the one of `outer`.
-Fields with_nested(Fields outer, const Fields& inner, size_t offset) {
-  for (const Field& field : inner) outer.push_back({field.name, field.kind, field.offset + offset});
-  return outer;
+// Index of the CUDA device, -1 for the CPU, -2 for any other.
+int device_of(const dlpack::Tensor& tensor) {
+  if (kIsEmulated) return 0;
+  if (tensor.device_type == dlpack::kCuda) return tensor.device_id;
+  return tensor.device_type == dlpack::kCpu || tensor.device_type == dlpack::kCudaHost ? -1 : -2;
 }
 
-Fields operator+(Fields fields, const Fields& more) {
-  return with_nested(std::move(fields), more, 0);
+// False with a Python exception where Torch cannot show the object: no tensor, or one that is
+// sparse, quantised, nested or on no device of its own (meta).
+bool view(PyObject* object, dlpack::Tensor* tensor) {
+  return torch_api->view_object(object, tensor) == 0;
 }
 
-void assign(PyObject* value, Kind kind, void* member) {
-  switch (kind) {
-    case Kind::kPointer:
-      *static_cast<void**>(member) =
-          reinterpret_cast<void*>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(value)));
-      return;
-    case Kind::kInt64:
-      *static_cast<int64_t*>(member) = PyLong_AsLongLong(value);
-      return;
-    case Kind::kInt:
-      *static_cast<int*>(member) = static_cast<int>(PyLong_AsLong(value));
-      return;
-    case Kind::kBool:
-      *static_cast<bool*>(member) = PyObject_IsTrue(value) == 1;
-      return;
-    case Kind::kDouble:
-      *static_cast<double*>(member) = PyFloat_AsDouble(value);
-      return;
-  }
+bool has_memory(const dlpack::Tensor& tensor) {
+  if (tensor.data != nullptr) return true;
+  for (int i = 0; i < tensor.ndim; ++i)
+    if (tensor.shape[i] == 0) return true;
+  return false;  // a fake tensor, or a subclass that only wraps others
 }
 
-// Where a call runs.
-struct Launch {
-  int device;
-  void* stream;
-  int num_threads;
+// The name of argument `index` in "x, y, z".
+std::string name_of(const char* names, int index) {
+  std::string text = names;
+  for (; index > 0; --index) text = text.substr(text.find(',') + 2);
+  return text.substr(0, text.find(','));
+}
+
+struct Function {
+  PyMethodDef definition;
+  std::string doc;
+  const Op *cpu = nullptr, *cuda = nullptr;
+  int num_arguments = 0;
+
+  const Op& op() const { return cpu != nullptr ? *cpu : *cuda; }
 };
 
-const Fields& launch_fields() {
-  static const Fields fields{FIELD(Launch, device), FIELD(Launch, stream),
-                             FIELD(Launch, num_threads)};
-  return fields;
+// Raises `type` and names the argument.
+void refuse(PyObject* type, const Op& op, int index, const char* what, PyObject* got) {
+  PyErr_Clear();
+  py::str text(Py_TYPE(got)->tp_name);
+  try {
+    const py::handle object(got);
+    text = py::hasattr(object, "dtype")
+               ? py::str("{} of shape {}, {}")
+                     .format(text, py::tuple(object.attr("shape")), object.attr("dtype"))
+               : py::str("{!r}").format(object);
+  } catch (const py::error_already_set&) {  // its type must do
+  }
+  PyErr_Format(type, "%s: %s %s, got %.200U", op.name, name_of(op.arguments, index).c_str(), what,
+               text.ptr());
 }
 
-// The names of a list as Python strings, made once.
-std::vector<py::object> names_of(const Fields& fields) {
-  std::vector<py::object> names;
-  for (const Field& field : fields) names.emplace_back(py::str(field.name));
-  return names;
-}
-
-void read(const char* op, const py::kwargs& arguments, const Fields& fields,
-          const std::vector<py::object>& names, void* target) {
-  for (size_t i = 0; i < fields.size(); ++i) {
-    PyObject* value = PyDict_GetItemWithError(arguments.ptr(), names[i].ptr());
-    if (value == nullptr) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      throw py::type_error(std::string(op) + ": argument " + fields[i].name + " is missing");
+// Fills `argument`; false with a Python exception.
+bool read(const Op& op, int index, PyObject* object, Argument* argument, int* device) {
+  using Kind = Argument::Kind;
+  *argument = {};
+  if (object == Py_None) {
+    argument->kind = Kind::kNone;
+  } else if (PyLong_Check(object)) {  // bool too
+    argument->kind = Kind::kInt;
+    argument->integer = PyLong_AsLongLong(object);
+    if (argument->integer == -1 && PyErr_Occurred()) {
+      refuse(PyExc_OverflowError, op, index, "must fit 64 bits", object);
+      return false;
     }
-    assign(value, fields[i].kind, static_cast<char*>(target) + fields[i].offset);
+  } else if (PyFloat_Check(object)) {
+    argument->kind = Kind::kFloat;
+    argument->number = PyFloat_AS_DOUBLE(object);
+  } else if (PyUnicode_Check(object)) {
+    argument->kind = Kind::kText;
+    argument->text = PyUnicode_AsUTF8(object);
+    return argument->text != nullptr;
+  } else {
+    dlpack::Tensor tensor;
+    if (!view(object, &tensor)) {
+      refuse(PyExc_TypeError, op, index, "must be a strided torch.Tensor with memory", object);
+      return false;
+    }
+    const int its_device = device_of(tensor);
+    const char* problem = !has_memory(tensor)     ? "must have memory of its own"
+                          : its_device == -2      ? "must be on the CPU or a CUDA device"
+                          : *device == -2         ? nullptr
+                          : *device != its_device ? "must be on the device of the other tensors"
+                                                  : nullptr;
+    if (problem != nullptr) {
+      refuse(PyExc_TypeError, op, index, problem, object);
+      return false;
+    }
+    *device = its_device;
+    argument->kind = Kind::kTensor;
+    static char nothing;  // an empty tensor may have no address, but null is None
+    argument->data =
+        tensor.data == nullptr ? &nothing : static_cast<char*>(tensor.data) + tensor.byte_offset;
+    argument->ndim = tensor.ndim;
+    argument->size = tensor.shape;
+    argument->stride = tensor.strides;
+    argument->dtype = dtype_of(tensor);
   }
-  if (PyErr_Occurred()) throw py::error_already_set();  // a value of another type, or out of range
+  return true;
 }
 
-// --- ops
+// --- scratch memory
 
-template <typename Params>
-using CpuFunction = Status (*)(const Params&, int num_threads);
-template <typename Params>
-using CudaFunction = Status (*)(const Params&, void* stream);
-
-// Runs the op with the GIL released. `on_cuda` is null where this module has no such function.
-template <typename Params>
-Status run(const Params& params, const Launch& launch, CpuFunction<Params> on_cpu,
-           CudaFunction<Params> on_cuda) {
-  const py::gil_scoped_release released;
-  if (launch.device < 0) return on_cpu(params, launch.num_threads < 1 ? 1 : launch.num_threads);
-#ifdef PIXELGEN_HAS_CUDA
-  if (on_cuda != nullptr) {
-    const cuda::DeviceGuard guard(launch.device);
-    return guard.status() != nullptr ? guard.status() : on_cuda(params, launch.stream);
+// Blocks of Torch's allocator, given back when the call ends. On a GPU they may be: what uses them
+// next is enqueued behind this call.
+class Scratch {
+ public:
+  explicit Scratch(int device) : device_(device) {}
+  ~Scratch() {
+    for (dlpack::ManagedTensor* block : blocks_) block->deleter(block);
   }
+  const std::string& error() const { return error_; }
+
+  static void* allocate(const Place& place, int64_t bytes) {
+    return static_cast<Scratch*>(place.allocator)->allocate(bytes);
+  }
+
+ private:
+  void* allocate(int64_t bytes) {
+    dlpack::Tensor prototype{};
+    prototype.device_type = device_ < 0 || kIsEmulated ? dlpack::kCpu : dlpack::kCuda;
+    prototype.device_id = device_ < 0 ? 0 : device_;
+    int64_t size = bytes / 8 + 1;  // an empty tensor has no address
+    prototype.ndim = 1;
+    prototype.code = dlpack::kFloat;
+    prototype.bits = 64;
+    prototype.lanes = 1;
+    prototype.shape = &size;
+    dlpack::ManagedTensor* block = nullptr;
+    const auto set_error = [](void* self, const char*, const char* message) {
+      static_cast<Scratch*>(self)->error_ = message;
+    };
+    if (torch_api->allocate(&prototype, &block, this, set_error) != 0) return nullptr;
+    blocks_.push_back(block);
+#ifdef PIXELGEN_CUDA_EMULATION
+    cuda_emulation_add_buffer(uint64_t(block->tensor.data), uint64_t(bytes));
 #endif
-  return kHasCuda ? "the compiled module has this op for the CPU alone"
-                  : "this build of pixelgen_kernels has no CUDA kernels";
+    return static_cast<char*>(block->tensor.data) + block->tensor.byte_offset;
+  }
+
+  int device_;
+  std::vector<dlpack::ManagedTensor*> blocks_;
+  std::string error_;
+};
+
+// --- calls
+
+PyObject* call(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
+  const Function& function = *static_cast<Function*>(PyCapsule_GetPointer(self, nullptr));
+  const Op& op = function.op();
+  if (torch_api == nullptr || count != function.num_arguments) {
+    PyErr_Format(PyExc_TypeError, "%s: takes %d arguments (%s), got %zd", op.name,
+                 function.num_arguments, op.arguments, count);
+    return nullptr;
+  }
+  Argument arguments[kMaxArguments];
+  int device = -2;
+  for (int i = 0; i < int(count); ++i)
+    if (!read(op, i, objects[i], &arguments[i], &device)) return nullptr;
+  const Op* chosen = device < 0 ? function.cpu : function.cuda;
+  if (chosen == nullptr) {
+    PyErr_Format(PyExc_RuntimeError, "%s: this build of pixelgen_kernels has it for %s alone",
+                 op.name, device < 0 ? "CUDA" : "the CPU");
+    return nullptr;
+  }
+  Scratch scratch(device);
+  Place place{1, device, nullptr, &Scratch::allocate, &scratch};
+  if (device < 0) {
+    const py::object count = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(num_threads));
+    place.num_threads = int(PyLong_AsLong(count.ptr()));
+  } else if (!kIsEmulated && torch_api->current_stream(dlpack::kCuda, device, &place.stream) != 0) {
+    return nullptr;
+  }
+  int wrong;
+  PyThreadState* const state = PyEval_SaveThread();
+  const Status status = chosen->run(arguments, place, &wrong);
+  PyEval_RestoreThread(state);
+  if (status == nullptr) Py_RETURN_NONE;
+  if (wrong >= 0)
+    refuse(PyExc_TypeError, op, wrong, status, objects[wrong]);
+  else if (std::string_view(status) == kNoMemory)
+    PyErr_Format(out_of_memory, "%s: %s", op.name, scratch.error().c_str());
+  else
+    PyErr_Format(PyExc_RuntimeError, "%s: %s", op.name, status);
+  return nullptr;
 }
 
-template <typename Params>
-void define(py::module_& m, const char* op, const char* doc, const Fields& fields,
-            CpuFunction<Params> on_cpu, CudaFunction<Params> on_cuda = nullptr) {
-  static_assert(std::is_standard_layout_v<Params>, "fields are found by their offsets");
-  const auto function = [=, names = names_of(fields),
-                         launch_names = names_of(launch_fields())](const py::kwargs& arguments) {
-    Params params{};
-    Launch launch{};
-    read(op, arguments, fields, names, &params);
-    read(op, arguments, launch_fields(), launch_names, &launch);
-    if (size_t(py::len(arguments)) != names.size() + launch_names.size()) {
-      throw py::type_error(std::string(op) + ": there is an argument of an unknown name");
+// Whether `shape`, such as "BC|BTC?", is one of this tensor; `sizes` are those of the letters.
+bool has_shape(const dlpack::Tensor& tensor, std::string_view shape, int64_t* sizes) {
+  while (!shape.empty()) {
+    const std::string_view one = shape.substr(0, shape.find_first_of("|?"));
+    bool is_it = int(one.size()) == tensor.ndim;
+    for (int i = 0; is_it && i < tensor.ndim; ++i) {
+      int64_t& size = sizes[int(one[i])];
+      is_it = size < 0 || size == tensor.shape[i];
+      size = is_it ? tensor.shape[i] : size;
     }
-    const Status status = run(params, launch, on_cpu, on_cuda);
-    if (status != nullptr) throw std::runtime_error(std::string(op) + ": " + status);
-  };
-  m.def(op, function, doc);
+    if (is_it) return true;
+    shape.remove_prefix(std::min(shape.size(), one.size() + 1));
+  }
+  return false;
 }
 
-void define_patchify(py::module_& m) {
-  using P = PatchifyParams;
-  const Fields fields{FIELD(P, image),
-                      FIELD(P, tokens),
-                      FIELD(P, B),
-                      FIELD(P, C),
-                      FIELD(P, H),
-                      FIELD(P, W),
-                      NAMED_FIELD(P, P, "patch_size"),
-                      FIELD(P, image_stride_b),
-                      FIELD(P, image_stride_c),
-                      FIELD(P, image_stride_h),
-                      FIELD(P, image_stride_w),
-                      FIELD(P, tokens_stride_b),
-                      FIELD(P, tokens_stride_t),
-                      FIELD(P, element_size),
-                      FIELD(P, channel_last)};
-  define<P>(m, "patchify", "Image to tokens.", fields, &cpu::patchify,
-            PIXELGEN_CUDA_FUNCTION(patchify));
-  define<P>(m, "unpatchify", "Tokens to image.", fields, &cpu::unpatchify,
-            PIXELGEN_CUDA_FUNCTION(unpatchify));
+// Whether all arguments but the first are strided floating tensors with memory on one device,
+// kRows: and contiguous in their last dimension. The first is "" or their shapes: "BTC BC|BTC? = C"
+// are (B, T, C), then (B, C) or (B, T, C) or None, then the shape and dtype of the one before (None
+// if it is None), then (C,); a letter that has come before is a size that is known. The quick yes
+// of the checks in checks.py, which find out what is wrong.
+template <bool kRows>
+PyObject* are(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  const char* text = count > 0 ? PyUnicode_AsUTF8(objects[0]) : "";
+  if (text == nullptr) return nullptr;
+  std::string_view shapes(text);
+  int64_t sizes[128];
+  std::fill_n(sizes, 128, -1);
+  int device = -2;
+  dlpack::Tensor tensor{}, before{};
+  for (Py_ssize_t i = 1; i < count; ++i, before = tensor) {
+    const std::string_view shape = shapes.substr(0, shapes.find(' '));
+    shapes.remove_prefix(std::min(shapes.size(), shape.size() + 1));
+    const bool is_same = shape == "=" || shape == "=?";
+    const bool may_be_none = is_same && objects[i - 1] == Py_None;
+    if (objects[i] == Py_None && (may_be_none || (!shape.empty() && shape.back() == '?'))) continue;
+    if (may_be_none || !view(objects[i], &tensor)) {
+      PyErr_Clear();
+      Py_RETURN_FALSE;
+    }
+    if (device == -2) device = device_of(tensor);
+    const int last = tensor.ndim - 1;
+    if (device == -2 || device_of(tensor) != device || !has_memory(tensor) ||
+        dtype_of(tensor) > DType::kFloat64 ||
+        (kRows && last >= 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1))
+      Py_RETURN_FALSE;
+    if (is_same ? dtype_of(tensor) != dtype_of(before) ||
+                      !std::equal(tensor.shape, tensor.shape + tensor.ndim, before.shape,
+                                  before.shape + before.ndim)
+                : !shape.empty() && !has_shape(tensor, shape, sizes))
+      Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
 }
 
-// Fields of RmsNormModulateParams that forward and backward read.
-Fields norm_fields() {
-  using P = RmsNormModulateParams;
-  return {FIELD(P, x),
-          FIELD(P, shift),
-          FIELD(P, scale),
-          FIELD(P, weight),
-          FIELD(P, bias),
-          FIELD(P, mean),
-          FIELD(P, rstd),
-          FIELD(P, num_images),
-          FIELD(P, rows_per_image),
-          FIELD(P, C),
-          FIELD(P, x_image_stride),
-          FIELD(P, x_row_stride),
-          FIELD(P, shift_image_stride),
-          FIELD(P, shift_row_stride),
-          FIELD(P, scale_image_stride),
-          FIELD(P, scale_row_stride),
-          FIELD(P, x_dtype),
-          FIELD(P, modulation_dtype),
-          FIELD(P, weight_dtype),
-          FIELD(P, per_token),
-          FIELD(P, layer_norm)};
+PyCFunction as_function(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-// Fields that RmsNormModulateGradParams has besides; grad_y is left to the op, which names it.
-Fields norm_grad_fields() {
-  using G = RmsNormModulateGradParams;
-  const Fields grads{FIELD(G, grad_x),        FIELD(G, grad_shift), FIELD(G, grad_scale),
-                     FIELD(G, grad_weight),   FIELD(G, grad_bias),  FIELD(G, partials),
-                     FIELD(G, rows_per_chunk)};
-  return with_nested(grads, norm_fields(), offsetof(G, forward));
+PyMethodDef predicates[] = {
+    {"are_floats", as_function(&are<false>), METH_FASTCALL,
+     "Strided floating tensors of one device, of the shapes of the first argument or any."},
+    {"are_rows", as_function(&are<true>), METH_FASTCALL,
+     "The same, the last dimension contiguous."},
+    {nullptr, nullptr, 0, nullptr}};
+
+// --- the module
+
+void connect(py::handle api, py::object get_num_threads, py::object out_of_memory_error) {
+  const auto* table =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), dlpack::kCapsule));
+  if (table == nullptr) throw py::error_already_set();
+  const uint32_t major = table->major;
+  while (table != nullptr && table->major != dlpack::kMajor) table = table->previous;
+  if (table == nullptr || table->view_object == nullptr) {
+    throw py::import_error("torch's DLPack exchange table has major version " +
+                           std::to_string(major) + ", this module was built for version " +
+                           std::to_string(dlpack::kMajor));
+  }
+  torch_api = table;
+  num_threads = get_num_threads.release().ptr();
+  out_of_memory = out_of_memory_error.release().ptr();
 }
 
-void define_rms_norm_modulate(py::module_& m) {
-  using P = RmsNormModulateParams;
-  using G = RmsNormModulateGradParams;
-  const Fields grads{FIELD(G, grad_y), FIELD(G, grad_y_image_stride), FIELD(G, grad_y_row_stride)};
-  define<P>(m, "rms_norm_modulate_fwd", "y, mean and rstd.",
-            norm_fields() + Fields{FIELD(P, y), FIELD(P, eps)}, &cpu::rms_norm_modulate_fwd,
-            PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_fwd));
-  define<G>(m, "rms_norm_modulate_bwd", "Gradients of every input.", grads + norm_grad_fields(),
-            &cpu::rms_norm_modulate_bwd, PIXELGEN_CUDA_FUNCTION(rms_norm_modulate_bwd));
+void define_ops(py::module_& m) {
+  static std::deque<Function> functions;  // Python keeps pointers into it
+  for (const Op* op : cpu_ops()) functions.emplace_back().cpu = op;
+  for (const Op* op : cuda_ops()) {
+    const auto has_name = [&](const Function& function) {
+      return std::string(function.op().name) == op->name;
+    };
+    auto found = std::find_if(functions.begin(), functions.end(), has_name);
+    (found != functions.end() ? *found : functions.emplace_back()).cuda = op;
+  }
+  for (Function& function : functions) {
+    const Op& op = function.op();
+    const std::string names = op.arguments;
+    for (char letter : names) function.num_arguments += letter == ',';
+    if (++function.num_arguments > kMaxArguments) throw std::runtime_error("kMaxArguments is low");
+    // in the form that inspect.signature reads
+    function.doc = std::string(op.name) + "(" + names + ", /)\n--\n\nSee csrc/ops.";
+    function.definition = {op.name, as_function(&call), METH_FASTCALL, function.doc.c_str()};
+    const py::capsule self(&function);
+    m.attr(op.name) = py::reinterpret_steal<py::object>(
+        PyCFunction_NewEx(&function.definition, self.ptr(), m.attr("__name__").ptr()));
+  }
+  PyModule_AddFunctions(m.ptr(), predicates);
 }
-
-void define_gate_residual_norm_modulate(py::module_& m) {
-  using P = GateResidualNormModulateParams;
-  using G = GateResidualNormModulateGradParams;
-  using B = GatedBranch;
-  const Fields branch{FIELD(B, y),
-                      FIELD(B, gate),
-                      FIELD(B, y_image_stride),
-                      FIELD(B, y_row_stride),
-                      FIELD(B, gate_image_stride),
-                      FIELD(B, gate_row_stride),
-                      FIELD(B, y_dtype),
-                      FIELD(B, gate_dtype),
-                      FIELD(B, gate_per_token)};
-  const Fields outputs{FIELD(P, residual), NAMED_FIELD(P, norm.y, "normed"),
-                       NAMED_FIELD(P, norm.eps, "eps")};
-  const Fields grads{NAMED_FIELD(G, norm.grad_y, "grad_normed"),
-                     NAMED_FIELD(G, norm.grad_y_image_stride, "grad_normed_image_stride"),
-                     NAMED_FIELD(G, norm.grad_y_row_stride, "grad_normed_row_stride"),
-                     FIELD(G, grad_residual),
-                     FIELD(G, grad_residual_image_stride),
-                     FIELD(G, grad_residual_row_stride),
-                     FIELD(G, grad_y),
-                     FIELD(G, grad_gate),
-                     FIELD(G, gate_partials)};
-  const Fields forward = with_nested(outputs, norm_fields(), offsetof(P, norm));
-  const Fields backward = with_nested(grads, norm_grad_fields(), offsetof(G, norm));
-  define<P>(m, "gate_residual_norm_modulate_fwd", "residual, normed, mean and rstd.",
-            with_nested(forward, branch, offsetof(P, branch)),
-            &cpu::gate_residual_norm_modulate_fwd,
-            PIXELGEN_CUDA_FUNCTION(gate_residual_norm_modulate_fwd));
-  define<G>(m, "gate_residual_norm_modulate_bwd", "Gradients of every input; x is the residual.",
-            with_nested(backward, branch, offsetof(G, branch)),
-            &cpu::gate_residual_norm_modulate_bwd,
-            PIXELGEN_CUDA_FUNCTION(gate_residual_norm_modulate_bwd));
-}
-
-void define_swiglu(py::module_& m) {
-  using P = SwigluParams;
-  using G = SwigluGradParams;
-  const Fields shared{FIELD(P, x),    FIELD(P, num_outer),      FIELD(P, num_inner),
-                      FIELD(P, F),    FIELD(P, x_outer_stride), FIELD(P, x_inner_stride),
-                      FIELD(P, dtype)};
-  const Fields grads{FIELD(G, grad_y), FIELD(G, grad_y_outer_stride), FIELD(G, grad_y_inner_stride),
-                     FIELD(G, grad_x)};
-  define<P>(m, "swiglu_fwd", "y, on the CPU.", shared + Fields{FIELD(P, y)}, &cpu::swiglu_fwd);
-  define<G>(m, "swiglu_bwd", "grad_x, on the CPU.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::swiglu_bwd);
-}
-
-void define_qk_norm_rope(py::module_& m) {
-  using P = QkNormRopeParams;
-  using G = QkNormRopeGradParams;
-  const Fields shared{FIELD(P, qkv),
-                      FIELD(P, q_weight),
-                      FIELD(P, k_weight),
-                      FIELD(P, cos),
-                      FIELD(P, sin),
-                      FIELD(P, B),
-                      FIELD(P, T),
-                      FIELD(P, N),
-                      FIELD(P, D),
-                      FIELD(P, qkv_batch_stride),
-                      FIELD(P, qkv_token_stride),
-                      FIELD(P, num_prefix_tokens),
-                      FIELD(P, qkv_dtype),
-                      FIELD(P, q_weight_dtype),
-                      FIELD(P, k_weight_dtype),
-                      FIELD(P, cos_dtype),
-                      FIELD(P, sin_dtype),
-                      FIELD(P, eps)};
-  const Fields grads{FIELD(G, grad_q),
-                     FIELD(G, grad_k),
-                     FIELD(G, grad_v),
-                     NAMED_FIELD(G, grad_q_strides.batch, "grad_q_batch_stride"),
-                     NAMED_FIELD(G, grad_q_strides.head, "grad_q_head_stride"),
-                     NAMED_FIELD(G, grad_q_strides.token, "grad_q_token_stride"),
-                     NAMED_FIELD(G, grad_k_strides.batch, "grad_k_batch_stride"),
-                     NAMED_FIELD(G, grad_k_strides.head, "grad_k_head_stride"),
-                     NAMED_FIELD(G, grad_k_strides.token, "grad_k_token_stride"),
-                     NAMED_FIELD(G, grad_v_strides.batch, "grad_v_batch_stride"),
-                     NAMED_FIELD(G, grad_v_strides.head, "grad_v_head_stride"),
-                     NAMED_FIELD(G, grad_v_strides.token, "grad_v_token_stride"),
-                     FIELD(G, grad_qkv),
-                     FIELD(G, grad_q_weight),
-                     FIELD(G, grad_k_weight),
-                     FIELD(G, partials),
-                     FIELD(G, tokens_per_chunk)};
-  define<P>(m, "qk_norm_rope_fwd", "q, k and v, on the CPU.",
-            shared + Fields{FIELD(P, q), FIELD(P, k), FIELD(P, v)}, &cpu::qk_norm_rope_fwd);
-  define<G>(m, "qk_norm_rope_bwd", "Gradients of qkv and of both weights, on the CPU.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::qk_norm_rope_bwd);
-}
-
-void define_philox(py::module_& m) {
-  using P = PhiloxParams;
-  const Fields fields{
-      FIELD(P, sample_index),        FIELD(P, out),  FIELD(P, B),    FIELD(P, count),
-      FIELD(P, sample_index_stride), FIELD(P, seed), FIELD(P, step), FIELD(P, stream_index)};
-  define<P>(m, "philox_uniform", "Uniform numbers.", fields, &cpu::philox_uniform,
-            PIXELGEN_CUDA_FUNCTION(philox_uniform));
-  define<P>(m, "philox_normal", "Standard normal numbers.", fields, &cpu::philox_normal,
-            PIXELGEN_CUDA_FUNCTION(philox_normal));
-}
-
-void define_noise_patchify(py::module_& m) {
-  using P = NoisePatchifyParams;
-  const Fields fields{FIELD(P, image),
-                      FIELD(P, noise),
-                      FIELD(P, t),
-                      FIELD(P, sample_index),
-                      FIELD(P, tokens),
-                      FIELD(P, clean),
-                      FIELD(P, B),
-                      FIELD(P, C),
-                      FIELD(P, H),
-                      FIELD(P, W),
-                      NAMED_FIELD(P, P, "patch_size"),
-                      FIELD(P, image_stride_b),
-                      FIELD(P, image_stride_c),
-                      FIELD(P, image_stride_h),
-                      FIELD(P, image_stride_w),
-                      FIELD(P, noise_stride_b),
-                      FIELD(P, noise_stride_c),
-                      FIELD(P, noise_stride_h),
-                      FIELD(P, noise_stride_w),
-                      FIELD(P, t_stride),
-                      FIELD(P, sample_index_stride),
-                      FIELD(P, seed),
-                      FIELD(P, step),
-                      FIELD(P, noise_scale),
-                      FIELD(P, image_is_uint8),
-                      FIELD(P, image_dtype),
-                      FIELD(P, noise_dtype),
-                      FIELD(P, t_dtype),
-                      FIELD(P, out_dtype),
-                      FIELD(P, channel_last),
-                      FIELD(P, clean_channel_last)};
-  define<P>(m, "noise_patchify", "Tokens of x_t, and of x where `clean` is not 0.", fields,
-            &cpu::noise_patchify, PIXELGEN_CUDA_FUNCTION(noise_patchify));
-}
-
-void define_flow_matching_loss(py::module_& m) {
-  using P = FlowMatchingLossParams;
-  using G = FlowMatchingLossGradParams;
-  const Fields shared{FIELD(P, x_pred),
-                      FIELD(P, x),
-                      FIELD(P, t),
-                      FIELD(P, elements_per_chunk),
-                      FIELD(P, B),
-                      FIELD(P, T),
-                      FIELD(P, D),
-                      FIELD(P, x_pred_stride_b),
-                      FIELD(P, x_pred_stride_t),
-                      FIELD(P, x_pred_stride_d),
-                      FIELD(P, x_stride_b),
-                      FIELD(P, x_stride_t),
-                      FIELD(P, x_stride_d),
-                      FIELD(P, t_stride),
-                      FIELD(P, t_eps),
-                      FIELD(P, x_pred_dtype),
-                      FIELD(P, x_dtype),
-                      FIELD(P, t_dtype)};
-  const Fields grads{FIELD(G, grad_loss), FIELD(G, grad_loss_stride), FIELD(G, grad_loss_dtype),
-                     FIELD(G, grad_x_pred)};
-  define<P>(m, "flow_matching_loss_fwd", "The loss of each sample.",
-            shared + Fields{FIELD(P, loss), FIELD(P, partials)}, &cpu::flow_matching_loss_fwd,
-            PIXELGEN_CUDA_FUNCTION(flow_matching_loss_fwd));
-  define<G>(m, "flow_matching_loss_bwd", "grad_x_pred.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::flow_matching_loss_bwd,
-            PIXELGEN_CUDA_FUNCTION(flow_matching_loss_bwd));
-}
-
-void define_lpips_distance(py::module_& m) {
-  using P = LpipsDistanceParams;
-  using G = LpipsDistanceGradParams;
-  const Fields shared{FIELD(P, pred),
-                      FIELD(P, target),
-                      FIELD(P, weight),
-                      FIELD(P, statistics),
-                      FIELD(P, positions_per_chunk),
-                      FIELD(P, B),
-                      FIELD(P, C),
-                      FIELD(P, H),
-                      FIELD(P, W),
-                      FIELD(P, pred_stride_b),
-                      FIELD(P, pred_stride_c),
-                      FIELD(P, pred_stride_h),
-                      FIELD(P, pred_stride_w),
-                      FIELD(P, target_stride_b),
-                      FIELD(P, target_stride_c),
-                      FIELD(P, target_stride_h),
-                      FIELD(P, target_stride_w),
-                      FIELD(P, weight_stride),
-                      FIELD(P, eps),
-                      FIELD(P, pred_dtype),
-                      FIELD(P, target_dtype),
-                      FIELD(P, weight_dtype)};
-  const Fields grads{FIELD(G, grad_distance),       FIELD(G, grad_distance_stride),
-                     FIELD(G, grad_distance_dtype), FIELD(G, grad_pred),
-                     FIELD(G, grad_pred_stride_b),  FIELD(G, grad_pred_stride_c),
-                     FIELD(G, grad_pred_stride_h),  FIELD(G, grad_pred_stride_w)};
-  define<P>(m, "lpips_distance_fwd", "The distance of each sample, and statistics.",
-            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::lpips_distance_fwd,
-            PIXELGEN_CUDA_FUNCTION(lpips_distance_fwd));
-  define<G>(m, "lpips_distance_bwd", "grad_pred.", with_nested(grads, shared, offsetof(G, forward)),
-            &cpu::lpips_distance_bwd, PIXELGEN_CUDA_FUNCTION(lpips_distance_bwd));
-}
-
-void define_cosine_distance(py::module_& m) {
-  using P = CosineDistanceParams;
-  using G = CosineDistanceGradParams;
-  const Fields shared{FIELD(P, pred),
-                      FIELD(P, target),
-                      FIELD(P, statistics),
-                      FIELD(P, tokens_per_chunk),
-                      FIELD(P, B),
-                      FIELD(P, T),
-                      FIELD(P, D),
-                      FIELD(P, pred_stride_b),
-                      FIELD(P, pred_stride_t),
-                      FIELD(P, pred_stride_d),
-                      FIELD(P, target_stride_b),
-                      FIELD(P, target_stride_t),
-                      FIELD(P, target_stride_d),
-                      FIELD(P, eps),
-                      FIELD(P, pred_dtype),
-                      FIELD(P, target_dtype)};
-  const Fields grads{FIELD(G, grad_distance), FIELD(G, grad_distance_stride),
-                     FIELD(G, grad_distance_dtype), FIELD(G, grad_pred), FIELD(G, grad_target)};
-  define<P>(m, "cosine_distance_fwd", "The distance of each sample, and statistics.",
-            shared + Fields{FIELD(P, distance), FIELD(P, partials)}, &cpu::cosine_distance_fwd,
-            PIXELGEN_CUDA_FUNCTION(cosine_distance_fwd));
-  define<G>(m, "cosine_distance_bwd", "grad_pred and grad_target.",
-            with_nested(grads, shared, offsetof(G, forward)), &cpu::cosine_distance_bwd,
-            PIXELGEN_CUDA_FUNCTION(cosine_distance_bwd));
-}
-
-// --- what was built
 
 py::dict build_info() {
+  const auto words = [](const char* text) {
+    return *text == 0 ? py::list() : py::list(py::str(text).attr("split")(","));
+  };
   py::dict info;
   info["version"] = PIXELGEN_VERSION;
   info["compiler"] = PIXELGEN_COMPILER;
-  info["cpu_isa"] = cpu::isa();
-#ifdef PIXELGEN_X86_LEVELS
-  info["cpu_isas"] = py::make_tuple("baseline", "x86-64-v3", "x86-64-v4");
-#else
-  info["cpu_isas"] = py::make_tuple("baseline");
-#endif
+  info["cpu_isa"] = cpu_isa();
+  info["cpu_isas"] = py::tuple(words(PIXELGEN_CPU_ISAS));
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
   info["openmp"] = false;
 #endif
-  info["cuda"] = kHasCuda;
-#ifdef PIXELGEN_HAS_CUDA
-  info["cuda_version"] = PIXELGEN_CUDA_VERSION;
-  info["cuda_archs"] = py::str(PIXELGEN_CUDA_ARCHS).attr("split")(",");
-#else
-  info["cuda_version"] = py::none();
-  info["cuda_archs"] = py::list();
-#endif
+  info["cuda"] = *PIXELGEN_CUDA_VERSION != 0;
+  info["cuda_version"] =
+      *PIXELGEN_CUDA_VERSION == 0 ? py::none() : py::object(py::str(PIXELGEN_CUDA_VERSION));
+  info["cuda_archs"] = words(PIXELGEN_CUDA_ARCHS);
   return info;
 }
 
@@ -508,17 +363,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace pixelgen;
-  m.doc() = "Compiled kernels of pixelgen_kernels: raw addresses in, nothing checked.";
-  m.attr("has_cuda") = kHasCuda;
+  m.doc() = "Compiled kernels of pixelgen_kernels: tensors and numbers by position.";
   m.def("build_info", &build_info, "What was built, and the instruction set in use.");
-  define_patchify(m);
-  define_rms_norm_modulate(m);
-  define_gate_residual_norm_modulate(m);
-  define_swiglu(m);
-  define_qk_norm_rope(m);
-  define_philox(m);
-  define_noise_patchify(m);
-  define_flow_matching_loss(m);
-  define_lpips_distance(m);
-  define_cosine_distance(m);
+  m.def("connect", &connect, "Takes torch's DLPack exchange table, before the first call.");
+  define_ops(m);
 }

@@ -1,25 +1,124 @@
 """What every op has to pass, written once.
 
-An op is called by keyword with a dict of inputs. The oracle is its reference in float64 on the same values,
-and accuracy is judged against what the reference (eager) reaches in the dtype under test, so no test invents
-a tolerance.
+An op is called by keyword with a dict of inputs, made by the cases that stand in its file. The oracle is its
+reference in float64 on the same values, and accuracy is judged against what the reference (eager) reaches in
+the dtype under test, so no test invents a tolerance.
 """
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pixelgen_kernels import registry
+from pixelgen_kernels.cases import Draw
+from pixelgen_kernels.registry import Op
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
+from benchmarks.measure import Recorder
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+OPS = registry.ops()
+DIFFERENTIABLE = {name: op for name, op in OPS.items() if op.differentiable}
 
 Inputs = dict[str, Any]
+
+
+# --- the points at which an op is tested
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One set of inputs of an op."""
+
+    op: Op
+    shape: tuple[int, ...]
+    options: Inputs = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    other: torch.dtype | None = None
+    layout: str = "dense"
+
+    def __str__(self) -> str:
+        def text(value: Any) -> str:
+            return str(value).removeprefix("torch.").replace(" ", "")
+
+        parts = [self.op.name, text(self.shape), *map(text, self.options.values()), text(self.dtype)]
+        return "-".join([*parts, *([text(self.other)] if self.other else []), self.layout])
+
+    def inputs(self, device: str = "cpu") -> tuple[Inputs, list[str]]:
+        """The arguments, and the names of those that get a gradient."""
+        draw = Draw(dtype=self.dtype, other=self.other, weights=self.other, device=device, layout=self.layout)
+        inputs = self.op.inputs(draw, self.shape, **self.options)
+        names = [name for name in self.op.differentiable if isinstance(inputs.get(name), Tensor)]
+        return inputs, names
+
+
+def combinations(op: Op) -> list[Inputs]:
+    """Every combination of the options of an op, the most usual first."""
+    options = op.options
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def points(op: Op) -> list[Point]:
+    """Every combination of options at every shape and in every layout, dtypes in turns; and mixed dtypes."""
+    every = combinations(op)
+    turns = itertools.cycle(DTYPES)
+    odd = op.shapes[1]
+    found = [
+        Point(op=op, shape=shape, options=options, dtype=next(turns))
+        for shape in op.shapes
+        for options in every
+    ]
+    found += [Point(op=op, shape=odd, options=options, dtype=dtype) for options in every for dtype in DTYPES]
+    found += [
+        Point(op=op, shape=odd, options=options, dtype=next(turns), layout=layout)
+        for layout in op.layouts[1:]
+        for options in every
+    ]
+    found += [
+        Point(op=op, shape=odd, options=options, dtype=dtype, other=other)
+        for options in (every[0], every[-1])
+        for dtype, other in itertools.permutations(DTYPES, 2)
+    ]
+    return list({str(point): point for point in found}.values())
+
+
+def small(op: Op, **options: Any) -> tuple[Inputs, list[str]]:
+    """Inputs of the shape that is there for slow checks."""
+    return Point(op=op, shape=op.small, options={**combinations(op)[0], **options}).inputs()
+
+
+# --- what happens inside of a call
+
+
+def recorded(fn: Callable, inputs: Inputs, differentiable: Sequence[str]) -> list[tuple[Any, Any, Any]]:
+    """The ops that forward and backward call."""
+    with Recorder() as recorder:
+        run(fn, inputs, differentiable)
+    return recorder.calls
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that what a kernel leaves out shows."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
+# --- accuracy
 
 
 def max_err(actual: Tensor, expected: Tensor) -> float:
@@ -43,21 +142,6 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", s
     """Normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-
-
-def as_chunk(tensor: Tensor, parts: int = 3, which: int = 1, dim: int = -1) -> Tensor:
-    """The same values as a strided view: one chunk of a larger tensor whose other values are NaN."""
-    shape = list(tensor.shape)
-    shape[dim] *= parts
-    packed = tensor.new_full(shape, float("nan"))
-    view = packed.chunk(parts, dim)[which]
-    view.copy_(tensor)
-    return view
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """The same values with the first two dimensions exchanged in memory."""
-    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def in_float64(inputs: Inputs) -> Inputs:
@@ -96,8 +180,9 @@ def run(
 def check_accuracy(
     fn: Callable, reference: Callable, inputs: Inputs, differentiable: Sequence[str] = ()
 ) -> None:
-    """Test 1: the outputs and every gradient, against the float64 oracle and relative to eager."""
-    outputs, grads = run(fn, inputs, differentiable)
+    """The outputs and every gradient, against the float64 oracle and relative to eager."""
+    with poisoned():
+        outputs, grads = run(fn, inputs, differentiable)
     eager_outputs, eager_grads = run(reference, inputs, differentiable)
     oracle_outputs, oracle_grads = run(reference, in_float64(inputs), differentiable)
     assert len(outputs) == len(eager_outputs)
@@ -109,13 +194,8 @@ def check_accuracy(
         assert_as_accurate(grad, eager_grads[name], oracle_grads[name], name=f"grad_{name}")
 
 
-def check_opcheck(op: Any, *args: Any) -> None:
-    """Test 2: schema, fake and autograd registration of one `torch.library` op for these arguments."""
-    torch.library.opcheck(op, args)
-
-
 def check_gradcheck(fn: Callable, inputs: Inputs, differentiable: Sequence[str]) -> None:
-    """Test 3: the analytic backward against finite differences in float64."""
+    """The analytic backward against finite differences in float64."""
     inputs = in_float64(inputs)
     leaves = [inputs[name].detach().requires_grad_() for name in differentiable]
 
@@ -126,7 +206,7 @@ def check_gradcheck(fn: Callable, inputs: Inputs, differentiable: Sequence[str])
 
 
 def check_compiles(fn: Callable, inputs: Inputs, differentiable: Sequence[str] = ()) -> None:
-    """Test 4: `torch.compile(fullgraph=True)` gives what the call itself gives, forward and backward."""
+    """`torch.compile(fullgraph=True)` gives what the call itself gives, forward and backward."""
     torch._dynamo.reset()
     outputs, grads = run(torch.compile(fn, fullgraph=True), inputs, differentiable)
     expected_outputs, expected_grads = run(fn, inputs, differentiable)
@@ -135,7 +215,7 @@ def check_compiles(fn: Callable, inputs: Inputs, differentiable: Sequence[str] =
 
 
 def check_refuses(fn: Callable, inputs: Inputs, error: type[Exception], match: str, **changes: Any) -> None:
-    """Test 5: wrong arguments raise `error` with a text that names them."""
+    """Wrong arguments raise `error` with a text that names them."""
     with pytest.raises(error, match=match):
         fn(**{**inputs, **changes})
 
@@ -170,7 +250,7 @@ def run_interpreted(test_file: str) -> None:
     """
     pytest.importorskip("triton", reason="needs triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"}
-    path = Path(__file__).parent / test_file
+    path = Path(__file__).parent / "ops" / test_file
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=path.parent)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,22 +5,22 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from pixelgen_kernels.gate_residual_norm_modulate import (
+from pixelgen_kernels.cases import MODELS
+from pixelgen_kernels.ops.gate_residual_norm_modulate import (
     gate_residual_norm_modulate,
     gate_residual_norm_modulate_ref,
 )
-from pixelgen_kernels.noise_patchify import noise_patchify, noise_patchify_ref
-from pixelgen_kernels.swiglu import swiglu, swiglu_ref
+from pixelgen_kernels.ops.noise_patchify import noise_patchify, noise_patchify_ref
+from pixelgen_kernels.ops.swiglu import swiglu, swiglu_ref
 
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
 from benchmarks import kernels, report, step
 from benchmarks.__main__ import main
-from benchmarks.case import DTYPES, MODELS, Case, normal
+from benchmarks.case import DTYPES, Case, normal
 from benchmarks.measure import ColdTimer, in_turns, peak_bytes
 from pixelgen.models.jit import JiT
 
@@ -38,8 +38,6 @@ def small_swiglu(fused=swiglu, dtype="fp32") -> Case:
         eager=swiglu_ref,
         inputs=lambda device: {"x": normal(2, 3, 16, dtype=dtype, device=device)},
         differentiable=("x",),
-        fwd_bytes=1,
-        bwd_bytes=1,
     )
 
 
@@ -57,8 +55,6 @@ def two_outputs() -> Case:
         eager=gate_residual_norm_modulate_ref,
         inputs=inputs,
         differentiable=("x", "y", "gate", "shift", "scale"),
-        fwd_bytes=1,
-        bwd_bytes=1,
     )
 
 
@@ -76,12 +72,11 @@ def without_gradient() -> Case:
         fused=partial(noise_patchify, patch_size=4, seed=1, return_clean=True),
         eager=partial(noise_patchify_ref, patch_size=4, seed=1, return_clean=True),
         inputs=inputs,
-        fwd_bytes=1,
     )
 
 
 def only_these(monkeypatch, *cases: Case) -> None:
-    monkeypatch.setattr(kernels, "SUITES", [SimpleNamespace(cases=lambda device: iter(cases))])
+    monkeypatch.setattr(kernels, "cases", lambda device, of_models: list(cases))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -171,7 +166,7 @@ def test_several_outputs_compiled_code_and_ops_without_a_gradient(tmp_path, monk
 
 
 def test_every_op_is_timed_at_the_shapes_of_every_model():
-    cases = [case for suite in kernels.SUITES for case in suite.cases(CPU)]
+    cases = kernels.cases(CPU, of_models=True)
     for op in {case.op for case in cases}:
         assert {(case.model, case.dtype) for case in cases if case.op == op} == {
             (model, dtype) for model in MODELS for dtype in DTYPES

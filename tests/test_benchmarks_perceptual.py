@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pixelgen_kernels.cosine_distance import cosine_distance, cosine_distance_ref
+from pixelgen_kernels.ops import lpips_distance
+from pixelgen_kernels.ops.cosine_distance import cosine_distance, cosine_distance_ref
 
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
-from benchmarks import bench_lpips_distance, perceptual, report, tables
+from benchmarks import perceptual, report, tables
 from benchmarks.__main__ import main
-from benchmarks.case import Case, normal
+from benchmarks.case import Case, cases, normal
 from benchmarks.measure import ColdTimer
 from pixelgen.encoders.base import StageEncoder, TokenEncoder
 from pixelgen.losses.gate import Selection
@@ -65,8 +66,6 @@ def small_op(device: torch.device):
             "target": normal(2, 3, 16, dtype="fp32", device=device, seed=1),
         },
         differentiable=("pred",),
-        fwd_bytes=1,
-        bwd_bytes=1,
     )
 
 
@@ -74,7 +73,7 @@ def small_op(device: torch.device):
 def _small(monkeypatch):
     monkeypatch.setattr(perceptual, "VGG16", SmallStages)
     monkeypatch.setattr(perceptual, "DINOv2", SmallTokens)
-    monkeypatch.setattr(perceptual, "SUITES", [SimpleNamespace(cases=small_op)])
+    monkeypatch.setattr(perceptual, "cases", lambda device, of_models: list(small_op(device)))
     monkeypatch.setitem(perceptual.SIZES, "cpu", replace(perceptual.SIZES["cpu"], side=32))
 
 
@@ -245,7 +244,7 @@ def stage_rows(times: dict[str, list[float]], mode: str = "fwd_bwd") -> list[rep
             **dict.fromkeys(report.SETTING, "x"),
         }
         for provider, of_stages in times.items()
-        for stage, time in zip(bench_lpips_distance.STAGES, of_stages, strict=False)
+        for stage, time in zip(lpips_distance.STAGES, of_stages, strict=False)
     ]
 
 
@@ -267,8 +266,8 @@ def test_stages_are_summed_only_where_all_were_timed():
 
 
 def test_a_run_of_lpips_tells_of_all_stages(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(perceptual, "SUITES", [bench_lpips_distance])
-    monkeypatch.setitem(bench_lpips_distance.IMAGE_SIZE, "cpu", 16)
+    monkeypatch.setattr(perceptual, "cases", cases)
+    monkeypatch.setitem(lpips_distance.IMAGE_SIZE, "cpu", 16)
     options = ["--only", "lpips_distance", "--providers", "ours", "--out", str(tmp_path)]
     assert main([*OPTIONS, *options]) == 0
     (line,) = tables.all_stages(read(tmp_path / "perceptual.csv"))

@@ -1,31 +1,41 @@
-"""The compiled module, and what every op needs to call it: dtype tags, addresses, where to run."""
+"""The compiled module, connected to Torch."""
 
 from typing import Any
 
 import torch  # before _C: both then share Torch's OpenMP runtime and its thread pool
-from torch import Tensor
 
 try:
-    from pixelgen_kernels import _C
+    from pixelgen_kernels import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         f"pixelgen_kernels: the compiled module pixelgen_kernels._C could not be loaded ({error}); "
         "run `pip install .` (or `pip install -e .`) in the repository root, with a C++17 compiler installed"
     ) from error
 
-__all__ = [
-    "FLOAT_DTYPES",
-    "_C",
-    "address",
-    "build_info",
-    "dtype_tag",
-    "has_cuda",
-    "launch",
-]
+__all__ = ["FLOAT_DTYPES", "_C", "build_info", "has_cuda"]
 
-# The order is that of `enum class DType` in csrc/common.h.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TAGS = {dtype: tag for tag, dtype in enumerate(FLOAT_DTYPES)}
+
+
+def _connect() -> None:
+    """Gives _C the table by which Torch shows its tensors (DLPack's exchange table, major version 1).
+
+    Raises:
+        ImportError: this Torch has no such table, or one of another major version.
+    """
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if table is None:
+        raise ImportError(
+            f"pixelgen_kernels: torch {torch.__version__} has no torch.Tensor.__dlpack_c_exchange_api__, by "
+            "which the compiled kernels read tensors; install torch 2.11 or newer"
+        )
+    try:
+        _C.connect(table, torch.get_num_threads, torch.OutOfMemoryError)
+    except ImportError as error:
+        raise ImportError(f"pixelgen_kernels: torch {torch.__version__} does not fit: {error}") from None
+
+
+_connect()
 
 
 def build_info() -> dict[str, Any]:
@@ -42,22 +52,4 @@ def build_info() -> dict[str, Any]:
 
 def has_cuda() -> bool:
     """Whether CUDA kernels were built (a driver and a device may still be missing)."""
-    return _C.has_cuda
-
-
-def dtype_tag(tensor: Tensor | None) -> int:
-    """The compiled module's number for the dtype of `tensor`; 0 for None."""
-    return 0 if tensor is None else _TAGS[tensor.dtype]
-
-
-def address(tensor: Tensor | None) -> int:
-    """Address of the first element on its device; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def launch(tensor: Tensor) -> dict[str, int]:
-    """Keyword arguments that say where a compiled function runs: device and current stream of the tensor."""
-    if tensor.is_cuda:
-        device = tensor.get_device()
-        return {"device": device, "stream": torch.cuda.current_stream(device).cuda_stream, "num_threads": 0}
-    return {"device": -1, "stream": 0, "num_threads": torch.get_num_threads()}
+    return build_info()["cuda"]

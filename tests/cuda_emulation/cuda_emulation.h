@@ -1,4 +1,4 @@
-// What the kernels of csrc/cuda use of CUDA, for g++: a test runs them on the CPU, where there is
+// What the .cu files of csrc/ops use of CUDA, for g++: a test runs them on the CPU, where there is
 // no GPU. Included before every .cu file. The threads of a block are fibers, so that barriers and
 // shuffles are real; cuda_emulation.cpp watches every memory access of a kernel.
 #pragma once

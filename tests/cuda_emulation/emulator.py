@@ -1,7 +1,7 @@
 """The CUDA sources, compiled for the CPU by g++ and run by cuda_emulation.cpp in place of a GPU.
 
-`build` makes a module that is loaded in place of `pixelgen_kernels._C`; `Emulator.active` then sends the ops'
-CUDA path through it, with tensors that lie on the CPU.
+`build` makes a module like `pixelgen_kernels._C`; `Emulator.active` then sends the ops through it, with
+tensors that lie on the CPU.
 """
 
 import contextlib
@@ -17,11 +17,10 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from pixelgen_kernels import native
+from pixelgen_kernels import registry
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +28,8 @@ CSRC = HERE.parents[1] / "csrc"
 CACHE = HERE.parents[1] / "build" / "cuda_emulation"
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
-_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w", "-DPIXELGEN_HAS_CUDA"]
+_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-w"]
+_COMMON += ["-DPIXELGEN_HAS_CUDA", "-DPIXELGEN_CUDA_EMULATION"]
 # aggregates stay whole, so that an access of 16 bytes is seen as one
 _WATCHED = ["-fsanitize=thread", "-fsanitize=alignment", "-fno-tree-sra", "-ffp-contract=off"]
 _DEFINES = {
@@ -37,7 +37,7 @@ _DEFINES = {
     "PIXELGEN_COMPILER": '"g++"',
     "PIXELGEN_CUDA_VERSION": '"emulated"',
     "PIXELGEN_CUDA_ARCHS": '"cpu"',
-    "PIXELGEN_ISA": "baseline",
+    "PIXELGEN_CPU_ISAS": '"baseline"',
 }
 
 
@@ -61,33 +61,39 @@ def build(csrc: Path = CSRC, folder: Path = CACHE) -> Path:
 
     What is in `folder` is used again as long as the sources are the same.
     """
-    cuda = sorted((csrc / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
-    others = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
-    return _link(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", [*cuda, *others], csrc, folder)
+    cuda = sorted((csrc / "ops").glob("*.cu"), key=lambda path: -path.stat().st_size)
+    # as CMake writes it; of the CPU's functions there are none
+    names = " ".join(f"X({path.stem})" for path in sorted(cuda))
+    generated = folder / hashlib.sha256(names.encode()).hexdigest()[:16]
+    generated.mkdir(parents=True, exist_ok=True)
+    text = f"#define PIXELGEN_CPU_FILES(X)\n#define PIXELGEN_CUDA_FILES(X) {names}\n"
+    (generated / "op_files.h").write_text(text)
+    sources = [*cuda, csrc / "bindings.cpp", csrc / "dispatch.cpp"]
+    return _link(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", sources, csrc, folder, generated)
 
 
 def build_faults(folder: Path = CACHE) -> Path:
     """Compiles a library of kernels with faults."""
-    return _link("faults.so", [HERE / "faults.cu"], CSRC, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _link("faults.so", [HERE / "faults.cu"], CSRC, folder, CSRC)
 
 
-def _link(name: str, sources: list[Path], csrc: Path, folder: Path) -> Path:
+def _link(name: str, sources: list[Path], csrc: Path, folder: Path, generated: Path) -> Path:
     import pybind11
 
-    folder.mkdir(parents=True, exist_ok=True)
-    includes = [HERE, csrc, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h")]
+    includes = [HERE, csrc, generated, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h"), *generated.glob("*.h")]
     shared = b"".join(path.read_bytes() for path in sorted(headers))
     defines = [f"-D{key}={value}" for key, value in _DEFINES.items()]
     common = [_compiler(), *_COMMON, *defines, *(f"-I{path}" for path in includes)]
 
     def compiled(source: Path) -> Path:
         if source.suffix == ".cu":
-            flags = ["-O1", "-g1", *_WATCHED, "-DPIXELGEN_CUDA_EMULATION", "-include", "cuda_emulation.h"]
+            flags = ["-O1", "-g1", *_WATCHED, "-include", "cuda_emulation.h"]
         elif source.parent == HERE:
             flags = ["-O2", "-g1"]
         else:
-            flags = ["-O0"]  # the bindings, and the CPU code that they refer to
+            flags = ["-O0"]
         command = [*common, *flags, "-x", "c++", "-c", str(source)]
         # not the folders: a copy of csrc with one changed file is compiled in no time
         options = repr((flags, _COMMON, defines, command[0], source.name, sys.version))
@@ -135,13 +141,12 @@ class Library:
         """The order in which blocks, warps and the lanes of a warp run."""
         self.functions.cuda_emulation_set_order(ORDERS[order], seed)
 
-    def allow(self, tensor: Tensor | None) -> int:
-        """As `native.address`. Kernels may touch the tensor from its first to its last element."""
-        if tensor is not None and tensor.numel() > 0:
+    def allow(self, tensor: Tensor) -> None:
+        """Kernels may touch the tensor from its first to its last element."""
+        if tensor.numel() > 0:
             sizes = zip(tensor.shape, tensor.stride(), strict=True)
             extent = 1 + sum((size - 1) * stride for size, stride in sizes)
             self.functions.cuda_emulation_add_buffer(tensor.data_ptr(), extent * tensor.element_size())
-        return 0 if tensor is None else tensor.data_ptr()
 
     def forget(self) -> None:
         """No tensor may be touched any longer."""
@@ -169,11 +174,21 @@ class Emulator(Library):
         spec.loader.exec_module(self.module)
         super().__init__(path)
 
-    def _call(self, function: Callable[..., None]) -> Callable[..., None]:
-        def call(**arguments: Any) -> None:
-            assert arguments["device"] == 0
+        # the arguments are those of `pixelgen_kernels._C.connect`
+        self.module.connect(torch.Tensor.__dlpack_c_exchange_api__, lambda: 1, torch.OutOfMemoryError)
+
+    def native(self, name: str) -> Callable[..., None] | None:
+        """The function of that name, or None where the CUDA sources have none."""
+        function = getattr(self.module, name, None)
+        if function is None:
+            return None
+
+        def call(*args: Any) -> None:
+            for arg in args:
+                if isinstance(arg, Tensor):
+                    self.allow(arg)
             try:
-                function(**arguments)
+                function(*args)
             except RuntimeError as error:
                 raise RuntimeError(self.with_place(str(error))) from None
             finally:
@@ -181,40 +196,20 @@ class Emulator(Library):
 
         return call
 
-    def _swaps(self) -> list[tuple[dict[str, Any], str, Any, Any]]:
-        """What differs on a GPU: (where it is, its name, here, there)."""
-        emulated = SimpleNamespace(**vars(self.module))
-        for name, value in vars(self.module).items():
-            if callable(value) and name != "build_info":
-                setattr(emulated, name, self._call(value))
-        there = {
-            "_C": (native._C, emulated),
-            "address": (native.address, self.allow),
-            "launch": (native.launch, lambda tensor: {"device": 0, "stream": 0, "num_threads": 0}),
-        }
-        swaps: list[tuple[dict[str, Any], str, Any, Any]] = []
-        for module in [sys.modules[name] for name in sys.modules if name.startswith("pixelgen_kernels.")]:
-            for name, (original, replacement) in there.items():
-                if vars(module).get(name) is original:
-                    swaps.append((vars(module), name, original, replacement))
-            for value in vars(module).values():  # a constant per device
-                if isinstance(value, dict) and value.keys() == {"cpu", "cuda"}:
-                    swaps.append((value, "cpu", value["cpu"], value["cuda"]))
-        return swaps
-
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Ops run as on a GPU. Fresh tensors hold NaN, so that what a kernel leaves out shows."""
-        swaps = self._swaps()
+        kernels = [
+            kernel for op in registry.ops().values() for kernel in (op.call.fwd, op.call.bwd) if kernel
+        ]
+        was = [kernel.native for kernel in kernels]
         was_deterministic = torch.are_deterministic_algorithms_enabled()
         try:
-            for place, name, _, there in swaps:
-                place[name] = there
-            Tensor.is_cuda = True
+            for kernel in kernels:
+                kernel.native = self.native(kernel.name)
             torch.use_deterministic_algorithms(True)
             yield
         finally:
             torch.use_deterministic_algorithms(was_deterministic)
-            del Tensor.is_cuda
-            for place, name, here, _ in swaps:
-                place[name] = here
+            for kernel, native in zip(kernels, was, strict=True):
+                kernel.native = native

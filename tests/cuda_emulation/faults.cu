@@ -1,5 +1,5 @@
 // Small kernels, each right or with one fault: the emulation must see the fault and nothing else.
-#include "cuda/vec.cuh"
+#include "common/vec.cuh"
 
 namespace pixelgen::cuda {
 namespace {
@@ -66,11 +66,11 @@ __global__ void pack_kernel(float* data, int offset) {
 
 extern "C" __attribute__((visibility("default"))) Status run_fault(float* data, int64_t n,
                                                                    int fault) {
-  if (fault == kMisaligned) return launch(pack_kernel, 1, 2, nullptr, data, 1);
-  const Status status = launch(pack_kernel, 1, 2, nullptr, data, 4);
+  if (fault == kMisaligned) return launch(pack_kernel, 1, 2, Place{}, data, 1);
+  const Status status = launch(pack_kernel, 1, 2, Place{}, data, 4);
   if (status != nullptr) return status;
   const unsigned blocks = unsigned(ceil_div(n, kThreads));
-  return launch(sum_kernel, blocks, kThreads, nullptr, data, n, Fault(fault));
+  return launch(sum_kernel, blocks, kThreads, Place{}, data, n, Fault(fault));
 }
 
 }  // namespace pixelgen::cuda

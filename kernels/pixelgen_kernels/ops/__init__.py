@@ -1,0 +1,1 @@
+"""One module per op; see `pixelgen_kernels.registry`."""

@@ -1,1 +1,0 @@
-"""Triton kernels, one file per op. Only the op files import them, when a CUDA tensor first needs them."""
