@@ -328,6 +328,7 @@ void grads_by_position(const LpipsDistanceBwd& g, int64_t b, int64_t begin, int6
   const int64_t stride_c = g.grad_pred.stride[1], stride_w = g.grad_pred.stride[3];
   const int64_t size = g.size();
   const Real* norms = g.statistics_of<Real>(b);
+  const View<4> pred = g.pred, target = g.target;  // of its own: what is stored cannot change them
   alignas(64) Real p_buffer[kRows * kBlock], q_buffer[kRows * kBlock];
   Divisors<Real> p_divisors, q_divisors;
   for_blocks(
@@ -338,8 +339,8 @@ void grads_by_position(const LpipsDistanceBwd& g, int64_t b, int64_t begin, int6
         T* block = g.grad_pred.as<T>() + g.grad_pred.offset(b, 0, h, w);
         for_channels(g.pred.size[1], [&](int64_t c, auto count) {
           constexpr int kCount = decltype(count)::value;
-          const Channels<Real> u = channels_of(g.pred, b, c, kCount, h, w, n, p_buffer, kBlock);
-          const Channels<Real> v = channels_of(g.target, b, c, kCount, h, w, n, q_buffer, kBlock);
+          const Channels<Real> u = channels_of(pred, b, c, kCount, h, w, n, p_buffer, kBlock);
+          const Channels<Real> v = channels_of(target, b, c, kCount, h, w, n, q_buffer, kBlock);
           Real weights[kCount];
           load_weights<kCount>(g.weight, c, weights);
           store_grads<kCount>(u, v, weights, p_divisors, q_divisors, radial, factor,
