@@ -176,7 +176,8 @@ double chunk_by_position(const LpipsDistanceFwd& a, int64_t b, int64_t begin, in
   Divisors<Real> p_divisors, q_divisors;
   const int64_t size = a.size(), C = a.pred.size[1];
   Real* norms = a.statistics_of<Real>(b);
-  const bool fits = C <= kTile / kFewest;  // else rows are converted twice
+  const View<4> pred = a.pred, target = a.target;  // of its own: what is stored cannot change them
+  const bool fits = C <= kTile / kFewest;          // else rows are converted twice
   const int64_t at_a_time = fits ? min_of(kTile / C / kFewest * kFewest, kBlock) : kFewest;
   double total = 0;
   for_blocks(a.pred.size[3], begin, end, at_a_time,
@@ -190,8 +191,8 @@ double chunk_by_position(const LpipsDistanceFwd& a, int64_t b, int64_t begin, in
                for (int64_t i = 0; i < n; ++i) p_sums[i] = q_sums[i] = 0;
                for_channels(C, [&](int64_t c, auto count) {
                  constexpr int kCount = decltype(count)::value;
-                 add_squares<kCount>(rows(a.pred, c, kCount, p_tile, false), p_sums, n);
-                 add_squares<kCount>(rows(a.target, c, kCount, q_tile, false), q_sums, n);
+                 add_squares<kCount>(rows(pred, c, kCount, p_tile, false), p_sums, n);
+                 add_squares<kCount>(rows(target, c, kCount, q_tile, false), q_sums, n);
                });
 #pragma omp simd
                for (int64_t i = 0; i < n; ++i) {
@@ -207,9 +208,9 @@ double chunk_by_position(const LpipsDistanceFwd& a, int64_t b, int64_t begin, in
                  constexpr int kCount = decltype(count)::value;
                  Real weights[kCount];
                  load_weights<kCount>(a.weight, c, weights);
-                 add_differences<kCount>(rows(a.pred, c, kCount, p_tile, true),
-                                         rows(a.target, c, kCount, q_tile, true), weights,
-                                         p_divisors, q_divisors, distances, alongs, n);
+                 add_differences<kCount>(rows(pred, c, kCount, p_tile, true),
+                                         rows(target, c, kCount, q_tile, true), weights, p_divisors,
+                                         q_divisors, distances, alongs, n);
                });
 #pragma omp simd
                for (int64_t i = 0; i < n; ++i)
