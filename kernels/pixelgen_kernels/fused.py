@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pixelgen_kernels.native import _C, has_cuda
+from pixelgen_kernels.native import _C, check_cuda, has_cuda
 
 __all__ = ["Kernel", "register", "rows"]
 
@@ -75,6 +75,7 @@ class Kernel:
         self._grads = [i for i, key in enumerate(parameters) if key.startswith("grad_")]
         self._is_single = inspect.signature(reference).return_annotation is Tensor
         self._triton, self._readable = triton, readable
+        self._without_triton: Callable[..., Any] = self._first_on_cuda
         self.native = getattr(_C, name, None)
         named = () if self.native is None else inspect.signature(self.native).parameters
         self._values = _picked(
@@ -84,7 +85,7 @@ class Kernel:
         LIBRARY.impl(name, self.by_reference, "CompositeExplicitAutograd")
         if self.native is not None:
             LIBRARY.impl(name, self.compiled, "CPU")
-        if triton is not None or (self.native is not None and has_cuda()):
+        if triton is not None or self.native is not None:
             LIBRARY.impl(name, self.on_cuda, "CUDA")
         torch.library.register_fake(f"pixelgen::{name}", empty, lib=LIBRARY)
         self.op = getattr(torch.ops.pixelgen, name).default
@@ -121,14 +122,22 @@ class Kernel:
 
     def on_cuda(self, *args: Any) -> Any:
         """Triton, where there is data, or CUDA C++, for which float64 is not worth it."""
-        if self._triton is not None and args[self._main].numel() > 0:
+        if self._triton is not None:
+            if args[self._main].numel() == 0:
+                return self.compiled(*args)
             # imported when first needed: a machine without a GPU may have no triton
             module = importlib.import_module(f"pixelgen_kernels.ops.{self._triton}")
             with torch.cuda.device_of(args[self._main]):
                 return getattr(module, f"launch_{self.name}")(*args)
         if any((arg.dtype if isinstance(arg, Tensor) else arg) == torch.float64 for arg in args):
             return self.by_reference(*args)
-        return self.compiled(*args)
+        return self._without_triton(*args)
+
+    def _first_on_cuda(self, *args: Any) -> Any:
+        """Checks the build, and is out of the way of later calls."""
+        check_cuda()
+        self._without_triton = self.compiled if has_cuda() else self.by_reference
+        return self._without_triton(*args)
 
 
 def _schema(reference: Callable[..., Any]) -> str:
