@@ -1,6 +1,7 @@
 """Command line of the benchmarks."""
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The profiler, which counts memory on the CPU, otherwise writes four lines to the terminal at every use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-# Options that not every suite has.
+# Suites, modules of benchmarks.suites, and the options that not every one has.
 OPTIONS = {
-    "kernels": ("only", "shapes", "dtypes", "providers"),
+    "kernels": ("shapes", "dtypes", "providers"),
     "step": ("batch", "providers"),
-    "perceptual": ("only", "batch", "providers"),
+    "perceptual": ("batch", "providers"),
     "data": ("batch", "providers"),
-    "train": ("only", "batch"),
+    "train": ("batch",),
+    "machine": ("batch", "dtypes"),
 }
 
 
@@ -28,12 +30,11 @@ def names(text: str) -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="kernels: times every op against eager PyTorch and torch.compile, once it is right. "
-        "step: times whole training steps. perceptual: times LPIPS, P-DINO and REPA's targets, gathered and "
-        "masked, and their ops. data: times decoding, prepared shards and the loader. "
-        "train: times what data, checkpoints and more processes cost a step. "
-        "Rows go to a CSV in --out; tables and plots are drawn from it. "
-        "Options that take names take several, separated by commas, or are repeated.",
+        description="kernels: every op against eager PyTorch, torch.compile and Liger, once it is right. "
+        "step: whole training steps. perceptual: LPIPS, P-DINO and REPA's targets, gathered and masked, and "
+        "their ops. data: decoding, prepared shards and the loader. train: what data, checkpoints and more "
+        "processes cost a step. machine: copy bandwidth, the models' matrix products, attention backends. "
+        "Rows go to a CSV in --out, each as soon as it is measured; table and plots are drawn from it.",
     )
 
     def add_names(option: str, metavar: str, text: str) -> None:
@@ -43,21 +44,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="default: cuda where there is one that PyTorch can use"
     )
-    add_names(
-        "--only", "OP", "kernels, perceptual: these ops only; train: these of step, save and processes only"
-    )
+    add_names("--only", "CASE", "these cases of the suite only, such as swiglu; several by commas")
     add_names("--shapes", "MODEL", "kernels: the shapes of these models only, such as L/16")
     add_names(
         "--dtypes",
         "DTYPE",
-        "kernels: these dtypes only, fp32 or bf16; default: both, on the CPU bf16 for L/16 alone",
+        "kernels, machine: these dtypes only, fp32 or bf16; default of kernels: both, on the CPU bf16 for "
+        "L/16 alone; of machine: bf16, on the CPU fp32",
     )
     add_names(
         "--providers",
         "PROVIDER",
-        "these only: eager, compile, ours, for step also ours_compile, for perceptual also masked (of the op "
-        "branch, which has masked and ours), for data pil, center, fast, prepared, folder and others; the "
-        "baseline, eager, masked, pil or folder, is always timed",
+        "these only: eager, compile, liger, ours, for step also ours_compile, for perceptual also masked, "
+        "for data pil, center, fast, prepared, folder and others; but for step, the provider that the "
+        "others are held against is timed as well",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(
@@ -70,7 +70,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--batch",
         type=int,
         metavar="B",
-        help="step, perceptual, data, train: images per step; default: 64, on the CPU 8 but for data",
+        help="images per step; default: 64; on the CPU 8, of data 64, of machine 1",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="after so many nothing more is begun, and what is missing is named",
+    )
+    parser.add_argument("--csv-only", action="store_true", help="draw no table and no plots")
+    parser.add_argument(
+        "--draw-only",
+        action="store_true",
+        help="time nothing: draw table and plots of the CSV in --out again",
     )
     parser.add_argument(
         "--out",
@@ -79,10 +91,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="folder of the results; default: benchmarks/results/ and the device and month",
     )
     arguments = parser.parse_args(argv)
-    for name, least in (("threads", 1), ("repeats", 3), ("batch", 1)):
+    for name, least in (("threads", 1), ("repeats", 3), ("batch", 1), ("max_seconds", 0)):
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} must be at least {least}, got {value}")
+        if value is not None and not value >= least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     for name in dict.fromkeys(name for names in OPTIONS.values() for name in names):
         if name not in OPTIONS[arguments.suite] and getattr(arguments, name) is not None:
             parser.error(f"--{name} has no meaning with --suite {arguments.suite}")
@@ -91,13 +103,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    from benchmarks import data, kernels, perceptual, step, train
+    from benchmarks import suite
     from pixelgen.errors import UserError
 
-    suites = {"kernels": kernels.run, "step": step.run, "perceptual": perceptual.run, "data": data.run}
-    suites["train"] = train.run
     try:
-        return suites[arguments.suite](arguments)
+        return suite.run(importlib.import_module(f"benchmarks.suites.{arguments.suite}").SUITE, arguments)
     except UserError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2

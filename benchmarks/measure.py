@@ -95,13 +95,15 @@ class ColdTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._flush = torch.zeros(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
+        # Read, not written: lines that were written would go back to memory while the call is timed. Ones,
+        # since pages of zeros that nobody has written are one page.
+        self._flush = torch.ones(FLUSH_BYTES[device.type] // 4, device=device)
 
     def once(self, prepare: Prepare, call: Call) -> float:
         """Milliseconds of `call(prepare())`, without those of `prepare`."""
         prepared = prepare()
         for _ in range(FLUSHES[self.device.type]):
-            self._flush.add_(1)
+            self._flush.sum()
         return elapsed_ms(self.device, lambda: call(prepared))
 
     def side_by_side(
@@ -141,13 +143,17 @@ def peak_bytes(device: torch.device, call: Call, prepare: Prepare = lambda: None
     return max(levels)
 
 
-def copy_gbps(timer: ColdTimer, repeats: int | None = None) -> float:
-    """GB/s, read and write counted, of a plain copy with a cold cache."""
-    size = COPY_BYTES[timer.device.type]
+def copy_timing(timer: ColdTimer, size: int, repeats: int | None = None) -> Timing:
+    """Timing of a plain copy of so many bytes with a cold cache."""
     source = torch.ones(size // 4, device=timer.device)
     target = torch.zeros_like(source)
-    timing = timer.side_by_side({"copy": (lambda: None, lambda _: target.copy_(source))}, repeats)
-    return 2 * size / timing["copy"].median_ms / 1e6
+    return timer.side_by_side({"copy": (lambda: None, lambda _: target.copy_(source))}, repeats)["copy"]
+
+
+def copy_gbps(timer: ColdTimer) -> float:
+    """GB/s, read and write counted, of a plain copy with a cold cache."""
+    size = COPY_BYTES[timer.device.type]
+    return 2 * size / copy_timing(timer, size).median_ms / 1e6
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,125 +1,116 @@
-"""The CSV files; tables and plots are drawn from them and from nothing else."""
+"""The row schema of all suites, and the CSV file that rows go to; all is drawn from that alone."""
 
 import csv
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.measure import Timing
+
 Row = dict[str, str]
+
+# What is timed. Rows of one run that agree in these, one per provider, are measured side by side.
+KEY = ("case", "shape", "dtype", "mode")
+TIMES = ("median_ms", "p20_ms", "p80_ms")
+# Other values -> their heading in tables. A suite fills those that it has.
+VALUES = {
+    "images_per_s": "img/s",
+    "gbps": "GB/s",
+    "share_of_copy": "of copy",
+    "tflops": "TFLOP/s",
+    "mfu_vendor": "MFU, vendor's peak",
+    "mfu_matmul": "MFU, measured matmul",
+    "vendor_tflops": "vendor's TFLOP/s",
+    "matmul_tflops": "matmul TFLOP/s",
+    "peak_mb": "MB",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "levels": "grey levels off",
+    "data_wait": "data wait",
+    "save_s": "save s",
+    "stall_share": "stall",
+    "sent_mb": "MB sent",
+    "formula_mb": "MB by formula",
+}
+SHARES = ("share_of_copy", "mfu_vendor", "mfu_matmul", "data_wait", "stall_share")  # shown as percent
+# With what a row was measured, the same for all rows of a run.
 SETTING = ("device", "commit", "torch", "cuda", "threads", "triton")
+COLUMNS = (*KEY, "provider", *TIMES, *VALUES, *SETTING)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Theme:
-    """One kind of CSV file.
+def row(
+    case: str,
+    provider: str,
+    timing: Timing,
+    *,
+    shape: str = "",
+    dtype: str = "",
+    mode: str = "",
+    **values: float | None,
+) -> Row:
+    """A row without the columns of SETTING.
 
-    Attributes:
-        columns: all columns, in order.
-        case: columns that, with those of SETTING, name the rows that one run measures side by side.
+    Args:
+        case: an op, or what else is timed.
+        provider: what ran it.
+        timing: milliseconds.
+        shape: starts with the name of the model or network, where there is one.
+        dtype: fp32 or bf16.
+        mode: fwd, bwd or fwd_bwd.
+        values: by the names of VALUES; None for one that is not known.
+    """
+    found: Row = {"case": case, "shape": shape, "dtype": dtype, "mode": mode, "provider": provider}
+    found |= {name: f"{getattr(timing, name):.5g}" for name in TIMES}
+    found |= dict.fromkeys(VALUES, "")
+    for name, value in values.items():
+        found[name]  # a KeyError for a value that the schema does not have
+        found[name] = "" if value is None else f"{value:.7g}" if name == "loss" else f"{value:.5g}"
+    return found
+
+
+class Results:
+    """The CSV file of a suite: what is added is on the disk at once.
+
+    Older rows of a case that were measured in the same setting go when the case is measured again: only rows
+    of one run compare.
+
+    Args:
+        path: the file; older rows of it are kept.
+        setting: the columns of SETTING.
     """
 
-    columns: tuple[str, ...]
-    case: tuple[str, ...]
+    def __init__(self, path: Path, setting: Row) -> None:
+        self.path, self.setting = path, setting
+        self.rows: list[Row] = []  # of this run
+
+    def add(self, row: Row) -> None:
+        """Writes one more row."""
+        self.rows.append({**row, **self.setting})
+        replaced = {_key(row) for row in self.rows}
+        kept = [row for row in read(self.path) if _key(row) not in replaced] if self.path.exists() else []
+        partial = self.path.with_suffix(".tmp")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept + self.rows)
+        partial.replace(self.path)
 
 
-KERNELS = Theme(
-    columns=(
-        "op",
-        "provider",
-        "mode",
-        "dtype",
-        "shape",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "gbps",
-        "share_of_copy",
-        "peak_mb",
-        *SETTING,
-    ),
-    case=("op", "dtype", "shape"),
-)
-STEP = Theme(
-    columns=(
-        "provider",
-        "model",
-        "batch",
-        "dtype",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "images_per_s",
-        "tflops",
-        "peak_tflops",
-        "mfu",
-        "peak_mb",
-        "loss",
-        "grad_norm",
-        *SETTING,
-    ),
-    case=("model", "batch", "dtype"),
-)
-DATA = Theme(
-    columns=(
-        "op",
-        "provider",
-        "shape",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "images_per_s",
-        "levels",
-        *SETTING,
-    ),
-    case=("op", "shape"),
-)
-TRAIN = Theme(
-    columns=(
-        "op",
-        "provider",
-        "shape",
-        "median_ms",
-        "p20_ms",
-        "p80_ms",
-        "images_per_s",
-        "data_wait",
-        "save_s",
-        "stall_share",
-        "sent_mb",
-        "formula_mb",
-        "loss",
-        *SETTING,
-    ),
-    case=("op", "shape"),
-)
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(row[column] for column in (*KEY, *SETTING))
 
 
-def write_csv(path: Path, theme: Theme, rows: list[Row]) -> None:
-    """Adds rows to the file. Older rows of the same case and setting go: only rows of one run compare."""
-
-    def key(row: Row) -> tuple[str, ...]:
-        return tuple(row[column] for column in (*theme.case, *SETTING))
-
-    replaced = {key(row) for row in rows}
-    kept: list[Row] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if key(row) not in replaced]
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, theme.columns)
-        writer.writeheader()
-        writer.writerows(kept + rows)
-    partial.replace(path)
-
-
-def read_csv(path: Path, like: Row) -> list[Row]:
-    """Rows with the setting of `like`."""
+def read(path: Path) -> list[Row]:
+    """All rows of a file."""
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if all(row[name] == like[name] for name in SETTING)]
+        return list(csv.DictReader(file))
 
 
-def grouped(rows: list[Row], columns: Iterable[str]) -> dict[tuple[str, ...], dict[str, Row]]:
+def newest(rows: list[Row]) -> list[Row]:
+    """Those that were measured in the setting of the last one: only these may stand in one table."""
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in SETTING)]
+
+
+def grouped(rows: list[Row], columns: Iterable[str] = KEY) -> dict[tuple[str, ...], dict[str, Row]]:
     """Values of these columns -> provider -> row."""
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -127,8 +118,8 @@ def grouped(rows: list[Row], columns: Iterable[str]) -> dict[tuple[str, ...], di
     return groups
 
 
-def ratio(group: dict[str, Row], provider: str, ours: str = "ours") -> float | None:
-    """How many times faster `ours` is than `provider`."""
-    if ours not in group or provider not in group:
+def ratio(group: dict[str, Row], provider: str, other: str) -> float | None:
+    """How many times faster `provider` is than `other`."""
+    if provider not in group or other not in group:
         return None
-    return float(group[provider]["median_ms"]) / float(group[ours]["median_ms"])
+    return float(group[other]["median_ms"]) / float(group[provider]["median_ms"])

@@ -1,6 +1,5 @@
 """With what a row was measured: device, threads, commit, versions."""
 
-import argparse
 import platform
 import re
 import subprocess
@@ -64,23 +63,18 @@ def columns(device: torch.device) -> dict[str, str]:
     }
 
 
-def start(arguments: argparse.Namespace) -> tuple[torch.device, dict[str, str], Path]:
-    """Device, columns and the folder of the results, as the command line asks."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = pick_device(arguments.device)
-    setting = columns(device)
-    folder = arguments.out or RESULTS / f"{slug(setting['device'])}_{date.today():%Y%m}"
+def folder_of(out: Path | None, device: str) -> Path:
+    """The folder of the results: `--out`, or one that is named after the device and the month."""
+    return out or RESULTS / f"{slug(device)}_{date.today():%Y%m}"
+
+
+def make(folder: Path) -> None:
+    """Makes the folder of the results.
+
+    Raises:
+        UserError: it cannot.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made a folder: {error.strerror}") from error
-    return device, setting, folder
-
-
-def chosen(option: str, names: list[str] | None, known: list[str]) -> list[str]:
-    """Those of `known` that an option of the command line asks for; all when it was not given."""
-    for name in names or ():
-        if name not in known:
-            raise UserError(f"{option} must be one of {', '.join(known)}, got {name}")
-    return [name for name in known if not names or name in names]

@@ -1,14 +1,12 @@
 """The suite of the run: what it writes, and that what is wrong is not told as a time."""
 
-import csv
-import sys
 from pathlib import Path
 
 import pytest
+from benchmarking import assert_are_plots, bench, named
 
-sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are not installed
-from benchmarks import processes, report, train
-from benchmarks.__main__ import main
+from benchmarks import processes
+from benchmarks.suites import train
 from pixelgen.data.prepared import PreparedImages
 from pixelgen.trainer import Trainer
 
@@ -31,7 +29,6 @@ SIZE = train.Size(
     saves=2,
     repeats=3,
 )
-OPTIONS = ["--suite", "train", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,39 +36,32 @@ def _tiny(monkeypatch):
     monkeypatch.setitem(train.SIZES, "cpu", SIZE)
 
 
-def read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """(op, provider) -> row."""
-    with path.open(newline="") as file:
-        return {(row["op"], row["provider"]): row for row in csv.DictReader(file)}
+def run(out: Path, only: str) -> tuple[int, dict[tuple[str, str], dict[str, str]]]:
+    """The exit code, and (case, provider) -> row."""
+    code, rows = bench("train", out, "--only", only)
+    return code, {(row["case"], row["provider"]): row for row in rows}
 
 
-def assert_is_told(folder: Path, *rows: str) -> None:
-    table = (folder / "train.md").read_text()
-    assert all(f"| {row} |" in table for row in rows), table
-    assert (folder / "train.png").stat().st_size > 10_000
-
-
-def test_steps_and_saves_give_rows_table_and_plot(tmp_path, capsys):
-    assert main([*OPTIONS, "--only", "step,save", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
-    rows = read(tmp_path / "train.csv")
+def test_steps_and_saves_give_rows_table_and_plot(tmp_path):
+    code, rows = run(tmp_path, "step,save")
+    assert code == 0
     assert set(rows) == {
-        *(("step", name) for name in train.SOURCES),
+        *(("step", name) for name in ("synthetic", "folder", "prepared")),
         *(("save", name) for name in ("sync", "async", "async_first")),
         *(("beside", name) for name in ("alone", "saving")),
     }
-    for (op, provider), row in rows.items():
-        assert tuple(row) == report.TRAIN.columns
-        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]), row
+    for (case, provider), row in rows.items():
         assert row["threads"] == "1"
-        if op == "step":
+        if case == "step":
             assert 0 <= float(row["data_wait"]) <= 1
-        if op == "save":
+        if case == "save":
             share = float(row["stall_share"])
             assert share == 1 if provider == "sync" else 0 < share < 1, row
     assert rows["step", "folder"]["loss"] == rows["step", "prepared"]["loss"]
     assert rows["step", "folder"]["loss"] != rows["step", "synthetic"]["loss"]
     assert float(rows["step", "folder"]["data_wait"]) > float(rows["step", "synthetic"]["data_wait"])
-    assert_is_told(tmp_path, "tiny B=4 workers=0 | prepared")
+    assert "| step | tiny B=4 workers=0 | prepared |" in (tmp_path / "train.md").read_text()
+    assert_are_plots(tmp_path, "train.png")
 
 
 def test_processes_are_held_against_one_and_against_the_formula(tmp_path, monkeypatch, capsys):
@@ -85,21 +75,19 @@ def test_processes_are_held_against_one_and_against_the_formula(tmp_path, monkey
         return (sent if config.parallel.prefetch == 1 else 0.5 * sent), formula
 
     monkeypatch.setattr(train, "communication", other)
-    assert main([*OPTIONS, "--only", "processes", "--out", str(tmp_path)]) == 1
-    rows = read(tmp_path / "train.csv")
+    code, rows = run(tmp_path, "processes")
+    assert code == 1
     assert set(rows) == {("processes", name) for name in ("one", "ddp", "fsdp")}
     told = capsys.readouterr()
     told = told.out + told.err
-    assert "processes=2: noisy is wrong: the loss of step " in told
-    assert "processes=2: silent is wrong: it sends" in told
+    assert "processes=2: noisy is wrong and not timed: the loss of step " in told
+    assert "processes=2: silent is wrong and not timed: it sends" in told
     one, ddp, fsdp = (rows["processes", name] for name in ("one", "ddp", "fsdp"))
     assert float(one["sent_mb"]) == float(one["formula_mb"]) == 0
     assert float(ddp["sent_mb"]) == pytest.approx(float(ddp["formula_mb"]), rel=1e-3)
     assert float(ddp["sent_mb"]) < float(fsdp["sent_mb"]) <= 1.02 * float(fsdp["formula_mb"])
     for row in (ddp, fsdp):
         assert float(row["loss"]) == pytest.approx(float(one["loss"]), rel=1e-5)
-    assert "| 1.000 |" in (tmp_path / "train.md").read_text()
-    assert_is_told(tmp_path, "tiny B=4 processes=2 | ddp")
 
 
 def test_shards_that_are_wrong_are_not_written(tmp_path, monkeypatch):
@@ -110,8 +98,9 @@ def test_shards_that_are_wrong_are_not_written(tmp_path, monkeypatch):
         return images.flip(-1), labels
 
     monkeypatch.setattr(PreparedImages, "batch", mirrored)
-    assert main([*OPTIONS, "--only", "step", "--out", str(tmp_path)]) == 1
-    assert set(read(tmp_path / "train.csv")) == {("step", "synthetic"), ("step", "folder")}
+    code, rows = run(tmp_path, "step")
+    assert code == 1
+    assert set(rows) == {("step", "synthetic"), ("step", "folder")}
 
 
 def test_checkpoints_that_are_not_the_state_are_not_written(tmp_path, monkeypatch):
@@ -122,8 +111,9 @@ def test_checkpoints_that_are_not_the_state_are_not_written(tmp_path, monkeypatc
         return state | {"model": {name: value + 1 for name, value in state["model"].items()}}
 
     monkeypatch.setattr(Trainer, "state_dict", other)
-    assert main([*OPTIONS, "--only", "save", "--out", str(tmp_path)]) == 1
-    assert {op for op, _ in read(tmp_path / "train.csv")} == {"beside"}
+    code, rows = run(tmp_path, "save")
+    assert code == 1
+    assert named(list(rows.values()), "case") == {("beside",)}
 
 
 def test_what_is_wrong():
@@ -133,11 +123,3 @@ def test_what_is_wrong():
     assert train.wrong_bytes(0.0, 0.0) is None
     for sent in (0.7e6, 1.1e6):
         assert "by the formula" in train.wrong_bytes(sent, 1e6)
-
-
-def test_what_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([*OPTIONS, "--providers", "fsdp"])
-    assert "--providers has no meaning with --suite train" in capsys.readouterr().err
-    assert main([*OPTIONS, "--only", "processes", "--batch", "3", "--out", str(tmp_path)]) == 2
-    assert "train.batch_size must be a multiple of 2" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The suite of the data: how fast images are decoded, read from shards, and handed over by the loader."""
 
-import argparse
+import contextlib
 import io
 import os
 import tempfile
@@ -8,24 +8,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from benchmarks import plots, report, setting, tables
 from benchmarks.measure import Timing, in_turns, summarise
+from benchmarks.report import Row, row
+from benchmarks.suite import Part, Run, Suite
 from pixelgen.data.crop import center_crop, halve, near_center_crop
 from pixelgen.data.decode import read_image
 from pixelgen.data.folder import ClassFolder
 from pixelgen.data.loader import ImageDataset, build_loader, stream_indices
 from pixelgen.data.prepare import PrepareOptions, prepare
 from pixelgen.data.prepared import PreparedImages
-from pixelgen.errors import UserError
 
 # Grey levels from the exact crop that a provider may be off by; None: it is timed to show what it would cost.
 DECODERS: dict[str, int | None] = {
@@ -101,7 +100,9 @@ def decode(provider: str, data: bytes, size: int) -> np.ndarray:
     if provider == "torchvision":
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB)
         return near_center_crop(_halved(pixels, size), size)
     # The decoder itself scales by a power of two, in place of the halving.
     pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB", min_height=size, min_width=size))
@@ -137,64 +138,59 @@ def cpu_ms(call: Callable[[], object], images: int) -> float:
     return (time.process_time() - begin) * 1e3 / images
 
 
-def row(op: str, provider: str, shape: str, timing: Timing, off: int) -> report.Row:
-    """A row without the columns of `setting`; times are per image."""
-    return {
-        "op": op,
-        "provider": provider,
-        "shape": shape,
-        "median_ms": f"{timing.median_ms:.4g}",
-        "p20_ms": f"{timing.p20_ms:.4g}",
-        "p80_ms": f"{timing.p80_ms:.4g}",
-        "images_per_s": f"{1e3 / timing.median_ms:.4g}",
-        "levels": str(off),
-    }
+def data_row(case: str, provider: str, shape: str, timing: Timing, off: int) -> Row:
+    """A row; times are per image."""
+    return row(case, provider, timing, shape=shape, images_per_s=1e3 / timing.median_ms, levels=off)
+
+
+class Files:
+    """JPEGs, their exact crops, and a folder and shards of those of the first size."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self._scratch = tempfile.TemporaryDirectory()  # goes with this object
+        self.folder, self.prepared = Path(self._scratch.name, "folder"), Path(self._scratch.name, "prepared")
+        self.pictures = {
+            sides: [natural(*sides, seed) for seed in range(size.pictures)] for sides in size.sides
+        }
+        make_folder(self.folder, self.pictures[size.sides[0]], size.copies)
+        wanted = PrepareOptions(
+            src=str(self.folder), dst=str(self.prepared), resolution=size.image_size, workers=0
+        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own
+            prepare(wanted)
 
 
 def decode_rows(
-    size: Size, root: Path, names: list[str], repeats: int | None, bar: tqdm
-) -> Iterator[report.Row]:
-    """Rows of the op `decode`: each picture size, and for the first one the shards made of it."""
-    for place, (width, height) in enumerate(size.sides):
-        shape = f"{width}x{height} to {size.image_size}"
-        bar.set_postfix_str(shape)
-        pictures = [natural(width, height, seed) for seed in range(size.pictures)]
-        exact = [decode("pil", data, size.image_size) for data in pictures]
-        once, off = {}, {}
-        for name in (name for name in DECODERS if name in names):
-            got = (decode(name, data, size.image_size) for data in pictures)
-            off[name] = max(map(levels, got, exact))
-            once[name] = partial(_decode_all, name, pictures, size.image_size)
-        if place == 0:
-            make_folder(root / "folder", pictures, size.copies)
-            prepare(
-                PrepareOptions(
-                    src=str(root / "folder"),
-                    dst=str(root / "prepared"),
-                    resolution=size.image_size,
-                    workers=0,
-                )
-            )
-            data = PreparedImages(root / "prepared", size.image_size)
-            for name in (name for name in READERS if name in names):
-                order = np.arange(len(data))
-                if name == "prepared_random":
-                    order = np.random.default_rng(0).permutation(order)
-                # The listing has the copies of a class one after the other, each with all pictures.
-                off[name] = max(
-                    levels(data[index][0].numpy(), exact[index % size.pictures]) for index in order
-                )
-                once[name] = partial(_read_all, data, order)
-        right = {}
-        for name, call in once.items():
-            bound = DECODERS.get(name, 0)
-            if bound is not None and off[name] > bound:
-                tqdm.write(f"{shape}: {name} is {off[name]} grey levels off and not timed")
-            else:
-                right[name] = call
-        for name, timing in in_turns(right, repeats).items():
-            yield row("decode", name, shape, timing, off[name])
-        bar.update()
+    run: Run, files: Callable[[], Files], names: list[str], sides: tuple[int, int]
+) -> Iterator[Row]:
+    """Rows of the case `decode` for one picture size, the first one with the shards made of it."""
+    size, pictures = files().size, files().pictures[sides]
+    shape = f"{sides[0]}x{sides[1]} to {size.image_size}"
+    exact = [decode("pil", data, size.image_size) for data in pictures]
+    once, off = {}, {}
+    for name in (name for name in DECODERS if name in names):
+        got = (decode(name, data, size.image_size) for data in pictures)
+        off[name] = max(map(levels, got, exact))
+        once[name] = partial(_decode_all, name, pictures, size.image_size)
+    if sides == size.sides[0]:
+        data = PreparedImages(files().prepared, size.image_size)
+        for name in (name for name in READERS if name in names):
+            order = np.arange(len(data))
+            if name == "prepared_random":
+                order = np.random.default_rng(0).permutation(order)
+            # The listing has the copies of a class one after the other, each with all pictures.
+            off[name] = max(levels(data[index][0].numpy(), exact[index % size.pictures]) for index in order)
+            once[name] = partial(_read_all, data, order)
+    right = {}
+    for name, call in once.items():
+        bound = DECODERS.get(name, 0)
+        if bound is not None and off[name] > bound:
+            run.wrong(shape, name, f"it is {off[name]} grey levels off")
+        else:
+            right[name] = call
+    for name, timing in in_turns(right, run.arguments.repeats).items():
+        yield data_row("decode", name, shape, timing, off[name])
 
 
 def _decode_all(name: str, pictures: list[bytes], size: int) -> float:
@@ -212,76 +208,65 @@ def worker_counts() -> list[int]:
 
 
 def loader_rows(
-    size: Size, root: Path, names: list[str], batch: int, repeats: int | None, bar: tqdm
-) -> Iterator[report.Row]:
-    """Rows of the op `loader`: wall time per image with some numbers of workers."""
+    run: Run, files: Callable[[], Files], names: list[str], batch: int, workers: int
+) -> Iterator[Row]:
+    """Rows of the case `loader`: wall time per image with some number of workers."""
+    size, folder, prepared = files().size, files().folder, files().prepared
     side = size.image_size
     datasets: dict[str, ImageDataset] = {
-        "folder": ClassFolder(root / "folder", side),
-        "folder_fast": ClassFolder(root / "folder", side, crop="fast"),
-        "prepared": PreparedImages(root / "prepared", side),
+        "folder": ClassFolder(folder, side),
+        "folder_fast": ClassFolder(folder, side, crop="fast"),
+        "prepared": PreparedImages(prepared, side),
     }
-    for workers in worker_counts():
-        for name in (name for name in LOADERS if name in names):
-            shape = f"workers={workers} B={batch} {side}"
-            bar.set_postfix_str(f"{name} {shape}")
-            order = stream_indices(0, dataset_size=len(datasets[name]), batch_size=batch, seed=0)
-            expected = datasets["folder"].batch(order)[0].numpy()
-            loader = build_loader(datasets[name], batch, seed=0, num_workers=workers)
-            try:
-                off = levels(next(loader).images.numpy(), expected)
-                if off > (2 if name == "folder_fast" else 0):
-                    tqdm.write(f"{shape}: {name} is {off} grey levels off and not timed")
-                    continue
-                batches = size.batches * (8 if name == "prepared" else 1)  # calls of similar length
-                milliseconds = []
-                for _ in range(1 + (repeats or 5)):  # the first call empties what was read ahead
-                    begin = time.perf_counter()
-                    for _ in range(batches):
-                        next(loader)
-                    milliseconds.append((time.perf_counter() - begin) * 1e3 / (batches * batch))
-                yield row("loader", name, shape, summarise(milliseconds[1:]), off)
-            finally:
-                loader.close()
-                bar.update()
+    for name in (name for name in LOADERS if name in names):
+        shape = f"workers={workers} B={batch} {side}"
+        run.show(f"{name} {shape}")
+        order = stream_indices(0, dataset_size=len(datasets[name]), batch_size=batch, seed=0)
+        expected = datasets["folder"].batch(order)[0].numpy()
+        loader = build_loader(datasets[name], batch, seed=0, num_workers=workers)
+        with contextlib.closing(loader):
+            off = levels(next(loader).images.numpy(), expected)
+            if off > (2 if name == "folder_fast" else 0):
+                run.wrong(shape, name, f"it is {off} grey levels off")
+                continue
+            batches = size.batches * (8 if name == "prepared" else 1)  # calls of similar length
+            milliseconds = []
+            for _ in range(1 + (run.arguments.repeats or 5)):  # the first call empties what was read ahead
+                begin = time.perf_counter()
+                for _ in range(batches):
+                    next(loader)
+                milliseconds.append((time.perf_counter() - begin) * 1e3 / (batches * batch))
+        yield data_row("loader", name, shape, summarise(milliseconds[1:]), off)
 
 
-def run(arguments: argparse.Namespace, size: Size | None = None) -> int:
-    """Times what the command line asks for, writes CSV, table and plot, prints the ratios.
+def parts(run: Run) -> list[Part]:
+    names = run.chosen("providers", PROVIDERS, always=("pil", "folder"))  # what the others are held against
+    size = Size()
+    files = cache(lambda: Files(size))
+    batch = run.arguments.batch or 64
+    decoding = [
+        Part(
+            case="decode",
+            label="decode {}x{}".format(*sides),
+            rows=partial(decode_rows, run, files, names, sides),
+        )
+        for sides in size.sides
+    ]
+    loading = [
+        Part(
+            case="loader",
+            label=f"loader, {workers} workers",
+            rows=partial(loader_rows, run, files, names, batch, workers),
+        )
+        for workers in worker_counts()
+    ]
+    return [*decoding, *loading]
 
-    Returns:
-        0, or 1 when a provider was wrong somewhere.
-    """
-    if arguments.device == "cuda":
-        raise UserError("--device must be cpu with --suite data: images are decoded there")
-    arguments.device = "cpu"
-    names = setting.chosen("--providers", arguments.providers, PROVIDERS)
-    names = list(dict.fromkeys(("pil", "folder", *names)))  # what the others are held against
-    size = size or Size()
-    _, columns, folder = setting.start(arguments)
-    batch = arguments.batch or 64
-    path = folder / "data.csv"
-    rows: list[report.Row] = []
-    num_loaders = len(worker_counts()) * sum(name in names for name in LOADERS)
-    with (
-        tempfile.TemporaryDirectory() as root,
-        tqdm(total=len(size.sides) + num_loaders, unit="part", dynamic_ncols=True) as bar,
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", DeprecationWarning)  # torchvision's decoder
-        for timed in (
-            decode_rows(size, Path(root), names, arguments.repeats, bar),
-            loader_rows(size, Path(root), names, batch, arguments.repeats, bar),
-        ):
-            measured = [{**found, **columns} for found in timed]
-            report.write_csv(path, report.DATA, measured)  # now: a run that is stopped keeps its rows
-            rows.extend(measured)
 
-    recorded = report.read_csv(path, columns)
-    (folder / "data.md").write_text(tables.data(recorded))
-    plots.data(recorded, folder / "data.png")
-    print(tables.data_ratios(rows))
-    print(f"\n{path} and, drawn from it, data.md and data.png")
-    expected = len(size.sides) * sum(name in names for name in DECODERS)
-    expected += sum(name in names for name in READERS) + num_loaders
-    return 0 if len(rows) == expected else 1
+SUITE = Suite(
+    name="data",
+    parts=parts,
+    baselines=("pil", "folder"),
+    plots={"": ("images_per_s",)},
+    device="cpu",
+)

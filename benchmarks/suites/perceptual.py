@@ -1,37 +1,31 @@
 """The suite of the perceptual branch: LPIPS, P-DINO and REPA's targets, gathered and masked; and its ops."""
 
-import argparse
 import statistics
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 import torch
 from pixelgen_kernels import select
 from torch import Tensor
-from tqdm import tqdm
 
-from benchmarks import kernels, plots, report, setting, tables
 from benchmarks.case import DTYPES, cases, normal
-from benchmarks.measure import ColdTimer, Timing, copy_gbps, in_turns, peak_bytes
+from benchmarks.measure import ColdTimer, Timing, in_turns, peak_bytes
+from benchmarks.report import Row, row
+from benchmarks.suite import Part, Run, Suite
+from benchmarks.suites import kernels
 from pixelgen.config import LossConfig, TimeConfig
 from pixelgen.encoders.dinov2 import DINOv2
 from pixelgen.encoders.vgg16 import VGG16
-from pixelgen.errors import UserError
 from pixelgen.flow import logit_normal_time
 from pixelgen.losses.gate import NoiseGate, Selection
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 
-# Op -> its providers; the first is the baseline.
-OPS = {
-    "branch": ("masked", "ours"),
-    "lpips_distance": kernels.PROVIDERS,
-    "cosine_distance": kernels.PROVIDERS,
-}
-PROVIDERS = ("masked", *kernels.PROVIDERS)
+BRANCH_PROVIDERS = ("masked", "ours")
+PROVIDERS = ("masked", "eager", "compile", "ours")
 # The terms that are timed together and alone. Of REPA only the encoding of the targets belongs here: its
 # projector is made tiny.
 TERMS = {
@@ -169,9 +163,7 @@ class Branch:
     def _forget(self) -> None:
         self.objective.per_sample = {}  # of the call before: its release would look like room made
 
-    def measure(
-        self, names: list[str], timer: ColdTimer, repeats: int, bar: tqdm
-    ) -> dict[str, tuple[Timing, int]]:
+    def measure(self, names: list[str], timer: ColdTimer, repeats: int) -> dict[str, tuple[Timing, int]]:
         """Provider -> mean over the batches of its times, and its peak memory in bytes."""
         of_batches = []
         for index in range(self.size.batches):
@@ -180,7 +172,6 @@ class Branch:
             }
             warm_up = 0 if self.device.type == "cpu" else 2  # seconds a call: the median leaves the first out
             of_batches.append(in_turns(once, repeats, warm_up=warm_up))
-            bar.update()
         return {
             name: (
                 Timing(
@@ -201,105 +192,70 @@ def _everyone(t: Tensor, gate: NoiseGate, *, device: torch.device) -> Selection:
     return Selection(None, None, gate.passes(t).to(device, non_blocking=True))
 
 
-def branches(size: Size, device: torch.device) -> Iterator[tuple[str, Branch]]:
-    """(term, branch) of everything that is timed; the networks are shared."""
+def branch_of(size: Size, device: torch.device, names: tuple[str, ...]) -> Branch:
+    """The branch of some terms; its networks have random weights, which cost what trained ones do."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # random weights cost what trained ones do
-        lpips = LPIPS(VGG16("random"), ops=select("auto"))
-        encoder = DINOv2(size.tokens, "random", patch_size=PATCH)
-    for term, names in TERMS.items():
-        yield term, Branch(names, size, device, lpips, encoder)
+        warnings.simplefilter("ignore", UserWarning)
+        lpips, encoder = _networks(size.tokens)
+    return Branch(names, size, device, lpips, encoder)
 
 
-def branch_rows(
-    size: Size, device: torch.device, names: list[str], timer: ColdTimer, repeats: int | None, bar: tqdm
-) -> Iterator[report.Row]:
-    """Rows of the op `branch`, without the columns of `setting`; where ours is wrong, of masked alone."""
-    for term, branch in branches(size, device):
-        bar.set_postfix_str(f"{term}: check")
-        problems = branch.problems() if "ours" in names else []
-        if problems:
-            tqdm.write(f"branch {term}: ours is wrong and not timed: {'; '.join(problems)}")
-        bar.update()
-        bar.set_postfix_str(f"{term}: time")
-        seen = f"seen={sum(branch.seen)}/{size.batches * size.batch}"
-        right = [name for name in names if name != "ours" or not problems]
-        for name, (timing, peak) in branch.measure(right, timer, repeats or size.repeats, bar).items():
-            yield {
-                "op": "branch",
-                "provider": name,
-                "mode": "fwd_bwd",
-                "dtype": size.dtype,
-                "shape": f"{term} B={size.batch} H=W={size.side} {seen}",
-                "median_ms": f"{timing.median_ms:.4g}",
-                "p20_ms": f"{timing.p20_ms:.4g}",
-                "p80_ms": f"{timing.p80_ms:.4g}",
-                # what has to move is not known of whole networks
-                "gbps": "",
-                "share_of_copy": "",
-                "peak_mb": f"{peak / 1e6:.3f}",
-            }
+@cache
+def _networks(tokens: str) -> tuple[LPIPS, DINOv2]:
+    return LPIPS(VGG16("random"), ops=select("auto")), DINOv2(tokens, "random", patch_size=PATCH)
 
 
-def selected(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Op -> the providers to time of it, in order: those asked for and, where it has one, its baseline.
+def branch_rows(run: Run, size: Size, names: list[str], timer: ColdTimer, term: str) -> Iterator[Row]:
+    """Rows of the case `branch` for one set of terms; where ours is wrong, of masked alone."""
+    branch = branch_of(size, run.device, TERMS[term])
+    problems = branch.problems() if "ours" in names else []
+    if problems:
+        run.wrong(f"branch {term}", "ours", "; ".join(problems))
+    seen = f"seen={sum(branch.seen)}/{size.batches * size.batch}"
+    right = [name for name in names if name != "ours" or not problems]
+    for name, (timing, peak) in branch.measure(right, timer, run.arguments.repeats or size.repeats).items():
+        yield row(
+            "branch",
+            name,
+            timing,
+            shape=f"{term} B={size.batch} H=W={size.side} {seen}",
+            dtype=size.dtype,
+            mode="fwd_bwd",
+            peak_mb=peak / 1e6,
+        )
 
-    Raises:
-        UserError: unknown names, or no op that is asked for has a provider that is.
-    """
-    ops = setting.chosen("--only", arguments.only, list(OPS))
-    names = setting.chosen("--providers", arguments.providers, list(PROVIDERS))
-    found = {}
-    for op in ops:
-        baseline = OPS[op][0]
-        if any(name in names for name in OPS[op]):
-            found[op] = [name for name in OPS[op] if name == baseline or name in names]
-    if not found:
-        has = "; ".join(f"{op} has {', '.join(OPS[op])}" for op in ops)
-        raise UserError(f"nothing is left to time: {has} and not {', '.join(names)}")
+
+def parts(run: Run) -> list[Part]:
+    names = run.chosen("providers", PROVIDERS, always=("masked", "eager"))
+    asked_for = set(run.arguments.providers or PROVIDERS)
+    of_branch = [name for name in BRANCH_PROVIDERS if name in names]
+    size = SIZES[run.device.type]
+    size = replace(size, batch=run.arguments.batch or size.batch)
+    bench = kernels.Bench(run, [name for name in kernels.PROVIDERS if name in names])
+    found = [
+        Part(
+            case="branch",
+            label=f"branch {term}",
+            rows=partial(branch_rows, run, size, of_branch, bench.timer, term),
+        )
+        for term in TERMS
+        if asked_for & set(BRANCH_PROVIDERS)
+    ]
+    # as in the suite of ops: on the CPU bf16 is no one's choice, and compiling takes longer than timing
+    of_ops = [
+        case
+        for case in cases(run.device, of_models=False)
+        if run.device.type == "cuda" or case.dtype == "fp32"
+    ]
+    if not asked_for.isdisjoint(kernels.PROVIDERS):
+        found += bench.parts(of_ops)
     return found
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Times what the command line asks for, writes CSV, table and plot, prints the ratios.
-
-    Returns:
-        0, or 1 when ours was wrong somewhere.
-    """
-    providers = selected(arguments)
-    device, columns, folder = setting.start(arguments)
-    size = SIZES[device.type]
-    size = replace(size, batch=arguments.batch or size.batch)
-    chosen = [case for case in cases(device, of_models=False) if case.op in providers]
-    # as in the suite of ops: on the CPU bf16 is no one's choice, and compiling takes longer than timing
-    chosen = [case for case in chosen if device.type == "cuda" or case.dtype == "fp32"]
-    timer = ColdTimer(device)
-    copy = copy_gbps(timer)
-    print(f"{columns['device']}, {columns['threads']} CPU threads; a copy runs at {copy:.1f} GB/s")
-
-    path = folder / "perceptual.csv"
-    rows: list[report.Row] = []
-
-    def keep(timed: Iterator[report.Row]) -> None:
-        measured = [{**row, **columns} for row in timed]
-        report.write_csv(path, report.KERNELS, measured)  # now: a run that is stopped keeps its rows
-        rows.extend(measured)
-
-    total = sum(1 + len(case.modes) for case in chosen)
-    total += len(TERMS) * (1 + size.batches) if "branch" in providers else 0
-    with tqdm(total=total, unit="part", dynamic_ncols=True) as bar:
-        if "branch" in providers:
-            keep(branch_rows(size, device, providers["branch"], timer, arguments.repeats, bar))
-        for case in chosen:
-            torch.compiler.reset()
-            keep(kernels.measure(case, providers[case.op], timer, copy, arguments.repeats, bar))
-
-    recorded = report.read_csv(path, columns)
-    (folder / "perceptual.md").write_text(tables.perceptual(recorded))
-    plots.times(recorded, folder / "perceptual.png")
-    print("\n".join(filter(None, (tables.ratios(rows), *tables.all_stages(rows)))))
-    print(f"\n{path} and, drawn from it, perceptual.md and perceptual.png")
-    expected = sum("ours" in providers[case.op] for case in chosen)
-    expected += len(TERMS) * ("ours" in providers.get("branch", ()))
-    right = {(row["op"], row["shape"], row["dtype"]) for row in rows if row["provider"] == "ours"}
-    return 0 if len(right) == expected else 1
+SUITE = Suite(
+    name="perceptual",
+    parts=parts,
+    baselines=("masked", "eager"),
+    plots={"": ("median_ms",)},
+    is_wide=True,
+)

@@ -1,49 +1,51 @@
 """The suite of whole training steps: forward, loss, backward, clipping, AdamW and EMA of the real trainer."""
 
-import argparse
 import contextlib
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks import plots, report, setting, tables
 from benchmarks.measure import Timing, elapsed_ms, in_turns, matmul_flops, peak_bytes
+from benchmarks.report import Row, row
+from benchmarks.suite import Part, Run, Suite
 from pixelgen.config import TrainConfig, load_config
-from pixelgen.flops import peak_flops, train_step_flops
+from pixelgen.flops import expected_gate_share, peak_flops, train_step_flops
 from pixelgen.trainer import Trainer
 
-PROVIDERS = {
-    "eager": ("--kernels", "eager", "--compile", "false"),
-    "compile": ("--kernels", "eager", "--compile", "true"),
-    "ours": ("--kernels", "auto", "--compile", "false"),
-    "ours_compile": ("--kernels", "auto", "--compile", "true"),
-}
+KERNELS = {"eager": "eager", "ours": "auto", "compile": "eager", "ours_compile": "auto"}
 BATCH = {"cpu": 8, "cuda": 64}
-# Flow matching alone: the frozen networks' weights are not on every machine, and are not what differs.
-FLOW_MATCHING = (
-    *("--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"),
-    *("--loss.balance", "off"),
-)
 # A model that two CPU cores can train, with the tokens of the real ones: 256 of the image and 32 in context.
 # All blocks see all of them, so that one compilation serves every block.
 SMALL = (
     *("--data.image_size", "64", "--data.channels", "3", "--data.num_classes", "1000"),
     *("--model.size", "JiT-B/16", "--model.patch_size", "4", "--model.width", "256", "--model.depth", "4"),
-    *("--model.heads", "4", "--model.in_context_start", "0"),
+    *("--model.heads", "4", "--model.in_context_start", "0", "--loss.balance", "off"),
+    *("--loss.stages", "vgg16", "--loss.tokens", "dinov2_vits14"),
 )
 MODELS = {"cpu": ("small", SMALL), "cuda": ("XL/16", ("--config", "pixelgen-xl-256"))}
+NO_NETWORKS = ("--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0")
+FLOW_MATCHING = (*NO_NETWORKS, "--loss.balance", "off")
+CASES = {
+    # Random weights cost what trained ones do, and the trained ones are not on every machine.
+    "all_terms": ("--loss.stages_weights", "random", "--loss.tokens_weights", "random"),
+    "flow_matching": FLOW_MATCHING,
+}
 # Relative differences from eager that the first step's loss and gradient norm may have: rounding in the dtype
-# of the matrix products, averaged over all outputs (loss) and over all parameters (norm).
+# of the matrix products, averaged over all outputs (loss) and over all parameters (norm); in bf16 that of the
+# frozen networks as well.
 TOLERANCES = {
-    "float32": {"loss": 1e-5, "grad_norm": 1e-4},
-    "bfloat16": {"loss": 1e-3, "grad_norm": 1e-2},
+    ("flow_matching", "float32"): {"loss": 1e-5, "grad_norm": 1e-4},
+    ("all_terms", "float32"): {"loss": 1e-5, "grad_norm": 1e-3},
+    ("flow_matching", "bfloat16"): {"loss": 1e-3, "grad_norm": 1e-2},
+    ("all_terms", "bfloat16"): {"loss": 1e-2, "grad_norm": 5e-2},
 }
 DTYPES = {"float32": ("fp32", torch.float32), "bfloat16": ("bf16", torch.bfloat16)}
 WARM_UP, SECONDS, FEWEST = 2, 10.0, 5
@@ -76,11 +78,16 @@ class RandomImages:
         return images, self.labels[torch.as_tensor(np.asarray(indices))]
 
 
-def step_config(device: torch.device, provider: str, batch: int) -> TrainConfig:
-    """The configuration of a provider."""
-    _, model = MODELS[device.type]
-    options = (*FLOW_MATCHING, "--device", device.type, "--train.batch_size", str(batch))
-    return load_config([*model, *options, *PROVIDERS[provider]])[0]
+def step_config(device: torch.device, case: str, provider: str, batch: int) -> TrainConfig:
+    """The configuration of a provider.
+
+    Where blocks are compiled, so are the frozen networks; but on a CPU, where that takes minutes.
+    """
+    compiled = "compile" in provider
+    options = ("--kernels", KERNELS[provider], "--compile", str(compiled).lower())
+    options += ("--loss.compile_networks", str(compiled and device.type == "cuda").lower())
+    options += ("--device", device.type, "--train.batch_size", str(batch))
+    return load_config([*MODELS[device.type][1], *CASES[case], *options])[0]
 
 
 def fill_zeros(model: nn.Module) -> None:
@@ -105,25 +112,40 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     model.train()
 
 
-class Runner:
-    """A trainer of one provider with one batch on its device."""
+def usual_step(trainer: Trainer) -> int:
+    """The first step in which the noise gate lets the share of samples pass that it does on average.
 
-    def __init__(self, device: torch.device, provider: str, batch: int) -> None:
-        self.device, self.config = device, step_config(device, provider, batch)
+    Frozen networks are compiled for each number of samples that they see. A step that is repeated has one,
+    and the usual one is what the count of FLOPs assumes.
+    """
+    config = trainer.config
+    wanted = round(expected_gate_share(config) * config.train.batch_size)
+    passing = ((trainer.draw_time(step) >= config.loss.gate_t).sum() for step in range(10_000))
+    return next(step for step, count in enumerate(passing) if count == wanted)
+
+
+class Runner:
+    """A trainer of one provider with one batch on its device, which repeats one step."""
+
+    def __init__(self, device: torch.device, case: str, provider: str, batch: int) -> None:
+        self.device, self.config = device, step_config(device, case, provider, batch)
         data = self.config.data
         labels = torch.arange(batch) % data.num_classes
         images = RandomImages(data.image_size, data.channels, data.num_classes, labels)
         # the folder is not used: only features trained on the run's own images would be kept in it
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # random weights
             self.trainer = Trainer(self.config, Path(folder), images)
+        self._step = usual_step(self.trainer)
         fill_zeros(self.trainer.model)
         self.batch = tuple(tensor.to(device) for tensor in images.batch(range(batch)))
         with without_dropout(self.trainer.model):
             terms = self.step()
-        self.first = {name: terms[name].item() for name in TOLERANCES[self.config.dtype]}
+        self.first = {name: terms[name].item() for name in ("loss", "grad_norm")}
 
     def step(self) -> dict[str, Tensor]:
         """One training step."""
+        self.trainer.step = self._step
         return self.trainer.train_step(*self.batch)
 
     def peak_mb(self) -> float:
@@ -146,96 +168,98 @@ class Runner:
         return (resident + peak_bytes(self.device, lambda _: self.step(), self.step)) / 1e6
 
 
-def problems(first: dict[str, float], eager: dict[str, float], dtype: str) -> list[str]:
+def problems(first: dict[str, float], eager: dict[str, float], tolerances: dict[str, float]) -> list[str]:
     """What differs from eager's first step by more than the tolerance."""
     return [
         f"{name} of the first step is {first[name]:.7g}, eager's {eager[name]:.7g}"
-        for name, tolerance in TOLERANCES[dtype].items()
+        for name, tolerance in tolerances.items()
         if not abs(first[name] - eager[name]) <= tolerance * abs(eager[name])
     ]
 
 
-def measure(
-    device: torch.device, names: list[str], batch: int, repeats: int | None
-) -> Iterator[tuple[str, TrainConfig, Timing, float, dict[str, float]]]:
-    """(provider, configuration, timing, peak MB, values of the first step) of each provider that is right."""
-    eager: dict[str, float] = {}
-    # Side by side where it matters and the memory is there: a busy CPU slows whatever runs at that moment.
-    groups = [names] if device.type == "cpu" else [[name] for name in names]
-    with tqdm(total=2 * len(names), unit="part", dynamic_ncols=True) as bar:
-        for group in groups:
-            runners: dict[str, Runner] = {}
-            for name in group:
-                bar.set_postfix_str(f"{name}: check")
-                runner = Runner(device, name, batch)
-                eager = eager or runner.first
-                if found := problems(runner.first, eager, runner.config.dtype):
-                    tqdm.write(f"{name} is wrong and not timed: {'; '.join(found)}")
-                else:
-                    runners[name] = runner
-                bar.update()
-            bar.set_postfix_str(f"{', '.join(runners)}: time")
-            once = {
-                name: lambda runner=runner: elapsed_ms(device, runner.step)
-                for name, runner in runners.items()
-            }
-            timings = in_turns(once, repeats, warm_up=WARM_UP, seconds=SECONDS, fewest=FEWEST) if once else {}
-            for name, timing in timings.items():
-                runner = runners[name]
-                yield name, runner.config, timing, runner.peak_mb(), runner.first
-            bar.update(len(group))
-            del runner, once  # the next provider needs the memory, also what only cycles keep
-            runners.clear()
-            torch.compiler.reset()
-            gc.collect()
+def free_memory() -> None:
+    """Compiled code, and what only cycles keep: the next provider needs the memory."""
+    torch.compiler.reset()
+    gc.collect()
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Times training steps, writes CSV, table and plot, prints the table.
+class Steps:
+    """Times the steps of one case."""
 
-    Returns:
-        0, or 1 when a provider was wrong.
-    """
-    device, columns, folder = setting.start(arguments)
-    names = setting.chosen("--providers", arguments.providers, list(PROVIDERS))
-    names = [name for name in PROVIDERS if name == "eager" or name in names]
-    batch = arguments.batch or BATCH[device.type]
-    model, _ = MODELS[device.type]
-    shown, dtype = DTYPES[step_config(device, "eager", batch).dtype]
-    vendor = peak_flops(columns["device"], shown)
-    peak = vendor or matmul_flops(device, dtype)
-    source = "the vendor's dense peak" if vendor else "a matrix product measured in this run"
-    print(f"{columns['device']}: {model}, batch {batch}, {shown}")
-    print(f"MFU against {peak / 1e12:.4g} TFLOP/s, {source}")
+    def __init__(self, run: Run, case: str, matmul: Callable[[], float]) -> None:
+        self.run, self.case, self.device, self.matmul = run, case, run.device, matmul
+        self.batch = run.arguments.batch or BATCH[run.device.type]
+        self.expected: dict[str, float] | None = None  # of eager's first step
 
-    rows: list[report.Row] = []
-    for name, config, timing, peak_mb, first in measure(device, names, batch, arguments.repeats):
-        flops = train_step_flops(config).total
-        per_second = 1e3 / timing.median_ms
-        rows.append(
-            {
-                "provider": name,
-                "model": model,
-                "batch": str(batch),
-                "dtype": shown,
-                "median_ms": f"{timing.median_ms:.5g}",
-                "p20_ms": f"{timing.p20_ms:.5g}",
-                "p80_ms": f"{timing.p80_ms:.5g}",
-                "images_per_s": f"{batch * per_second:.4g}",
-                "tflops": f"{flops * per_second / 1e12:.4g}",
-                "peak_tflops": f"{peak / 1e12:.4g}",
-                "mfu": f"{flops * per_second / peak:.4f}",
-                "peak_mb": f"{peak_mb:.1f}",
-                "loss": f"{first['loss']:.7g}",
-                "grad_norm": f"{first['grad_norm']:.6g}",
-                **columns,
-            }
+    def runner(self, name: str) -> Runner:
+        """A new trainer of a provider, after its first step."""
+        self.run.show(f"{self.case} {name}: check")
+        return Runner(self.device, self.case, name, self.batch)
+
+    def rows(self, names: list[str]) -> Iterator[Row]:
+        """A row of each provider that is right; they are timed in turns."""
+        runners: dict[str, Runner] = {}
+        if self.expected is None and names[0] != "eager":
+            self.expected = self.runner("eager").first
+            free_memory()
+        for name in names:
+            runner = self.runner(name)
+            self.expected = self.expected or runner.first
+            tolerances = TOLERANCES[self.case, runner.config.dtype]
+            if found := problems(runner.first, self.expected, tolerances):
+                self.run.wrong(self.case, name, "; ".join(found))
+            else:
+                runners[name] = runner
+        self.run.show(f"{self.case} {', '.join(runners)}: time")
+        once = {name: partial(elapsed_ms, self.device, runner.step) for name, runner in runners.items()}
+        repeats = self.run.arguments.repeats
+        timings = in_turns(once, repeats, warm_up=WARM_UP, seconds=SECONDS, fewest=FEWEST) if once else {}
+        for name, timing in timings.items():
+            yield self.row(name, runners[name], timing)
+        del once, runner
+        runners.clear()
+        free_memory()
+
+    def row(self, name: str, runner: Runner, timing: Timing) -> Row:
+        """The row of a provider."""
+        dtype, _ = DTYPES[runner.config.dtype]
+        rate = train_step_flops(runner.config).total * 1e3 / timing.median_ms
+        vendor, matmul = peak_flops(self.run.setting["device"], dtype), self.matmul()
+        return row(
+            self.case,
+            name,
+            timing,
+            shape=f"{MODELS[self.device.type][0]} B={self.batch}",
+            dtype=dtype,
+            mode="step",
+            images_per_s=1e3 * self.batch / timing.median_ms,
+            tflops=rate / 1e12,
+            mfu_vendor=rate / vendor if vendor else None,
+            mfu_matmul=rate / matmul,
+            vendor_tflops=vendor / 1e12 if vendor else None,
+            matmul_tflops=matmul / 1e12,
+            peak_mb=runner.peak_mb(),
+            **runner.first,
         )
-    path = folder / "step.csv"
-    report.write_csv(path, report.STEP, rows)
-    recorded = report.read_csv(path, columns)
-    (folder / "step.md").write_text(tables.step(recorded))
-    plots.step(recorded, folder / "step.png")
-    print(tables.step(rows))
-    print(f"{path} and, drawn from it, step.md and step.png")
-    return 0 if len(rows) == len(names) else 1
+
+
+def parts(run: Run) -> list[Part]:
+    names = run.chosen("providers", list(KERNELS))
+    # Side by side where it matters and the memory is there: a busy CPU slows whatever runs at that moment.
+    groups = [names] if run.device.type == "cpu" else [[name] for name in names]
+    dtype = DTYPES[step_config(run.device, "all_terms", "eager", 1).dtype][1]
+    matmul = cache(lambda: matmul_flops(run.device, dtype))
+    cases = {case: Steps(run, case, matmul) for case in CASES}
+    return [
+        Part(case=case, label=f"{case} {', '.join(group)}", rows=partial(steps.rows, group))
+        for case, steps in cases.items()
+        for group in groups
+    ]
+
+
+SUITE = Suite(
+    name="step",
+    parts=parts,
+    baselines=("eager",),
+    plots={"": ("median_ms", "mfu_matmul", "peak_mb")},
+)

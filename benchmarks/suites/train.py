@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -11,16 +10,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks import plots, processes, report, setting, tables
-from benchmarks.data import make_folder, natural
+from benchmarks import processes
 from benchmarks.measure import Timing, elapsed_ms, summarise
-from benchmarks.step import FLOW_MATCHING
+from benchmarks.report import Row, row
+from benchmarks.suite import Part, Run, Suite
+from benchmarks.suites.data import make_folder, natural
+from benchmarks.suites.step import FLOW_MATCHING
 from pixelgen import checkpoint as checkpoints
 from pixelgen.config import config_to_yaml, load_config
 from pixelgen.config_checks import check_batch
@@ -33,8 +34,6 @@ from pixelgen.plan import Machine, communication, resolve_layout
 from pixelgen.saving import CheckpointWriter
 from pixelgen.trainlog import METRICS_FILE
 
-PARTS = ("step", "save", "processes")
-SOURCES = ("synthetic", "folder", "prepared")
 MODES = {
     processes.ONE: (),
     "ddp": ("--parallel.mode", "ddp"),
@@ -109,13 +108,6 @@ def options(device: torch.device, batch: int, *more: str) -> list[str]:
     return [*command, "--train.sample_every", "0", "--optimizer.warmup_steps", "0"]
 
 
-def row(op: str, provider: str, shape: str, timing: Timing, **more: str) -> report.Row:
-    """A row without the columns of `setting`; what is not given is empty."""
-    times = {f"{name}_ms": f"{getattr(timing, f'{name}_ms'):.5g}" for name in ("median", "p20", "p80")}
-    empty = dict.fromkeys(report.TRAIN.columns[6:], "")
-    return {"op": op, "provider": provider, "shape": shape, **times, **empty, **more}
-
-
 # --- data ---
 
 
@@ -150,30 +142,27 @@ def records(command: list[str], device: torch.device) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def step_rows(
-    size: Size, device: torch.device, batch: int, repeats: int | None, bar: tqdm
-) -> Iterator[report.Row]:
-    """Rows of the op `step`: runs with each source of images, with some numbers of workers."""
+def step_rows(run: Run, size: Size, batch: int) -> Iterator[Row]:
+    """Rows of the case `step`: runs with each source of images, with some numbers of workers."""
+    repeats = run.arguments.repeats
     lines = size.lines if repeats is None else size.skipped + repeats
     with tempfile.TemporaryDirectory() as folder:
-        bar.set_postfix_str("images")
         sources = make_images(size, Path(folder))
         for workers in size.workers:
-            found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in SOURCES}
+            found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in sources}
             for _ in range(size.rounds):
                 for name, source in sources.items():
-                    bar.set_postfix_str(f"{name}, {workers} workers")
+                    run.show(f"step: {name}, {workers} workers")
                     more = ("--data.workers", str(workers), "--train.log_every", str(size.log_every))
                     more += ("--train.max_steps", str(lines * size.log_every))
-                    command = options(device, batch, *size.options, *source, *more)
-                    found[name].append(records(command, device))
-                    bar.update()
+                    command = options(run.device, batch, *size.options, *source, *more)
+                    found[name].append(records(command, run.device))
             shape = f"{size.model} B={batch} workers={workers}"
             losses = {name: [line["loss"] for line in runs[0]] for name, runs in found.items()}
             for name, runs in found.items():
                 # Shards hold the very images that the folder has.
                 if name == "prepared" and (wrong := processes.wrong_losses(losses[name], losses["folder"])):
-                    tqdm.write(f"{shape}: prepared is wrong: {wrong.replace('one process', 'the folder')}")
+                    run.wrong(shape, name, wrong.replace("one process", "the folder"))
                     continue
                 kept = [line for run in runs for line in run[size.skipped :]]
                 times = [line["ms_per_step"] for line in kept]
@@ -182,11 +171,11 @@ def step_rows(
                 yield row(
                     "step",
                     name,
-                    shape,
                     timing,
-                    images_per_s=f"{1e3 * batch / timing.median_ms:.4g}",
-                    data_wait=f"{waited / sum(times):.4f}",
-                    loss=f"{losses[name][-1]:.7g}",
+                    shape=shape,
+                    images_per_s=1e3 * batch / timing.median_ms,
+                    data_wait=waited / sum(times),
+                    loss=losses[name][-1],
                 )
 
 
@@ -244,50 +233,48 @@ class Saver:
         return Stall(stall * 1e3, max(stall, collected + last.seconds), steps, is_right)
 
 
-def save_rows(size: Size, device: torch.device, repeats: int | None, bar: tqdm) -> Iterator[report.Row]:
-    """Rows of the ops `save`, milliseconds for which training waits, and `beside`, steps meanwhile."""
+def save_rows(run: Run, size: Size) -> Iterator[Row]:
+    """Rows of the cases `save`, milliseconds for which training waits, and `beside`, steps meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
-        bar.set_postfix_str("save")
-        saver = Saver(size, device, Path(folder))
+        saver = Saver(size, run.device, Path(folder))
         saves: dict[str, list[Stall]] = {"sync": [], "async": [], "async_first": [saver.save(wait=False)]}
-        bar.update()
         alone = []
-        for _ in range(repeats or size.saves):
+        for _ in range(run.arguments.repeats or size.saves):
             for name in ("sync", "async"):
                 saves[name].append(saver.save(wait=name == "sync"))
-                bar.update()
             alone += [saver.step_ms() for _ in range(3)]
         saver.writer.close()
         shape = f"{saver.runner.trainer.num_parameters / 1e6:.1f}M B={size.saved_batch}"
     for name, found in saves.items():
         if not all(save.is_right for save in found):
-            tqdm.write(f"{shape}: {name} is wrong and not told: it is not the state of its step")
+            run.wrong(f"save {shape}", name, "what was saved is not the state of its step")
             continue
-        seconds = statistics.median(save.seconds for save in found)
-        share = statistics.median(save.stall_ms / save.seconds / 1e3 for save in found)
         # quantiles of a single save do not exist
         stalls = [save.stall_ms for save in found] * (2 if len(found) == 1 else 1)
-        told = {"save_s": f"{seconds:.4g}", "stall_share": f"{share:.4f}"}
-        yield row("save", name, shape, summarise(stalls), **told)
+        yield row(
+            "save",
+            name,
+            summarise(stalls),
+            shape=shape,
+            save_s=statistics.median(save.seconds for save in found),
+            stall_share=statistics.median(save.stall_ms / save.seconds / 1e3 for save in found),
+        )
     beside = [step for save in saves["async"] for step in save.steps_ms]
     for name, times in (("alone", alone), ("saving", beside)):
-        yield row("beside", name, shape, summarise(times))
+        yield row("beside", name, summarise(times), shape=shape)
 
 
 # --- processes ---
 
 
-def process_rows(
-    size: Size, device: torch.device, batch: int, repeats: int | None, threads: int, bar: tqdm
-) -> Iterator[report.Row]:
-    """Rows of the op `processes`: a step of one process, and of several that share the same batch."""
-    count = num_processes(device)
-    bar.set_postfix_str(f"{count} processes")
-    common = options(device, batch, *size.options, "--data.name", "synthetic")
+def process_rows(run: Run, size: Size, batch: int, count: int) -> Iterator[Row]:
+    """Rows of the case `processes`: a step of one process, and of several that share the same batch."""
+    common = options(run.device, batch, *size.options, "--data.name", "synthetic")
     commands = {name: [*common, *more] for name, more in MODES.items()}
     check_batch(load_config(common)[0], count)
-    task = processes.Task(options=commands, steps=size.checked, repeats=repeats or size.repeats)
-    results = processes.launch(task, count, threads)
+    repeats = run.arguments.repeats or size.repeats
+    task = processes.Task(options=commands, steps=size.checked, repeats=repeats)
+    results = processes.launch(task, count, int(run.setting["threads"]))
     shape = f"{size.model} B={batch} processes={count}"
     for name, result in results.items():
         config, _ = load_config(commands[name])
@@ -295,20 +282,19 @@ def process_rows(
         layout = resolve_layout(config, Machine(1 if name == processes.ONE else count, "H100"), parameters)
         formula, _ = communication(config, parameters, layout)
         if wrong := result.get("wrong") or wrong_bytes(result["sent"], formula):
-            tqdm.write(f"{shape}: {name} is wrong: {wrong}")
+            run.wrong(shape, name, wrong)
             continue
         timing = Timing(**result["timing"])
         yield row(
             "processes",
             name,
-            shape,
             timing,
-            images_per_s=f"{1e3 * batch / timing.median_ms:.4g}",
-            sent_mb=f"{result['sent'] / 1e6:.5g}",
-            formula_mb=f"{formula / 1e6:.5g}",
-            loss=f"{result['losses'][-1]:.7g}",
+            shape=shape,
+            images_per_s=1e3 * batch / timing.median_ms,
+            sent_mb=result["sent"] / 1e6,
+            formula_mb=formula / 1e6,
+            loss=result["losses"][-1],
         )
-    bar.update()
 
 
 def num_processes(device: torch.device) -> int:
@@ -323,41 +309,24 @@ def wrong_bytes(sent: float, formula: float) -> str | None:
     return f"it sends {sent / 1e6:.5g} MB a step, {formula / 1e6:.5g} by the formula"
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Times what the command line asks for, writes CSV, table and plot, prints the ratios.
-
-    Returns:
-        0, or 1 when something was wrong.
-    """
-    parts = setting.chosen("--only", arguments.only, list(PARTS))
-    if setting.pick_device(arguments.device).type == "cpu":
-        arguments.threads = arguments.threads or 1  # of each process; several share the cores
-    device, columns, folder = setting.start(arguments)
-    size = SIZES[device.type]
-    batch, repeats = arguments.batch or size.batch, arguments.repeats
-    if "processes" in parts and num_processes(device) == 1:
+def parts(run: Run) -> list[Part]:
+    size, count = SIZES[run.device.type], num_processes(run.device)
+    batch = run.arguments.batch or size.batch
+    found = [
+        Part(case="step", label="step", rows=partial(step_rows, run, size, batch)),
+        Part(case="save", label="save, and steps beside", rows=partial(save_rows, run, size)),
+    ]
+    if count == 1:
         print("processes: left out, there is one GPU")
-        parts.remove("processes")
-    # name -> rows, turns of the bar, and number of rows
-    runs = len(SOURCES) * len(size.workers)
-    threads = int(columns["threads"])
-    bars = {"step": runs * size.rounds, "save": 1 + 2 * (repeats or size.saves), "processes": 1}
-    expected = {"step": runs, "save": 5, "processes": len(MODES)}
-    path = folder / "train.csv"
-    rows: list[report.Row] = []
-    with tqdm(total=sum(bars[part] for part in parts), unit="part", dynamic_ncols=True) as bar:
-        timed = {
-            "step": step_rows(size, device, batch, repeats, bar),
-            "save": save_rows(size, device, repeats, bar),
-            "processes": process_rows(size, device, batch, repeats, threads, bar),
-        }
-        for part in parts:
-            measured = [{**found, **columns} for found in timed[part]]
-            report.write_csv(path, report.TRAIN, measured)  # now: a run that is stopped keeps its rows
-            rows.extend(measured)
-    recorded = report.read_csv(path, columns)
-    (folder / "train.md").write_text(tables.train(recorded))
-    plots.train(recorded, folder / "train.png")
-    print(tables.train(rows))
-    print(f"{path} and, drawn from it, train.md and train.png")
-    return 0 if len(rows) == sum(expected[part] for part in parts) else 1
+        return found
+    several = partial(process_rows, run, size, batch, count)
+    return [*found, Part(case="processes", label=f"{count} processes", rows=several)]
+
+
+SUITE = Suite(
+    name="train",
+    parts=parts,
+    baselines=("synthetic", "sync", "alone", processes.ONE),
+    plots={"": ("median_ms", "data_wait", "stall_share")},
+    cpu_threads=1,  # of each process; several share the cores
+)
