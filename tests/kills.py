@@ -20,15 +20,7 @@ from processes import EVERYTHING, SMALL, Job, differences, stored, train
 
 from pixelgen.encoders.embedded import FILE_NAME
 
-STEPS_PER_KILL = 12
-
-
-def until_step(job: Job, step: int) -> int | None:
-    """Reads a job's lines up to that of a step; the step that was reached, None if the job ended before."""
-    for line in job.lines():
-        if line.startswith("step ") and int(line.split()[1]) >= step:
-            return int(line.split()[1])
-    return None
+STEPS_PER_KILL = 9
 
 
 def kill_in_save(job: Job, run_dir: Path, wait: float) -> None:
@@ -62,13 +54,8 @@ def run(
     reached = 0
     for number in range(kills):
         job = Job([*options, "--name", "killed", "--resume", "auto"], processes, **killed)
-        found = until_step(job, reached + draw.randint(1, STEPS_PER_KILL - 2))
-        if found is None:
-            codes = job.wait()
-            raise RuntimeError(
-                f"kill {number + 1}: exit codes {codes}\n{(folder / 'killed.log').read_text()[-2000:]}"
-            )
-        in_save = number % 2 == 1
+        found = job.until_step(reached + draw.randint(1, STEPS_PER_KILL - 2))
+        in_save = number % 2 == 0
         if in_save:
             kill_in_save(job, folder / "killed", draw.uniform(0, 0.03))
         else:
@@ -76,10 +63,8 @@ def run(
             job.kill()
         saved = sorted(path.name for path in (folder / "killed" / "checkpoints").glob("step_*"))
         reached = int(saved[-1].removeprefix("step_")) if saved else 0
-        tell(
-            f"kill {number + 1} of {kills}, {'in a save' if in_save else 'anywhere'}, after step {found}: ",
-            end="",
-        )
+        place = "in a save" if in_save else "anywhere"
+        tell(f"kill {number + 1} of {kills}, {place}, after step {found}: ", end="")
         tell(f"goes on from {reached or 'the start'}", flush=True)
     train([*options, "--name", "killed", "--resume", "auto"], processes, **killed)
     return differences(stored(folder / "alone"), stored(folder / "killed"))

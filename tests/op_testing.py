@@ -7,10 +7,9 @@ the dtype under test, so no test invents a tolerance.
 
 import contextlib
 import itertools
-import os
-import subprocess
+import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,20 @@ class Point:
         parts = [self.op.name, text(self.shape), *map(text, self.options.values()), text(self.dtype)]
         return "-".join([*parts, *([text(self.other)] if self.other else []), self.layout])
 
-    def inputs(self, device: str = "cpu") -> tuple[Inputs, list[str]]:
+    def inputs(self, device: str = "cpu", seed: int = 0) -> tuple[Inputs, list[str]]:
         """The arguments, and the names of those that get a gradient."""
-        draw = Draw(dtype=self.dtype, other=self.other, weights=self.other, device=device, layout=self.layout)
+        dtypes = {"dtype": self.dtype, "other": self.other, "weights": self.other}
+        draw = Draw(**dtypes, device=device, layout=self.layout, seed=seed)
         inputs = self.op.inputs(draw, self.shape, **self.options)
         names = [name for name in self.op.differentiable if isinstance(inputs.get(name), Tensor)]
         return inputs, names
+
+
+def inputs_of(
+    name: str, *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any
+) -> Inputs:
+    """Dense arguments of the op of that name."""
+    return Point(op=OPS[name], shape=shape, options=options, dtype=dtype).inputs(device)[0]
 
 
 def combinations(op: Op) -> list[Inputs]:
@@ -68,28 +75,80 @@ def combinations(op: Op) -> list[Inputs]:
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
 
 
+def pairwise(dimensions: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Few rows, of one value of each dimension, in which any two values of any two dimensions meet.
+
+    A row starts from the first two that have not met. Each other dimension adds the value that meets most of
+    the row for the first time.
+    """
+    columns = [[(key, i) for i in range(len(values))] for key, values in dimensions.items()]
+    pairs = (pair for two in itertools.combinations(columns, 2) for pair in itertools.product(*two))
+    apart = dict.fromkeys(map(frozenset, pairs))  # a set that keeps its order
+    rows = []
+    while apart:
+        row = dict(next(iter(apart)))
+        for column in columns:
+            if column[0][0] not in row:
+                meets = [sum(frozenset((item, other)) in apart for other in row.items()) for item in column]
+                row.update([column[meets.index(max(meets))]])
+        for pair in itertools.combinations(row.items(), 2):
+            apart.pop(frozenset(pair), None)
+        rows.append({key: values[row[key]] for key, values in dimensions.items()})
+    return rows
+
+
+def layouts_of(op: Op, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The layouts that a shape can have: of another rank than the second one, rows at equal distances."""
+    if 0 in shape:
+        return ("dense",)
+    return op.layouts if len(shape) == len(op.shapes[1]) else ("dense", "chunk", "odd address")
+
+
 def points(op: Op) -> list[Point]:
-    """Every combination of options at every shape and in every layout, dtypes in turns; and mixed dtypes."""
-    every = combinations(op)
-    turns = itertools.cycle(DTYPES)
-    odd = op.shapes[1]
-    found = [
-        Point(op=op, shape=shape, options=options, dtype=next(turns))
-        for shape in op.shapes
-        for options in every
+    """Any two of shape, layout, dtype, other dtype and options are together at one of them.
+
+    The smallest shape, empty ones and those of another rank meet each layout that they can have, each dtype
+    and option; but what meets there may be without effect, and has to meet elsewhere as well.
+    """
+    whole = [shape for shape in op.shapes[1:] if len(shape) == len(op.shapes[1]) and 0 not in shape]
+    others = {"layout": op.layouts, "dtype": DTYPES, "other": (None, *DTYPES), **op.options}
+    rows = pairwise({"shape": whole, **others})
+    for shape in op.shapes:
+        if shape not in whole:
+            here = {**others, "layout": layouts_of(op, shape)}
+            turns = range(max(map(len, here.values())))
+            rows += [
+                {"shape": shape} | {key: each[i % len(each)] for key, each in here.items()} for i in turns
+            ]
+    options = [{key: row.pop(key) for key in op.options} for row in rows]
+    return [Point(op=op, options=option, **row) for option, row in zip(options, rows, strict=True)]
+
+
+def product(op: Op) -> list[Point]:
+    """Every combination of options at every shape, and in every layout at the second one; any dtypes."""
+    any_of = random.Random(op.name).choice
+    places = [(shape, "dense") for shape in op.shapes] + [(op.shapes[1], layout) for layout in op.layouts]
+    return [
+        Point(
+            op=op,
+            shape=shape,
+            options=options,
+            dtype=any_of(DTYPES),
+            other=any_of((None, *DTYPES)),
+            layout=layout,
+        )
+        for shape, layout in places
+        for options in combinations(op)
     ]
-    found += [Point(op=op, shape=odd, options=options, dtype=dtype) for options in every for dtype in DTYPES]
-    found += [
-        Point(op=op, shape=odd, options=options, dtype=next(turns), layout=layout)
-        for layout in op.layouts[1:]
-        for options in every
-    ]
-    found += [
-        Point(op=op, shape=odd, options=options, dtype=dtype, other=other)
-        for options in (every[0], every[-1])
-        for dtype, other in itertools.permutations(DTYPES, 2)
-    ]
-    return list({str(point): point for point in found}.values())
+
+
+def cases(ops: Iterable[Op]) -> list[Any]:
+    """Parameters of a test: the points of ops; and those of their products, which are slow."""
+    ops = list(ops)
+    found = {str(point): pytest.param(point, id=str(point)) for op in ops for point in points(op)}
+    for point in (point for op in ops for point in product(op)):
+        found.setdefault(str(point), pytest.param(point, id=str(point), marks=pytest.mark.slow))
+    return list(found.values())
 
 
 def small(op: Op, **options: Any) -> tuple[Inputs, list[str]]:
@@ -129,13 +188,29 @@ def max_err(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_as_accurate(
-    actual: Tensor, eager: Tensor, oracle: Tensor, factor: float = 2.0, name: str = "output"
+    actual: Tensor,
+    eager: Tensor,
+    oracle: Tensor,
+    factor: float = 2.0,
+    name: str = "output",
+    similar: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> None:
-    """Asserts that `actual` is at most `factor` times as far from the oracle as eager is, plus one eps."""
+    """Asserts that `actual` is at most `factor` times as far from the oracle as eager is, plus one eps.
+
+    `similar` makes more of eager and oracle: few numbers eager may all have exactly right by chance.
+    """
     assert actual.shape == oracle.shape, f"{name}: {actual.shape}, expected {oracle.shape}"
-    floor = torch.finfo(actual.dtype).eps * oracle.abs().max().item() if oracle.numel() else 0.0
-    got, allowed = max_err(actual, oracle), factor * max_err(eager, oracle) + floor
-    assert got <= allowed, f"{name}: max error {got:.3e} > {allowed:.3e} ({factor}x eager's error + one eps)"
+    got, allowed = max_err(actual, oracle), -1.0
+    for each, exact in itertools.chain([(eager, oracle)], similar):
+        floor = torch.finfo(actual.dtype).eps * exact.abs().max().item() if exact.numel() else 0.0
+        allowed = max(allowed, factor * max_err(each, exact) + floor)
+        if got <= allowed:
+            return
+    raise AssertionError(f"{name}: max error {got:.3e} > {allowed:.3e} ({factor}x eager's error + one eps)")
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
@@ -177,21 +252,48 @@ def run(
     return [output.detach() for output in outputs], dict(zip(leaves, grads, strict=True))
 
 
+def named(results: tuple[list[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `run` gives, by name."""
+    outputs, grads = results
+    return {f"output {i}": y for i, y in enumerate(outputs)} | {f"grad_{key}": g for key, g in grads.items()}
+
+
 def check_accuracy(
-    fn: Callable, reference: Callable, inputs: Inputs, differentiable: Sequence[str] = ()
-) -> None:
-    """The outputs and every gradient, against the float64 oracle and relative to eager."""
-    with poisoned():
-        outputs, grads = run(fn, inputs, differentiable)
-    eager_outputs, eager_grads = run(reference, inputs, differentiable)
-    oracle_outputs, oracle_grads = run(reference, in_float64(inputs), differentiable)
-    assert len(outputs) == len(eager_outputs)
-    for index, (output, eager, oracle) in enumerate(zip(outputs, eager_outputs, oracle_outputs, strict=True)):
-        assert output.dtype == eager.dtype, f"output {index}: dtype {output.dtype}, expected {eager.dtype}"
-        assert_as_accurate(output, eager, oracle, name=f"output {index}")
-    for name, grad in grads.items():
-        assert grad.dtype == inputs[name].dtype, f"grad_{name}: dtype {grad.dtype}"
-        assert_as_accurate(grad, eager_grads[name], oracle_grads[name], name=f"grad_{name}")
+    fn: Callable,
+    reference: Callable,
+    inputs: Inputs,
+    differentiable: Sequence[str] = (),
+    similar: Callable[[], Iterable[Inputs]] = tuple,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The outputs and every gradient, against the float64 oracle and relative to eager; returns them."""
+
+    def by_reference(given: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        eager, oracle = (run(reference, each, differentiable) for each in (given, in_float64(given)))
+        return named(eager), named(oracle)
+
+    results = run(fn, inputs, differentiable)
+    eager, oracle = by_reference(inputs)
+    assert named(results).keys() == eager.keys()
+    for name, result in named(results).items():
+        assert result.dtype == eager[name].dtype, f"{name}: {result.dtype}, expected {eager[name].dtype}"
+        # unless all arguments are float64, the arithmetic is that of float32
+        judged = result.float() if result.dtype == torch.float64 else result
+        others = ((eager[name], oracle[name]) for eager, oracle in map(by_reference, similar()))
+        assert_as_accurate(judged, eager[name], oracle[name], name=name, similar=others)
+    return results
+
+
+def check_point(point: Point, device: str = "cpu") -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Results at a point are accurate, and inputs are not written."""
+    inputs, names = point.inputs(device)
+    before = {key: value.clone() for key, value in inputs.items() if isinstance(value, Tensor)}
+
+    def similar() -> Iterator[Inputs]:
+        return (point.inputs(device, seed)[0] for seed in (100, 200, 300))
+
+    results = check_accuracy(point.op.fused, point.op.eager, inputs, names, similar)
+    assert_same_bits({key: inputs[key] for key in before}, before)
+    return results
 
 
 def check_gradcheck(fn: Callable, inputs: Inputs, differentiable: Sequence[str]) -> None:
@@ -205,19 +307,24 @@ def check_gradcheck(fn: Callable, inputs: Inputs, differentiable: Sequence[str])
     assert torch.autograd.gradcheck(call, leaves)
 
 
-def check_compiles(fn: Callable, inputs: Inputs, differentiable: Sequence[str] = ()) -> None:
+def check_compiles(fn: Callable, inputs: Inputs, differentiable: Sequence[str], backend: str) -> None:
     """`torch.compile(fullgraph=True)` gives what the call itself gives, forward and backward."""
     torch._dynamo.reset()
-    outputs, grads = run(torch.compile(fn, fullgraph=True), inputs, differentiable)
+    outputs, grads = run(torch.compile(fn, fullgraph=True, backend=backend), inputs, differentiable)
     expected_outputs, expected_grads = run(fn, inputs, differentiable)
     torch.testing.assert_close(outputs, expected_outputs)
     torch.testing.assert_close(grads, expected_grads)
 
 
-def check_refuses(fn: Callable, inputs: Inputs, error: type[Exception], match: str, **changes: Any) -> None:
-    """Wrong arguments raise `error` with a text that names them."""
-    with pytest.raises(error, match=match):
-        fn(**{**inputs, **changes})
+def check_refuses(fn: Callable, inputs: Inputs, refused: Mapping[str, Inputs]) -> None:
+    """Every change of right arguments raises its error, "Type: text ... text", which names the op."""
+    for expected, changes in refused.items():
+        kind, text = expected.split(": ", 1)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            fn(**{**inputs, **changes})
+        told = f"{type(caught.value).__name__}: {caught.value}"
+        assert told.startswith(f"{kind}: {fn.__name__}: "), told
+        assert all(part in told for part in text.split(" ... ")), f"{told}\ndoes not say: {text}"
 
 
 def check_double_backward_refused(fn: Callable, inputs: Inputs, differentiable: Sequence[str]) -> None:
@@ -240,41 +347,3 @@ def check_no_alias(fn: Callable, inputs: Inputs) -> None:
     outputs = storages(run(fn, inputs)[0])
     assert len(set(outputs)) == len(outputs)
     assert not set(outputs) & set(storages([value for value in inputs.values() if isinstance(value, Tensor)]))
-
-
-def run_interpreted(test_file: str) -> None:
-    """Runs a file of Triton tests under the interpreter, in a process of its own.
-
-    Triton decides at import whether functions are interpreted, also for its own library, so one process
-    cannot do both.
-    """
-    pytest.importorskip("triton", reason="needs triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "GOMP_SPINCOUNT": "1000", "OMP_NUM_THREADS": "1"}
-    path = Path(__file__).parent / "ops" / test_file
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=path.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def compile_to_ptx(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any]) -> str:
-    """PTX of a Triton kernel for sm_90, made without a GPU, as for aligned pointers and multiples of 16.
-
-    Args:
-        kernel: the `triton.jit` function.
-        signature: type of every run-time argument by name, such as "*bf16", "i32", "fp32".
-        constexprs: value of every constexpr by name.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    index = {name: i for i, name in enumerate(kernel.arg_names)}
-    assert set(index) == set(signature) | set(constexprs)
-    source = ASTSource(
-        kernel,
-        {name: signature.get(name, "constexpr") for name in kernel.arg_names},
-        {(index[name],): value for name, value in constexprs.items()},
-        {(index[name],): [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] in "*i"},
-    )
-    target, options = GPUTarget("cuda", 90, 32), {"num_warps": 4, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options).asm["ptx"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from forked import Forked
+from torch.distributed import TCPStore
 
-from pixelgen.checkpoint import find_checkpoint, load_part
+from pixelgen.checkpoint import find_checkpoint, list_checkpoints, load_part
 
 # Everything that has a state: all terms, a trained gate and discriminator, a weight of each process.
 EVERYTHING = [
@@ -27,10 +27,14 @@ SMALL = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def rank_environments(processes: int) -> tuple[TCPStore, list[dict[str, str]]]:
+    """Where the processes of a job meet, which holds its port from the start as torchrun's does; and the
+    variables that make them its ranks. It must be kept as long as they run."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes)}
+    common |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common["TORCHELASTIC_RESTART_COUNT"] = "0"
+    return store, [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def signal_from_elsewhere(pids: Iterable[int]) -> None:
@@ -56,22 +60,32 @@ class Job:
     ) -> None:
         command = [str(Path(__file__).with_name("train_command.py")), str(features or "")]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-        port = str(free_port())
+        self._store, ranks = rank_environments(processes) if processes > 1 else (None, [{}])
         self.processes: list[Forked] = []
+        self.log = log
         with log.open("a") as errors:
-            for rank in range(processes):
-                if processes > 1:
-                    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank)}
-                    environment |= {"WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
-                    environment |= {"LOCAL_WORLD_SIZE": str(processes)}
-                stdout = None if rank == 0 else errors
-                self.processes.append(
-                    Forked([*command, *arguments], environment=environment, stdout=stdout, stderr=errors)
+            for rank in ranks:
+                stdout = None if rank is ranks[0] else errors
+                process = Forked(
+                    [*command, *arguments], environment=environment | rank, stdout=stdout, stderr=errors
                 )
+                self.processes.append(process)
 
     def lines(self) -> Iterator[str]:
         """What the first process prints, as it prints it."""
         return self.processes[0].lines()
+
+    def until_step(self, step: int, saved_in: Path | None = None) -> int:
+        """Reads up to the line of a step, and until a run's folder has a checkpoint; the step reached.
+
+        Raises:
+            RuntimeError: the job ended before; tells how.
+        """
+        for line in self.lines():
+            is_reached = line.startswith("step ") and int(line.split()[1]) >= step
+            if is_reached and (saved_in is None or list_checkpoints(saved_in)):
+                return int(line.split()[1])
+        raise RuntimeError(f"exit codes {self.wait()} before step {step}\n{self.log.read_text()[-2000:]}")
 
     def signal(self, number: int, rank: int | None = None) -> None:
         for process in self.processes if rank is None else [self.processes[rank]]:

@@ -14,7 +14,7 @@ def tokens(seed: int, shift: float = 0.0) -> torch.Tensor:
     return values
 
 
-def test_each_side_has_gradients_of_its_own_only() -> None:
+def test_each_side_has_gradients_of_its_own_only():
     torch.manual_seed(0)
     discriminator = Discriminator(D, 8)
     fake, real = tokens(1).requires_grad_(), tokens(2).requires_grad_()
@@ -27,7 +27,7 @@ def test_each_side_has_gradients_of_its_own_only() -> None:
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
 
 
-def test_both_sides_follow_their_formulas_in_float32_under_autocast() -> None:
+def test_both_sides_follow_their_formulas_in_float32_under_autocast():
     torch.manual_seed(0)
     discriminator = Discriminator(D, 8, r1_weight=0.0)
     real, fake = tokens(1) * 30, tokens(2) * 7 + 1  # normalised first, whatever their scale
@@ -44,7 +44,7 @@ def test_both_sides_follow_their_formulas_in_float32_under_autocast() -> None:
         torch.testing.assert_close(generator, -of_fake.mean((1, 2)))
 
 
-def test_r1_is_the_squared_gradient_at_real_tokens() -> None:
+def test_r1_is_the_squared_gradient_at_real_tokens():
     torch.manual_seed(0)
     plain, penalised = Discriminator(D, 8, r1_weight=0.0), Discriminator(D, 8, r1_weight=3.0)
     penalised.load_state_dict(plain.state_dict())
@@ -56,7 +56,7 @@ def test_r1_is_the_squared_gradient_at_real_tokens() -> None:
     torch.testing.assert_close(difference, penalty)
 
 
-def test_the_discriminator_learns_and_the_generator_follows() -> None:
+def test_the_discriminator_learns_and_the_generator_follows():
     torch.manual_seed(0)
     discriminator = Discriminator(D, 32, r1_weight=0.1)
     shift = torch.zeros(D, requires_grad=True)
@@ -77,6 +77,6 @@ def test_the_discriminator_learns_and_the_generator_follows() -> None:
     assert shift[0] > 1.0  # towards the channel in which real tokens stand out
 
 
-def test_a_negative_penalty_is_refused() -> None:
+def test_a_negative_penalty_is_refused():
     with pytest.raises(ValueError, match=r"r1_weight must not be negative, got -1.0"):
         Discriminator(D, r1_weight=-1.0)

@@ -48,32 +48,19 @@ def parse(*argv: str) -> Flat:
 
 
 def test_values_reach_the_dataclass_in_their_types():
-    args = [
-        "--samples-per-label",
-        "8",
-        "--scale=-1e-3",
-        "--pair",
-        "[0.1, 1]",
-        "--limit",
-        "null",
-        "--use-ema",
-        "false",
-    ]
+    args = ["--samples-per-label", "8", "--scale=-1e-3", "--pair", "[0.1, 1]", "--limit", "null"]
+    args += ["--use-ema", "false"]
     assert parse("--model", "runs/7", *args) == Flat(
         model="runs/7", samples_per_label=8, scale=-1e-3, pair=(0.1, 1.0), limit=None, use_ema=False
     )
     assert isinstance(parse("--model", "3").model, str)
+    assert parse("--model", "a", "--scale", "-8e-1").scale == -0.8
 
 
 def test_dashes_and_underscores_are_the_same_option():
     assert parse("--model", "a", "--samples_per_label", "8") == parse("--model=a", "--samples-per-label=8")
-    assert load_config(["--train.batch-size", "3", "--name", "n"]) == load_config(
-        ["--train.batch_size", "3", "--name", "n"]
-    )
-
-
-def test_a_negative_number_with_exponent_is_a_value():
-    assert parse("--model", "a", "--scale", "-8e-1").scale == -0.8
+    dashes, underscores = (["--name", "n", f"--train.batch{mark}size", "3"] for mark in "-_")
+    assert load_config(dashes) == load_config(underscores)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +186,9 @@ def test_exit_codes_of_main_pass_through(capsys):
 
 @pytest.mark.parametrize(("set_before", "seen"), [(None, "1000"), ("7", "7")])
 def test_waiting_threads_do_not_spin_unless_the_user_says_so(set_before, seen, capsys, monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", set_before or "")
-    if set_before is None:
-        monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", set_before)
     exit_of(lambda argv: None, capsys)
     assert os.environ["GOMP_SPINCOUNT"] == seen
 
@@ -212,6 +199,21 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_so(set_before, seen, c
 def test_other_exceptions_keep_their_traceback(error):
     with pytest.raises(type(error)):
         cli.run(raising(error), "pixelgen.draw", [])
+
+
+def test_what_starts_quickly_needs_no_torch():
+    code = """
+import io, sys
+import pixelgen.config, pixelgen.data, pixelgen.flops
+assert not {"torch", "PIL"} & set(sys.modules)
+from PIL import Image
+from pixelgen.data.decode import read_image
+file = io.BytesIO()
+Image.new("RGB", (90, 70)).save(file, "JPEG")
+read_image(file.getvalue(), 16, 3)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_help_and_errors_come_before_torch_is_imported():
@@ -228,9 +230,8 @@ for argv in (["--help"], ["--loss.lpips_wieght", "1"]):
 heavy = {"torch", "numpy", "timm", "torchvision", "matplotlib", "sklearn"} & set(sys.modules)
 print("\\n", codes, sorted(heavy))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.splitlines()[-1].strip() == "[0, 2] []", done.stdout[-300:] + done.stderr
     message = "unknown option --loss.lpips_wieght; did you mean --loss.lpips_weight?"
     assert done.stderr == f"pixelgen.train: error: {message}\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import pixelgen
 from pixelgen.config import (
@@ -144,10 +145,7 @@ def test_yaml_as_people_write_it():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "loss:\n  lpips_wieght: 1",
-            "x.yaml: unknown key loss.lpips_wieght; did you mean loss.lpips_weight?",
-        ),
+        ("loss:\n  lpips_wieght: 1", "unknown key loss.lpips_wieght; did you mean loss.lpips_weight?"),
         ("losss: {}", "x.yaml: unknown key losss; did you mean loss?"),
         ("traim:\n  max_steps: 3", "x.yaml: unknown key traim; did you mean train?"),
         ("resume: runs/a", "x.yaml: unknown key resume"),
@@ -213,74 +211,38 @@ def test_missing_files_are_said_to_be_missing(tmp_path):
         load("--config", str(tmp_path))
 
 
-WRONG = {
-    "name": ["a/b", "..", ""],
-    "device": ["tpu"],
-    "dtype": ["float16"],
-    "kernels": ["fast"],
-    "seed": [-1],
-    "threads": [-1],
-    "data.name": ["cifar"],
-    "data.image_size": [0],
-    "data.channels": [2],
-    "data.num_classes": [0],
-    "data.workers": [-1],
-    "model.size": ["JiT"],
-    "time.distribution": ["normal"],
-    "time.std": [0.0, float("nan")],
-    "time.timeshift": [0.0],
-    "time.t_eps": [0.0, 1.0],
-    "time.noise_scale": [0.0],
-    "loss.alignment_weight": [-1.0],
-    "loss.alignment_layer": [0, 3],
-    "loss.projector_width": [0],
-    "loss.lpips_weight": [-1.0],
-    "loss.p_dino_weight": [-1.0],
-    "loss.gate_t": [-0.1, 1.1],
-    "loss.p_dino_gate": ["both"],
-    "loss.perceptual_ratio": [-1.0],
-    "loss.balance": ["on"],
-    "loss.balance_start_step": [-1],
-    "loss.balance_every": [0],
-    "loss.stages": ["alexnet"],
-    "loss.tokens": ["clip"],
-    "loss.p_dino_layer": [0],
-    "optimizer.lr": [0.0, float("nan")],
-    "optimizer.betas": [(1.0, 0.9), (0.9, -0.1)],
-    "optimizer.weight_decay": [-1.0],
-    "optimizer.warmup_steps": [-1],
-    "optimizer.schedule": ["linear"],
-    "optimizer.max_grad_norm": [0.0],
-    "optimizer.label_drop": [1.5],
-    "ema.decay": [1.0],
-    "train.batch_size": [0],
-    "train.max_steps": [0],
-    "train.log_every": [0],
-    "train.sample_every": [-1],
-    "train.checkpoint_every": [-1],
-    "train.keep_checkpoints": [-1],
-    "sample.sampler": ["rk4"],
-    "sample.steps": [0],
-    "sample.guidance": [-1.0],
-    "sample.guidance_low": [-0.1, 1.0],
-    "sample.guidance_high": [0.0, 1.1],
-    "sample.guidance_rule": ["both"],
-    "sample.timeshift": [0.0],
-}
+WRONG = """
+    name=a/b name=.. name="" device=tpu dtype=float16 kernels=fast seed=-1 threads=-1
+    data.name=cifar data.image_size=0 data.channels=2 data.num_classes=0 data.workers=-1
+    model.size=JiT
+    time.distribution=normal time.std=0.0 time.std=.nan time.timeshift=0.0 time.t_eps=0.0 time.t_eps=1.0
+    time.noise_scale=0.0
+    loss.alignment_weight=-1.0 loss.alignment_layer=0 loss.alignment_layer=3 loss.projector_width=0
+    loss.lpips_weight=-1.0 loss.p_dino_weight=-1.0 loss.gate_t=-0.1 loss.gate_t=1.1 loss.p_dino_gate=both
+    loss.perceptual_ratio=-1.0 loss.balance="on" loss.balance_start_step=-1 loss.balance_every=0
+    loss.stages=alexnet loss.tokens=clip loss.p_dino_layer=0
+    optimizer.lr=0.0 optimizer.lr=.nan optimizer.betas=[1.0,0.9] optimizer.betas=[0.9,-0.1]
+    optimizer.weight_decay=-1.0 optimizer.warmup_steps=-1 optimizer.schedule=linear
+    optimizer.max_grad_norm=0.0 optimizer.label_drop=1.5
+    ema.decay=1.0
+    train.batch_size=0 train.max_steps=0 train.log_every=0 train.sample_every=-1 train.checkpoint_every=-1
+    train.keep_checkpoints=-1
+    sample.sampler=rk4 sample.steps=0 sample.guidance=-1.0 sample.guidance_low=-0.1 sample.guidance_low=1.0
+    sample.guidance_high=0.0 sample.guidance_high=1.1 sample.guidance_rule=both sample.timeshift=0.0
+"""
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
-)
-def test_a_value_out_of_range_is_refused_by_name(key, value):
+@pytest.mark.parametrize("wrong", WRONG.split())
+def test_a_value_out_of_range_is_refused_by_name(wrong):
+    key, _, text = wrong.partition("=")
+    value = yaml.safe_load(text)
     section, _, name = key.rpartition(".")
     config = TrainConfig()
     with pytest.raises(UserError, match=name):
+        change = {name: tuple(value) if isinstance(value, list) else value}
         if section:
-            part = dataclasses.replace(getattr(config, section), **{name: value})
-            dataclasses.replace(config, **{section: part})
-        else:
-            dataclasses.replace(config, **{name: value})
+            change = {section: dataclasses.replace(getattr(config, section), **change)}
+        dataclasses.replace(config, **change)
 
 
 def test_the_model_takes_shapes_from_the_data_and_the_rest_from_its_options():

@@ -1,31 +1,18 @@
 """The order of images, and the loader: the same batches for any number of workers and ranks."""
 
 import multiprocessing
+import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import Forked
-from PIL import Image
+from images import assert_same, fill, united
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
 
 from pixelgen.data import ClassFolder, Digits, build_loader, stream_indices
 from pixelgen.data.decode import read_image
-
-
-def _fill(root: Path, classes=("cat", "ant"), per_class=5, side=(20, 14)) -> Path:
-    generator = np.random.default_rng(0)
-    for name in classes:
-        (root / name / "nested").mkdir(parents=True)
-        for index in range(per_class):
-            folder = root / name / ("nested" if index % 2 else "")
-            pixels = generator.integers(0, 256, (*side, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}.png")
-    return root
-
 
 # --- the stream
 
@@ -81,12 +68,6 @@ def _take(loader, count):
     return batches
 
 
-def _assert_same(first, second):
-    for (images, labels), (other_images, other_labels) in zip(first, second, strict=True):
-        assert torch.equal(images, other_images)
-        assert torch.equal(labels, other_labels)
-
-
 @pytest.mark.parametrize("batch_size", [64, 2000])
 def test_loader_yields_the_stream(batch_size):
     digits = Digits()
@@ -102,32 +83,28 @@ def test_loader_yields_the_stream(batch_size):
 def test_loader_resumes_at_any_step():
     straight = _take(build_loader(Digits(), 100, seed=1), 40)
     for start in (1, 17, 18, 37):  # 17 and 18: either side of the first epoch's end
-        _assert_same(
+        assert_same(
             _take(build_loader(Digits(), 100, seed=1, start_step=start), 3), straight[start : start + 3]
         )
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_batches_depend_on_neither_workers_nor_ranks(tmp_path, crop):
-    data = ClassFolder(_fill(tmp_path), image_size=8, crop=crop)
+    data = ClassFolder(fill(tmp_path), image_size=8, crop=crop)
     arguments = {"batch_size": 6, "seed": 2, "start_step": 1}
     whole = _take(build_loader(data, **arguments), 4)
     for num_workers in (1, 2):
-        _assert_same(_take(build_loader(data, num_workers=num_workers, **arguments), 4), whole)
+        assert_same(_take(build_loader(data, num_workers=num_workers, **arguments), 4), whole)
     for world_size in (2, 3):
         ranks = [
             _take(build_loader(data, rank=rank, world_size=world_size, **arguments), 4)
             for rank in range(world_size)
         ]
-        united = [
-            tuple(torch.cat([batch[field] for batch in batches]) for field in (0, 1))
-            for batches in zip(*ranks, strict=True)
-        ]
-        _assert_same(united, whole)
+        assert_same(united(ranks), whole)
 
 
 def test_random_crops_follow_seed_step_and_place(tmp_path):
-    data = ClassFolder(_fill(tmp_path, per_class=2, side=(40, 30)), image_size=8, crop="random")
+    data = ClassFolder(fill(tmp_path, per_class=2, side=(30, 40)), image_size=8, crop="random")
     images, _ = _take(build_loader(data, 8, seed=5, start_step=3), 1)[0]
     indices = stream_indices(3, dataset_size=4, batch_size=8, seed=5)
     draws = philox_uniform(5, 3, torch.arange(8), 3, stream=4).numpy()
@@ -142,22 +119,22 @@ def test_random_crops_follow_seed_step_and_place(tmp_path):
 def test_loader_of_a_rank():
     whole = _take(build_loader(Digits(), 10, seed=4), 3)
     part = _take(build_loader(Digits(), 10, seed=4, rank=1, world_size=2), 3)
-    _assert_same(part, [(images[5:], labels[5:]) for images, labels in whole])
+    assert_same(part, [(images[5:], labels[5:]) for images, labels in whole])
 
 
 def test_loader_of_files_resumes_in_the_middle(tmp_path):
-    data = ClassFolder(_fill(tmp_path), image_size=8, crop="random")
+    data = ClassFolder(fill(tmp_path), image_size=8, crop="random")
     straight = _take(build_loader(data, 4, seed=1), 6)
     loader = build_loader(data, 4, seed=1, num_workers=2)
     first = [next(loader) for _ in range(3)]
     assert loader.state_dict() == {}
     loader.close()
     rest = _take(build_loader(data, 4, seed=1, start_step=3, num_workers=1, state={}), 3)
-    _assert_same(first + rest, straight)
+    assert_same(first + rest, straight)
 
 
 def test_workers_outlive_signals_of_others(tmp_path):
-    data = ClassFolder(_fill(tmp_path), image_size=8)
+    data = ClassFolder(fill(tmp_path), image_size=8)
     expected = _take(build_loader(data, 4, seed=1), 20)
     before = {child.pid for child in multiprocessing.active_children()}
     loader = build_loader(data, 4, seed=1, num_workers=2)
@@ -165,27 +142,26 @@ def test_workers_outlive_signals_of_others(tmp_path):
     workers = {child.pid for child in multiprocessing.active_children()} - before
     assert len(workers) == 2
     signal_from_elsewhere(workers)
-    _assert_same([first, *_take(loader, 19)], expected)
+    assert_same([first, *_take(loader, 19)], expected)
     loader.close()
 
 
 _LEFT_OPEN = """
-import sys
 from pixelgen.data import Digits, build_loader
-loader = build_loader(Digits(), 4, seed=1, num_workers=2)
-batches = [next(loader) for _ in range(int(sys.argv[1]))]
-kept = loader, loader._batches  # an iterator that something refers to is not closed with the loader
+
+kept = []
+for batches in (1, 5):
+    loader = build_loader(Digits(), 4, seed=1, num_workers=2)
+    for _ in range(batches):
+        next(loader)
+    kept += [loader, loader._batches]  # an iterator that something refers to is not closed with the loader
 raise SystemExit(7)
 """
 
 
-@pytest.mark.parametrize("batches", [1, 5])
-def test_process_with_an_open_loader_ends(batches):
-    process = Forked(["-c", _LEFT_OPEN, str(batches)], stderr=sys.__stderr__, takes_down=True)
-    try:
-        assert process.wait(120) == 7
-    finally:
-        process.kill()
+def test_a_process_with_open_loaders_ends():
+    """A Python of its own, which takes down all modules."""
+    assert subprocess.run([sys.executable, "-c", _LEFT_OPEN], check=False, timeout=120).returncode == 7
 
 
 def test_loader_leaves_the_global_random_state_alone():
@@ -198,7 +174,7 @@ def test_loader_leaves_the_global_random_state_alone():
 
 
 def test_close_ends_the_workers(tmp_path):
-    data = ClassFolder(_fill(tmp_path), image_size=8)
+    data = ClassFolder(fill(tmp_path), image_size=8)
     before = {child.pid for child in multiprocessing.active_children()}
     loader = build_loader(data, 2, seed=0, num_workers=2)
     next(loader)

@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import tarfile
 from pathlib import Path
 
 import datasets
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from images import assert_same, united, write_tar
 from PIL import Image
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
@@ -24,9 +24,7 @@ NUM_IMAGES = 23
 SHARDS = (5, 0, 9, 2, 7)  # rows of each file; one is empty
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 def _png(index: int) -> bytes:
@@ -58,12 +56,12 @@ def _tars(root: Path) -> Path:
     root.mkdir()
     first = 0
     for shard, rows in enumerate(rows for rows in SHARDS if rows):
-        with tarfile.open(root / f"{shard:03}.tar", "w") as tar:
-            for index in range(first, first + rows):
-                for field, content in (("png", _PNGS[index]), ("cls", str(index % 2).encode())):
-                    info = tarfile.TarInfo(f"{index:04}.{field}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        members = [
+            (f"{index:04}.{field}", content)
+            for index in range(first, first + rows)
+            for field, content in (("png", _PNGS[index]), ("cls", str(index % 2).encode()))
+        ]
+        write_tar(root / f"{shard:03}.tar", members)
         first += rows
     return root
 
@@ -92,13 +90,6 @@ def _take(stream, count, batch_size=6, seed=0, **more):
         states.append(loader.state_dict())
     loader.close()
     return batches, states
-
-
-def _assert_same(first, second):
-    assert len(first) == len(second)
-    for batch, other in zip(first, second, strict=True):
-        assert torch.equal(batch[0], other[0])
-        assert torch.equal(batch[1], other[1])
 
 
 @pytest.fixture(params=["parquet", "tars"])
@@ -138,16 +129,8 @@ def test_stream_is_the_same_everywhere(tmp_path):
     batches, states = _take(_stream(_parquet(tmp_path / "set")), 4, batch_size=7, seed=3)
     numbers = [8, 7, 6, 10, 9, 5, 13, 11, 12, 17, 18, 16, 21, 15, 14, 20, 19, 22, 1, 0, 2, 3, 4]
     assert _numbers(batches) == [*numbers, 14, 16, 19, 17, 18]
-    assert states[-1] == {
-        "step": 4,
-        "epoch": 1,
-        "shard": 0,
-        "row": 0,
-        "offset": 5,
-        "seed": 3,
-        "num_shards": 5,
-        "shuffle_block": 6,
-    }
+    place = {"step": 4, "epoch": 1, "shard": 0, "row": 0, "offset": 5}
+    assert states[-1] == {**place, "seed": 3, "num_shards": 5, "shuffle_block": 6}
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
@@ -156,15 +139,11 @@ def test_batches_depend_on_neither_workers_nor_ranks(root, crop):
     whole, states = _take(stream, 9)
     for num_workers in (1, 3):
         batches, parallel_states = _take(stream, 9, num_workers=num_workers)
-        _assert_same(batches, whole)
+        assert_same(batches, whole)
         assert parallel_states == states
     for world_size in (2, 3):
         ranks = [_take(stream, 9, rank=rank, world_size=world_size) for rank in range(world_size)]
-        united = [
-            tuple(torch.cat([batch[field] for batch in parts]) for field in (0, 1))
-            for parts in zip(*(batches for batches, _ in ranks), strict=True)
-        ]
-        _assert_same(united, whole)
+        assert_same(united(batches for batches, _ in ranks), whole)
         assert all(rank_states == states for _, rank_states in ranks)
     assert not multiprocessing.active_children()
 
@@ -185,7 +164,7 @@ def test_resumes_in_the_middle(root):
     for step in (1, 4, 7, 8):
         state = json.loads(json.dumps(states[step - 1]))  # as it comes back from a checkpoint
         rest, rest_states = _take(_stream(root), 10 - step, start_step=step, state=state)
-        _assert_same(rest, whole[step:])
+        assert_same(rest, whole[step:])
         assert rest_states == states[step:]
 
 
@@ -195,29 +174,25 @@ def test_two_ranks_go_on_as_one_and_as_three(root):
     ranks = [_take(stream, 3, rank=rank, world_size=2, num_workers=1) for rank in range(2)]
     state = ranks[0][1][-1]
     assert state == ranks[1][1][-1]
-    _assert_same(_take(stream, 5, start_step=3, state=state)[0], whole[3:])
+    assert_same(_take(stream, 5, start_step=3, state=state)[0], whole[3:])
     parts = [
         _take(stream, 5, start_step=3, state=state, rank=rank, world_size=3, num_workers=rank)[0]
         for rank in range(3)
     ]
-    united = [
-        tuple(torch.cat([batch[field] for batch in batches]) for field in (0, 1))
-        for batches in zip(*parts, strict=True)
-    ]
-    _assert_same(united, whole[3:])
+    assert_same(united(parts), whole[3:])
 
 
 def test_state_before_the_first_batch(root):
     loader = build_loader(_stream(root), 6, seed=0)
     state = loader.state_dict()
-    _assert_same(_take(_stream(root), 2, state=state)[0], _take(_stream(root), 2)[0])
+    assert_same(_take(_stream(root), 2, state=state)[0], _take(_stream(root), 2)[0])
 
 
 def test_first_images(root):
     stream = _stream(root)
     images, labels = stream.first(9, seed=0)
     expected, _ = _take(stream, 1, batch_size=9)
-    _assert_same([(images, labels)], expected)
+    assert_same([(images, labels)], expected)
 
 
 def test_worker_outlives_signals_of_others(root):
@@ -229,7 +204,7 @@ def test_worker_outlives_signals_of_others(root):
     signal_from_elsewhere([workers[0].pid])
     batches += [next(loader) for _ in range(11)]
     loader.close()
-    _assert_same(batches, expected)
+    assert_same(batches, expected)
 
 
 # --- broken images and files
@@ -261,11 +236,7 @@ def test_replacements_do_not_depend_on_ranks(tmp_path):
     stream = _stream(_parquet(tmp_path / "set", images))
     whole, _ = _take(stream, 6, max_broken=1.0)
     parts = [_take(stream, 6, rank=rank, world_size=2, max_broken=1.0)[0] for rank in range(2)]
-    united = [
-        tuple(torch.cat([batch[field] for batch in batches]) for field in (0, 1))
-        for batches in zip(*parts, strict=True)
-    ]
-    _assert_same(united, whole)
+    assert_same(united(parts), whole)
 
 
 def test_all_images_broken(tmp_path):

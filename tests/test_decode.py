@@ -1,8 +1,6 @@
 """From bytes to pixels: every kind of file, every crop, and what is wrong with damaged files."""
 
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -41,10 +39,7 @@ def pillow(data, size, mode="RGB"):
     [
         ((500, 375), 256),
         ((375, 500), 256),
-        ((300, 200), 256),
         ((256, 256), 256),
-        ((640, 480), 256),
-        ((511, 600), 256),
         ((801, 603), 256),
         ((1030, 1201), 256),
         ((200, 700), 150),  # Pillow filters the columns of so tall an image first
@@ -110,12 +105,11 @@ def _odd_images():
     }
 
 
-@pytest.mark.parametrize("name", _odd_images())
+@pytest.mark.parametrize(("image", "kind", "rgb"), _odd_images().values(), ids=_odd_images())
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("crop", ["center", "fast"])
-def test_every_mode(name, channels, crop):
-    image, kind, rgb = _odd_images()[name]
-    got = read_image(encode(image, kind), 8, channels, crop)
+@pytest.mark.parametrize("crop", ["center", "fast", "random"])
+def test_every_mode(image, kind, rgb, channels, crop):
+    got = read_image(encode(image, kind), 8, channels, crop, np.array([0.5, 0.5, 0.5]))
     expected = rgb if channels == 3 else (Image.new("RGB", (1, 1), rgb).convert("L").getpixel((0, 0)),)
     assert np.abs(got.astype(int) - np.reshape(expected, (-1, 1, 1))).max() <= 2
 
@@ -241,12 +235,12 @@ def test_sides_too_unequal(kind, sides, crop, monkeypatch):
 
 
 @pytest.mark.parametrize("crop", ["center", "fast", "random"])
-@pytest.mark.parametrize("sides", [(1, 1024), (1024, 1)])
+@pytest.mark.parametrize("sides", [(1, 4096), (4096, 1)])
 def test_sides_just_equal_enough(sides, crop):
-    # What is allowed depends on the target: at 64 px this would be a side of 16,384 times the other one.
+    # What is allowed depends on the target: at 256 px it is a side of 1,024 times the other one.
     data = encode(Image.new("RGB", sides, "white"), "PNG")
-    got = read_image(data, 256, 3, crop, np.array([0.5, 0.5, 0.5]))
-    assert got.shape == (3, 256, 256)
+    got = read_image(data, 64, 3, crop, np.array([0.5, 0.5, 0.5]))
+    assert got.shape == (3, 64, 64)
     assert got.min() == 255
 
 
@@ -264,13 +258,7 @@ def test_huge_image_is_refused(monkeypatch):
             read_image(encode(natural(30, 20)), 8, 3, crop)
 
 
-def test_exact_crop_needs_no_torch_and_fast_leaves_its_threads_alone():
-    data = encode(natural(90, 70))
-    code = (
-        "import sys; from pixelgen.data.decode import read_image;"
-        f"read_image({data!r}, 16, 3); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def test_the_fast_crop_leaves_the_threads_of_torch_alone():
     threads = torch.get_num_threads()
-    read_image(data, 16, 3, "fast")
+    read_image(encode(natural(90, 70)), 16, 3, "fast")
     assert torch.get_num_threads() == threads

@@ -34,7 +34,7 @@ def everyone(batch: int):
     return select_samples(torch.ones(batch), NoiseGate(), device=torch.device("cpu"))
 
 
-def test_half_precision_holds_the_weights_in_bf16_and_channels_last() -> None:
+def test_half_precision_holds_the_weights_in_bf16_and_channels_last():
     plain = networks()
     half = networks()
     half.encoder.load_state_dict(plain.encoder.state_dict())
@@ -54,7 +54,7 @@ def test_half_precision_holds_the_weights_in_bf16_and_channels_last() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_networks_see_one_graph_for_each_size_of_a_selection() -> None:
+def test_compiled_networks_see_one_graph_for_each_size_of_a_selection():
     """Static shapes, and none of the sizes falls back to running uncompiled."""
     torch.compiler.reset()
     compiled = networks()

@@ -10,12 +10,12 @@ from pixelgen.losses.gate import SCHEDULES, NoiseGate, select_samples
 CPU = torch.device("cpu")
 
 
-def test_hard_gate_is_inclusive() -> None:
+def test_hard_gate_is_inclusive():
     assert NoiseGate("hard", 0.3)(torch.tensor([0.0, 0.29, 0.3, 1.0])).tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_weights_lie_in_0_to_1_and_are_0_below_the_first_time(schedule: str) -> None:
+def test_weights_lie_in_0_to_1_and_are_0_below_the_first_time(schedule):
     gate = NoiseGate(schedule, 0.4, 0.1)
     t = torch.linspace(0, 1, 101)
     weight = gate(t)
@@ -25,7 +25,7 @@ def test_weights_lie_in_0_to_1_and_are_0_below_the_first_time(schedule: str) -> 
     assert (weight[1:] >= weight[:-1] - 1e-6).all()  # rises with the signal
 
 
-def test_ramps_follow_their_formulas() -> None:
+def test_ramps_follow_their_formulas():
     t = torch.tensor([0.2, 0.25, 0.3, 0.4, 0.9])
     expected = [0.5 * (1 - math.cos(math.pi * min(max((x - 0.2) / 0.2, 0), 1))) for x in t.tolist()]
     torch.testing.assert_close(NoiseGate("cosine", 0.2, 0.2)(t), torch.tensor(expected))
@@ -37,7 +37,7 @@ def test_ramps_follow_their_formulas() -> None:
     torch.testing.assert_close(NoiseGate("snr", 0.0)(t), t**2 / (t**2 + (1 - t) ** 2))
 
 
-def test_learned_weights_come_to_count_every_bin_alike() -> None:
+def test_learned_weights_come_to_count_every_bin_alike():
     gate = NoiseGate("learned", 0.0, bins=2)
     t = torch.tensor([0.1, 0.2, 0.7, 0.8])
     loss = torch.tensor([4.0, 4.0, 1.0, 1.0], requires_grad=True)  # four times as large where it is noisy
@@ -53,7 +53,7 @@ def test_learned_weights_come_to_count_every_bin_alike() -> None:
     torch.testing.assert_close(weight * loss, torch.full((4,), 2.5), rtol=1e-3, atol=0)
 
 
-def test_selection_is_padded_to_a_bucket_by_samples_that_pass() -> None:
+def test_selection_is_padded_to_a_bucket_by_samples_that_pass():
     t = torch.full((16,), 0.1)
     t[[3, 7, 8]] = 0.9
     selection = select_samples(t, NoiseGate(), device=CPU)
@@ -64,7 +64,7 @@ def test_selection_is_padded_to_a_bucket_by_samples_that_pass() -> None:
     assert selection.scatter(values, 16).nonzero()[:, 0].tolist() == [3, 7, 8]
 
 
-def test_sizes_of_selections_are_few() -> None:
+def test_sizes_of_selections_are_few():
     generator = torch.Generator().manual_seed(0)
     sizes = set()
     for _ in range(200):
@@ -74,13 +74,13 @@ def test_sizes_of_selections_are_few() -> None:
 
 
 @pytest.mark.parametrize(("low", "count"), [(0.0, 0), (0.3, 5)])
-def test_none_and_all(low: float, count: int) -> None:
+def test_none_and_all(low, count):
     selection = select_samples(torch.full((5,), low), NoiseGate(), device=CPU)
     assert selection.count == count and len(selection.is_real) == count
     assert selection.rows(torch.ones(5, 2)).shape == (count, 2)
 
 
-def test_times_on_another_device_are_not_counted() -> None:
+def test_times_on_another_device_are_not_counted():
     selection = select_samples(torch.rand(6, device="meta"), NoiseGate(), device=torch.device("meta"))
     assert selection.count is None and selection.index is None and selection.is_real.shape == (6,)
 
@@ -94,6 +94,6 @@ def test_times_on_another_device_are_not_counted() -> None:
         ({"bins": 0}, "bins must be at least 1, got 0"),
     ],
 )
-def test_bad_gates_are_refused(arguments: dict, message: str) -> None:
+def test_bad_gates_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"NoiseGate: {message}"):
         NoiseGate(**arguments)

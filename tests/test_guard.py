@@ -13,14 +13,14 @@ def step_terms(loss: float, lpips: float = 1.0) -> dict[str, torch.Tensor]:
     return {"loss": torch.tensor(loss), "lpips": torch.tensor(lpips)}
 
 
-def test_finite_steps_give_no_report() -> None:
+def test_finite_steps_give_no_report():
     guard = FiniteGuard(CPU)
     for step in range(1, 4):
         guard.update(step, step_terms(1.0), {"lpips": torch.ones(3)})
     assert guard.first() is None
 
 
-def test_the_first_bad_step_is_named_with_terms_and_samples() -> None:
+def test_the_first_bad_step_is_named_with_terms_and_samples():
     guard = FiniteGuard(CPU)
     guard.update(1, step_terms(1.0), {"lpips": torch.ones(4)})
     guard.update(

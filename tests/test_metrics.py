@@ -1,3 +1,5 @@
+"""The Fréchet distance, what it means for digits, and the figures of a report."""
+
 import numpy as np
 import pytest
 
@@ -85,26 +87,18 @@ def test_frechet_errors(x, y, message):
 # --- digits: figures that tell what a distance means
 
 
-def test_frechet_of_class_means(digits):
+def test_frechet_distances_of_the_digits(digits):
     images, labels = digits
     assert pixel_frechet(_class_means(images, labels), images) == pytest.approx(451, abs=1)
-
-
-def test_frechet_of_halves(digits):
-    images, _ = digits
-    distances = []
-    for seed in range(10):
-        order = np.random.default_rng(seed).permutation(len(images))
-        distances.append(pixel_frechet(images[order[::2]], images[order[1::2]]))
-    assert 17 < np.mean(distances) < 21
-    assert all(15 < distance < 25 for distance in distances)
-
-
-def test_frechet_of_bootstraps(digits):
-    images, _ = digits
+    halves = []
     for seed in range(5):
-        index = np.random.default_rng(seed).integers(0, len(images), len(images))
-        assert 3.5 < pixel_frechet(images[index], images) < 6.5
+        generator = np.random.default_rng(seed)
+        order = generator.permutation(len(images))
+        halves.append(pixel_frechet(images[order[::2]], images[order[1::2]]))
+        drawn = generator.integers(0, len(images), len(images))
+        assert 3.5 < pixel_frechet(images[drawn], images) < 6.5
+    assert 17 < np.mean(halves) < 21
+    assert all(15 < distance < 25 for distance in halves)
 
 
 def test_report_of_the_real_digits(digits):
@@ -115,16 +109,12 @@ def test_report_of_the_real_digits(digits):
     assert report["svc_agreement"] > 0.998
 
 
-def test_report_sees_what_accuracy_does_not(digits):
+def test_report_of_class_means_wrong_labels_and_noise(digits):
     images, labels = digits
     report = evaluate_digits(_class_means(images, labels), labels)
-    assert report["svc_agreement"] == 1
+    assert report["svc_agreement"] == 1  # accuracy does not see it
     assert report["variance_ratio"] == pytest.approx(0, abs=1e-9)
     assert report["frechet_distance"] > 400
-
-
-def test_report_of_wrong_labels_and_noise(digits):
-    images, labels = digits
     assert evaluate_digits(images, (labels + 1) % 10)["svc_agreement"] < 0.01
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     report = evaluate_digits(noise, labels)

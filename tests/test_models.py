@@ -174,7 +174,7 @@ def test_compiles_without_graph_breaks():
     config = model_config("tiny/2", depth=2, in_context_start=1)
     model = randomized(config)
     batch = inputs(config)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(*batch), model(*batch), atol=1e-5)
 
 
@@ -270,7 +270,7 @@ def test_pending_branches_are_added_where_the_sum_is_needed():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(mode: str, dropout: float) -> None:
+def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(mode, dropout):
     """Also with dropout, which has to draw the same numbers again."""
 
     def run(mode: str) -> tuple[torch.Tensor, int]:
@@ -299,8 +299,8 @@ def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(mode: str, dr
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointed_blocks_compile(mode: str) -> None:
-    model = randomized(small(depth=3))
+def test_checkpointed_blocks_compile(mode):
+    model = randomized(small(depth=2, in_context_start=1))
     batch = inputs(model.config)
 
     def gradients() -> list[torch.Tensor]:

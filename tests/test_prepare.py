@@ -6,16 +6,16 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from forked import Forked
+from images import assert_same, fill
 from PIL import Image
 
 from pixelgen.data.folder import ClassFolder
@@ -25,17 +25,9 @@ from pixelgen.data.prepared import PreparedImages
 from pixelgen.data.shards import ShardFolder
 from pixelgen.errors import UserError
 
-COMMAND = [sys.executable, "-m", "pixelgen.data.prepare"]
-
 
 def _fill(root, classes=("ant", "bee"), per_class=7, side=(24, 20)):
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (root / name).mkdir(parents=True)
-        for index in range(per_class):
-            pixels = rng.integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index:03d}.jpg")
-    return root
+    return fill(root, classes, per_class, side, nested=".", kind="jpg")
 
 
 def _options(src, dst, **changes):
@@ -50,6 +42,20 @@ def _files(folder):
 @pytest.fixture
 def src(tmp_path):
     return _fill(tmp_path / "src")
+
+
+@contextmanager
+def _command(tmp_path, *arguments):
+    """The command in a process of its own, once it has written two shards into DST."""
+    with (tmp_path / "errors").open("w") as errors:
+        process = Forked(["-m", "pixelgen.data.prepare", *map(str, arguments)], stderr=errors, own_group=True)
+    try:
+        while not (arguments[1] / "shard-00001.arrow").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        yield process
+    finally:
+        process.kill()
 
 
 # --- what is written
@@ -67,11 +73,8 @@ def test_images_are_those_of_the_folder_in_its_order(tmp_path, src, crop, channe
     assert torch.equal(data.labels, folder.labels)
     assert data.labels.dtype == torch.int64
     order = [13, 0, 4, 4, 7]
-    images, labels = data.batch(order)
-    expected, expected_labels = folder.batch(order)
-    assert torch.equal(images, expected)
-    assert torch.equal(labels, expected_labels)
-    assert images.is_contiguous()
+    assert_same([data.batch(order)], [folder.batch(order)])
+    assert data.batch(order)[0].is_contiguous()
     assert torch.equal(data[9][0], folder[9][0])
     assert data[9][1] == 1
     assert [str(src / data.name(index)) for index in range(14)] == [folder.name(index) for index in range(14)]
@@ -100,15 +103,6 @@ def test_broken_images_are_left_out_and_reported(tmp_path, src):
     assert torch.equal(data.labels, folder.labels[1:13])
 
 
-def test_a_shard_without_a_readable_image(tmp_path, src):
-    for index in range(4):
-        (src / "ant" / f"{index:03d}.jpg").write_bytes(b"")
-    prepare(_options(src, tmp_path / "dst", max_broken=0.5))
-    data = PreparedImages(tmp_path / "dst", 16)
-    assert len(data) == 10
-    assert data.name(0) == "ant/004.jpg"
-
-
 def test_too_many_broken_images(tmp_path, src):
     for index in range(3):
         (src / "bee" / f"{index:03d}.jpg").write_bytes(b"no image")
@@ -120,6 +114,11 @@ def test_too_many_broken_images(tmp_path, src):
         PreparedImages(tmp_path / "dst", 16)
     prepare(_options(src, tmp_path / "dst", max_broken=0.5))  # continues
     assert len(PreparedImages(tmp_path / "dst", 16)) == 11
+    for index in range(4):  # all of a shard
+        (src / "ant" / f"{index:03d}.jpg").write_bytes(b"")
+    prepare(_options(src, tmp_path / "other", max_broken=0.5))
+    data = PreparedImages(tmp_path / "other", 16)
+    assert len(data) == 7 and data.name(0) == "ant/004.jpg"
     for path in src.rglob("*.jpg"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="14 of 14 images cannot be read"):
@@ -150,15 +149,10 @@ def test_workers_and_a_kill_change_no_byte(tmp_path):
     options = {"resolution": 32, "shard_size": 100}  # a shard is decoded in two parts
     prepare(_options(src, tmp_path / "a", **options))
     dst = tmp_path / "b"
-    process = subprocess.Popen(
-        [*COMMAND, src, dst, "--resolution", "32", "--shard-size", "100", "--workers", "2"],
-        stderr=subprocess.DEVNULL,
-    )
-    while not (dst / "shard-00001.arrow").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    sizes = ["--resolution", "32", "--shard-size", "100"]
+    with _command(tmp_path, src, dst, *sizes, "--workers", "2") as process:
+        process.kill()
+        process.wait(60)
     assert not (dst / "manifest.json").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in dst.glob("shard-*.arrow")}
     assert 2 <= len(kept) < 12
@@ -188,14 +182,11 @@ def test_complete_folder_is_left_alone(tmp_path, src):
 def test_interrupt_ends_the_workers_and_keeps_shards(tmp_path):
     src = _fill(tmp_path / "src", per_class=200, side=(200, 150))
     dst = tmp_path / "dst"
-    command = [*COMMAND, src, dst, "--resolution", "64", "--shard-size", "10", "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (dst / "shard-00001.arrow").exists():
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    sizes = ["--resolution", "64", "--shard-size", "10", "--workers", "1"]
+    with _command(tmp_path, src, dst, *sizes) as process:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 130
+    errors = (tmp_path / "errors").read_text()
     assert errors.splitlines()[-1] == "pixelgen.data.prepare: interrupted"
     assert "Traceback" not in errors
     for _ in range(200):  # no process is left; multiprocessing's own helper takes a moment to end
@@ -268,15 +259,15 @@ def test_other_sources_and_foreign_folders_are_refused(tmp_path, src):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", ["folder", "hf"])
-@pytest.mark.parametrize("dst", [".", "dst", "ant/deep/dst", "link/dst"])
+@pytest.mark.parametrize(
+    ("name", "dst"), [("folder", "."), ("hf", "dst"), ("hf", "ant/deep/dst"), ("folder", "link/dst")]
+)
 def test_dst_in_src_is_refused(tmp_path, src, name, dst):
     (tmp_path / "link").symlink_to(src)
     dst = tmp_path / dst if dst.startswith("link") else src / dst
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(
-        UserError, match=rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
-    ):
+    told = rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
+    with pytest.raises(UserError, match=told):
         prepare(_options(src, dst, name=name))
     assert sorted(tmp_path.rglob("*")) == before
     prepare(_options(src, f"{src}-256"))  # a name that only begins the same
@@ -285,9 +276,8 @@ def test_dst_in_src_is_refused(tmp_path, src, name, dst):
 def test_dst_that_is_a_file(tmp_path, src):
     (tmp_path / "file").touch()
     for dst in (tmp_path / "file", tmp_path / "file" / "dst"):
-        with pytest.raises(
-            UserError, match=rf"^{dst} is no folder, or lies in a file; choose another folder$"
-        ):
+        told = rf"^{dst} is no folder, or lies in a file; choose another folder$"
+        with pytest.raises(UserError, match=told):
             prepare(_options(src, dst))
 
 
@@ -399,23 +389,17 @@ def test_loader_reads_prepared_images(prepared, workers):
     folder = build_loader(ClassFolder(prepared.parent / "src", 16), 5, seed=1)
     try:
         for _ in range(4):
-            (images, labels), (expected, expected_labels) = next(loader)[:2], next(folder)[:2]
-            assert torch.equal(images, expected)
-            assert torch.equal(labels, expected_labels)
+            assert_same([next(loader)], [next(folder)])
     finally:
         loader.close()
         folder.close()
 
 
-def test_spawned_process_reads_prepared_images(prepared):
-    import torch.multiprocessing as mp
-
+def test_a_process_that_shares_nothing_reads_prepared_images(prepared):
     data = PreparedImages(prepared, 16)
-    with mp.get_context("spawn").Pool(1) as pool:
-        images, labels = pool.apply(data.batch, ([3, 9],))
-    expected, expected_labels = data.batch([3, 9])
-    assert torch.equal(images, expected)
-    assert torch.equal(labels, expected_labels)
+    with torch.multiprocessing.get_context("forkserver").Pool(1) as pool:
+        batch = pool.apply(data.batch, ([3, 9],))
+    assert_same([batch], [data.batch([3, 9])])
 
 
 def test_prepared_errors(prepared, tmp_path):
@@ -457,9 +441,8 @@ def test_damaged_folder(prepared, name, damage, message):
 def test_preparing_holds_no_more_than_a_few_shards(tmp_path):
     # 64 images of 768 KiB in shards of two: all together would be 48 MiB.
     src = _fill(tmp_path / "src", classes=("a",), per_class=1, side=(64, 64))
-    data = (src / "a" / "000.jpg").read_bytes()
     for index in range(1, 64):
-        (src / "a" / f"{index:03d}.jpg").write_bytes(data)
+        shutil.copy(src / "a" / "000.jpg", src / "a" / f"{index:03d}.jpg")
     prepare(_options(src, tmp_path / "warm", resolution=512, shard_size=2))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prepare(_options(src, tmp_path / "dst", resolution=512, shard_size=2))

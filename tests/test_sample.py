@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training import FLOW_ONLY, fails_with
 
 from pixelgen import checkpoint as checkpoints
 from pixelgen import evaluate, sample, train
-from pixelgen.cli import run
 from pixelgen.config import SampleConfig
 from pixelgen.data.digits import Digits
 from pixelgen.errors import UserError
@@ -20,27 +20,16 @@ from pixelgen.models import JiT, model_config
 from pixelgen.models.released import load_strictly
 from pixelgen.pipeline import Pipeline
 
-PARITY = Path(__file__).parent / "data" / "parity"
 
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory) -> Path:
-    """Trained for under 20 seconds on one core, flow matching only: digits one can read."""
-    folder = tmp_path_factory.mktemp("runs")
-    arguments = ["--out_dir", str(folder), "--name", "short", "--device", "cpu", "--train.max_steps", "400"]
-    arguments += ["--train.sample_every", "0", "--train.log_every", "200"]
-    arguments += ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
+def trained(folder: Path, steps: int) -> None:
+    arguments = ["--out_dir", str(folder), "--name", "short", "--device", "cpu", *FLOW_ONLY]
+    arguments += ["--train.max_steps", str(steps), "--train.sample_every", "0", "--train.log_every", "20"]
     assert train.main(arguments) == 0
-    return folder / "short"
 
 
-def fails_with(capsys, main, argv: list[str]) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        run(main, "pixelgen.sample", argv)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("pixelgen.sample: error: ") and error.count("\n") == 1, error
-    return error
+@pytest.fixture(scope="session")
+def run_dir(made_once) -> Path:
+    return made_once("sampled", lambda folder: trained(folder, 60)) / "short"
 
 
 def test_the_command_writes_images_grid_and_npz(run_dir, tmp_path, capsys):
@@ -109,9 +98,11 @@ def test_released_checkpoints_are_sampled(tmp_path):
     assert pipeline.sample([0]).shape == (1, 3, 16, 16)
 
 
-def test_sixty_seconds_of_training_already_give_digits(run_dir):
+@pytest.mark.slow
+def test_sixty_seconds_of_training_already_give_digits(tmp_path):
     # The full figures are those of the default run (docs/digits.md); these bars are for 400 steps.
-    pipeline = Pipeline.from_run(run_dir)
+    trained(tmp_path, 400)
+    pipeline = Pipeline.from_run(tmp_path / "short")
     labels = Digits().labels
     report = evaluate_digits(pipeline.sample(labels, guidance=1.0, steps=10), labels)
     assert report["frechet_distance"] < 150  # one picture per class: 451
@@ -128,33 +119,36 @@ def test_evaluate_prints_and_writes_the_figures(run_dir, tmp_path, capsys):
     assert [row["guidance"] for row in figures] == [1.0]
     assert all(math.isfinite(value) for value in figures[0].values())
     assert "Frechet" in capsys.readouterr().out
-    assert "exists" in fails_with(capsys, evaluate.main, ["--model", str(run_dir), "--out", str(out)])
+    argv = ["--model", str(run_dir), "--out", str(out)]
+    assert "exists" in fails_with(capsys, argv, evaluate.main, "pixelgen.evaluate")
 
 
 def test_user_errors(run_dir, tmp_path, capsys):
-    model = ["--model", str(run_dir)]
-    assert "[0, 9], got 12" in fails_with(capsys, sample.main, [*model, "--labels", "0,12"])
-    assert "numbers separated by commas" in fails_with(capsys, sample.main, [*model, "--labels", "cat"])
-    assert "no run" in fails_with(capsys, sample.main, ["--model", str(tmp_path / "none")])
-    assert "--size" in fails_with(capsys, sample.main, ["--model", str(tmp_path / "x.ckpt")])
-    wrong = ["--model", str(tmp_path / "x.ckpt"), "--size", "JiT-B/16"]
-    assert "no checkpoint at" in fails_with(capsys, sample.main, wrong)
-    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
-    assert "not a readable" in fails_with(capsys, sample.main, wrong)
+    def refusal(*options: str, main=sample.main) -> str:
+        return fails_with(capsys, ["--model", str(run_dir), *options], main, "pixelgen.sample")
+
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert "not an empty folder" in fails_with(capsys, sample.main, [*model, "--out", str(tmp_path / "full")])
-    assert "sampler" in fails_with(capsys, sample.main, [*model, "--sampler", "rk45"])
-    assert "--steps" in fails_with(capsys, sample.main, [*model, "--step", "3"])
-    assert "auto, cpu or cuda" in fails_with(capsys, sample.main, [*model, "--device", "tpu"])
-    assert "--batch-size" in fails_with(capsys, sample.main, [*model, "--batch-size", "0"])
-    assert "--batch-size" in fails_with(capsys, evaluate.main, [*model, "--batch-size", "-5"])
+    assert "[0, 9], got 12" in refusal("--labels", "0,12")
+    assert "numbers separated by commas" in refusal("--labels", "cat")
+    assert "no run" in refusal("--model", str(tmp_path / "none"))
+    assert "--size" in refusal("--model", str(tmp_path / "x.ckpt"))
+    wrong = ["--model", str(tmp_path / "x.ckpt"), "--size", "JiT-B/16"]
+    assert "no checkpoint at" in refusal(*wrong)
+    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
+    assert "not a readable" in refusal(*wrong)
+    assert "not an empty folder" in refusal("--out", str(tmp_path / "full"))
+    assert "sampler" in refusal("--sampler", "rk45")
+    assert "--steps" in refusal("--step", "3")
+    assert "auto, cpu or cuda" in refusal("--device", "tpu")
+    assert "--batch-size" in refusal("--batch-size", "0")
+    assert "--batch-size" in refusal("--batch-size", "-5", main=evaluate.main)
+    assert "--seed" in refusal("--seed", str(2**63))
+    assert "--seed" in refusal("--seed", "-1", main=evaluate.main)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refusal("--device", "cuda")
     with pytest.raises(UserError, match="batch_size"):
         Pipeline.from_run(run_dir).sample([0], batch_size=0)
-    assert "--seed" in fails_with(capsys, sample.main, [*model, "--seed", str(2**63)])
-    assert "--seed" in fails_with(capsys, evaluate.main, [*model, "--seed", "-1"])
-    if not torch.cuda.is_available():
-        assert "no CUDA device" in fails_with(capsys, sample.main, [*model, "--device", "cuda"])
 
 
 def test_weights_that_do_not_fit_are_listed(run_dir, tmp_path):

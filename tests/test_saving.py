@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import resource
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import SMALL, Job
-from training import FLOW_ONLY, fails_with, options
+from training import FLOW_ONLY, curve, fails_with, options
 
 from pixelgen import checkpoint as checkpoints
 from pixelgen.distributed import World
 from pixelgen.pipeline import Pipeline
+from pixelgen.sample import main as sample
 from pixelgen.saving import CheckpointWriter
 from pixelgen.train import main
 
@@ -115,9 +116,7 @@ def test_a_full_disk_in_a_run(tmp_path):
     """The kernel refuses to write more: training goes on, the last checkpoint stays, the end fails."""
     arguments = [*SMALL, *FLOW_ONLY, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "40"]
     job = Job([*arguments, "--train.checkpoint_every", "5"], log=tmp_path / "log")
-    for line in job.lines():
-        if line.startswith("step ") and checkpoints.list_checkpoints(tmp_path / "run"):
-            break
+    job.until_step(0, tmp_path / "run")
     resource.prlimit(job.processes[0].pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
     intact = checkpoints.find_checkpoint(tmp_path / "run")
     assert job.wait() == [2]
@@ -125,35 +124,26 @@ def test_a_full_disk_in_a_run(tmp_path):
     assert "could not be written" in log and "File too large" in log, log
     assert "pixelgen.train: error: the checkpoint of step 40 could not be written" in log
     assert "Traceback" not in log
-    steps = [
-        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps[-1] == 40
+    assert curve(tmp_path / "run")[-1]["step"] == 40
     found = checkpoints.list_checkpoints(tmp_path / "run")
     assert found and found[0] == intact
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     Pipeline.from_run(tmp_path / "run").sample([0], steps=2)
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_to(flow_run, capsys):
     """A kernel file system, which refuses root too; and a place for checkpoints that is a file."""
     assert "cannot be made" in fails_with(capsys, ["--out_dir", "/sys", "--name", "run", "--device", "cpu"])
-    assert main(options(tmp_path, "run", 2, *FLOW_ONLY)) == 0
-    for path in (tmp_path / "run" / "checkpoints" / "step_00000002").iterdir():
-        path.unlink()
-    (tmp_path / "run" / "checkpoints" / "step_00000002").rmdir()
-    (tmp_path / "run" / "checkpoints").rmdir()
-    (tmp_path / "run" / "checkpoints").write_text("")
-    assert "has no checkpoint yet" in fails_with(capsys, ["--resume", str(tmp_path / "run")])
+    shutil.rmtree(flow_run / "checkpoints")
+    (flow_run / "checkpoints").write_text("")
+    assert "has no checkpoint yet" in fails_with(capsys, ["--resume", str(flow_run)])
 
 
 def test_one_process_at_a_time_trains_a_run(tmp_path, capsys):
     more = [*SMALL, *FLOW_ONLY, "--out_dir", str(tmp_path), "--name", "run", "--train.max_steps", "100000"]
     job = Job([*more, "--train.checkpoint_every", "2"], log=tmp_path / "log")
     try:
-        for line in job.lines():
-            if line.startswith("step ") and checkpoints.list_checkpoints(tmp_path / "run"):
-                break
+        job.until_step(0, tmp_path / "run")
         before = (tmp_path / "run" / "config.yaml").stat().st_mtime_ns
         error = fails_with(capsys, ["--resume", str(tmp_path / "run")])
         assert "another process is training this run" in error
@@ -163,23 +153,21 @@ def test_one_process_at_a_time_trains_a_run(tmp_path, capsys):
 
 
 def test_resume_auto_starts_continues_and_refuses(tmp_path, capsys):
-    more = options(tmp_path, "run", 2, *FLOW_ONLY, "--resume", "auto")
-    assert main(more) == 0
-    longer = [value if value != "2" else "4" for value in more]
+    arguments = [*FLOW_ONLY, "--resume", "auto"]
+    assert main(options(tmp_path, "run", 2, *arguments)) == 0
+    longer = options(tmp_path, "run", 4, *arguments)
     assert main(longer) == 0
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == [
-        "step_00000002",
-        "step_00000004",
-    ]
+    found = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
+    assert found == ["step_00000002", "step_00000004"]
     assert "step 2 of 4" in capsys.readouterr().out
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "config.yaml").write_text("seed: 0\n")  # stopped before its first checkpoint
-    assert main(options(tmp_path, "early", 2, *FLOW_ONLY, "--resume", "auto")) == 0
+    assert main(options(tmp_path, "early", 2, *arguments)) == 0
     assert (tmp_path / "early.stopped-1" / "config.yaml").read_text() == "seed: 0\n"
     assert f"now {tmp_path / 'early.stopped-1'}, and the run starts anew" in capsys.readouterr().out
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("")
-    error = fails_with(capsys, options(tmp_path, "foreign", 2, *FLOW_ONLY, "--resume", "auto"))
+    error = fails_with(capsys, options(tmp_path, "foreign", 2, *arguments))
     assert "not the folder of a run" in error and (tmp_path / "foreign" / "thesis.tex").exists()
     assert "needs --name" in fails_with(capsys, ["--resume", "auto"])
     for path in checkpoints.list_checkpoints(tmp_path / "run"):
@@ -201,12 +189,8 @@ def test_averages_are_chosen_by_name(tmp_path, capsys):
     different = [weights[name] for name in ("raw", "0.5", "0.9", "power-0.1")]
     for index, one in enumerate(different):
         assert not any(torch.equal(one, other) for other in different[index + 1 :])
-    from pixelgen.cli import run as run_command
-    from pixelgen.sample import main as sample
-
     argv = ["--model", str(run), "--weights", "0.7", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    with pytest.raises(SystemExit):
-        run_command(sample, "pixelgen.sample", argv)
-    assert "has no average 0.7; it has 0.5, 0.9, power-0.1" in capsys.readouterr().err
+    error = fails_with(capsys, argv, sample, "pixelgen.sample")
+    assert "has no average 0.7; it has 0.5, 0.9, power-0.1" in error
     error = fails_with(capsys, ["--resume", str(run), "--train.max_steps", "5", "--ema.decay", "0.5"])
     assert "ema.decay or ema.power cannot change so at a resume" in error

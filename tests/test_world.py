@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from forked import Forked
-from processes import free_port
+from processes import rank_environments
 
 from pixelgen import distributed
 from pixelgen.config import ParallelConfig
@@ -71,15 +71,10 @@ print(world.in_turn("downloading", lambda: time.sleep(5) or world.rank), flush=T
 
 def test_a_slow_start_is_waited_for(tmp_path):
     """Longer than a collective of the training may take."""
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    store, environments = rank_environments(2)
     with (tmp_path / "log").open("w") as log:
         processes = [
-            Forked(
-                ["-c", _SLOW_START],
-                environment=environment | {"RANK": rank, "LOCAL_RANK": rank},
-                stderr=log,
-            )
-            for rank in "01"
+            Forked(["-c", _SLOW_START], environment=environment, stderr=log) for environment in environments
         ]
     try:
         printed = ["".join(process.lines(60)) for process in processes]
@@ -87,6 +82,7 @@ def test_a_slow_start_is_waited_for(tmp_path):
     finally:
         for process in processes:
             process.kill()
+    del store
     assert printed == ["0\n", "1\n"]
 
 

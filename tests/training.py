@@ -1,11 +1,13 @@
-"""What the tests of the training command share: short runs and one-line errors."""
+"""What the tests of the training command share: short runs, single steps and one-line errors."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from pixelgen.cli import run
 from pixelgen.config import load_config
+from pixelgen.data import build_loader
 from pixelgen.distributed import start_world
 from pixelgen.loop import start_run
 from pixelgen.train import main
@@ -19,13 +21,13 @@ def options(tmp_path: Path, name: str, steps: int, *more: str) -> list[str]:
     return ["--out_dir", str(tmp_path), "--name", name, "--train.max_steps", str(steps), *QUICK, *more]
 
 
-def fails_with(capsys, argv: list[str]) -> str:
+def fails_with(capsys, argv: list[str], main=main, program: str = "pixelgen.train") -> str:
     """The one line that a user error prints; exit code 2, no traceback."""
     with pytest.raises(SystemExit) as exit_:
-        run(main, "pixelgen.train", argv)
+        run(main, program, argv)
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("pixelgen.train: error: ") and error.count("\n") == 1, error
+    assert error.startswith(f"{program}: error: ") and error.count("\n") == 1, error
     return error
 
 
@@ -33,3 +35,22 @@ def start_trainer(argv: list[str]) -> Trainer:
     """The trainer of a new run, for single steps."""
     config, _ = load_config(argv)
     return start_run(config, start_world(config.device, config.parallel)).trainer
+
+
+def train_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    """The terms of a few steps on the run's own batches, without its log and checkpoints."""
+    config = trainer.config
+    batches = build_loader(
+        trainer.dataset, config.train.batch_size, seed=config.seed, start_step=trainer.step
+    )
+    found = []
+    for _ in range(steps):
+        terms = trainer.train_step(*next(batches)[:2])
+        found.append({name: value.item() for name, value in terms.items()})
+    batches.close()
+    return found
+
+
+def curve(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -63,7 +63,7 @@ struct Cell {
 
 struct Buffer {
   uintptr_t begin, end;
-  std::vector<Cell> cells;
+  Cell* cells;
 };
 
 // --- state: one launch at a time
@@ -84,6 +84,8 @@ uintptr_t host_low = 0, host_high = 0;  // the launcher's frame, which holds the
 
 std::vector<Buffer> buffers;
 size_t last_buffer = 0;
+// Those of the buffers, and used again: what is left of other launches counts for nothing.
+std::vector<std::vector<Cell>> cells;
 // The writable image of this module: shared memory, and nothing else that kernels use.
 Buffer writable;
 uintptr_t image_base = 0;
@@ -348,7 +350,8 @@ int find_image(dl_phdr_info* info, size_t, void*) {
       image_base = info->dlpi_addr;
       writable.begin = begin;
       writable.end = begin + header.p_memsz;
-      writable.cells.resize(header.p_memsz);
+      static std::vector<Cell> of_writable(header.p_memsz);
+      writable.cells = of_writable.data();
       return 1;
     }
   }
@@ -370,7 +373,7 @@ Buffer* find_buffer(uintptr_t address) {
 }
 
 // Whether nothing orders `before` and an access of this thread.
-bool races(const Access& before, bool is_shared) {
+inline bool races(const Access& before, bool is_shared) {
   if (before.block < first_block_of_launch) return false;
   if (before.block != block_serial || before.warp == kSeveralBlocks) return !is_shared;
   if (before.block_epoch != block_epoch) return false;
@@ -490,7 +493,7 @@ const char* run(dim3 grid, dim3 block, Call call, void* closure) {
       grid.z > 65535 || threads < 1 || threads > kMaxThreads || block.z > 64) {
     return "invalid configuration argument";
   }
-  if (writable.cells.empty()) dl_iterate_phdr(find_image, nullptr);
+  if (writable.cells == nullptr) dl_iterate_phdr(find_image, nullptr);
   if (!fibers_are_fresh) make_fibers();
   ++counts[kLaunches];
   num_threads = int(threads);
@@ -527,7 +530,10 @@ CUDA_EMULATION_EXPORT void cuda_emulation_add_buffer(uintptr_t address, size_t b
   for (const Buffer& buffer : buffers) {
     if (buffer.begin == address && buffer.end == address + bytes) return;
   }
-  buffers.push_back({address, address + bytes, std::vector<Cell>(bytes)});
+  const size_t index = buffers.size();
+  if (cells.size() == index) cells.emplace_back();
+  if (cells[index].size() < bytes) cells[index] = std::vector<Cell>(bytes);
+  buffers.push_back({address, address + bytes, cells[index].data()});
 }
 
 CUDA_EMULATION_EXPORT void cuda_emulation_forget_buffers() { cuda_emulation::buffers.clear(); }

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pixelgen_kernels import registry
+from filelock import FileLock
+from op_testing import OPS, poisoned
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -64,26 +65,25 @@ def build(csrc: Path = CSRC, folder: Path = CACHE) -> Path:
     cuda = sorted((csrc / "ops").glob("*.cu"), key=lambda path: -path.stat().st_size)
     # as CMake writes it; of the CPU's functions there are none
     names = " ".join(f"X({path.stem})" for path in sorted(cuda))
-    generated = folder / hashlib.sha256(names.encode()).hexdigest()[:16]
-    generated.mkdir(parents=True, exist_ok=True)
     text = f"#define PIXELGEN_CPU_FILES(X)\n#define PIXELGEN_CUDA_FILES(X) {names}\n"
-    (generated / "op_files.h").write_text(text)
     sources = [*cuda, csrc / "bindings.cpp", csrc / "dispatch.cpp"]
-    return _link(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", sources, csrc, folder, generated)
+    return _link(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", sources, csrc, folder, text)
 
 
 def build_faults(folder: Path = CACHE) -> Path:
     """Compiles a library of kernels with faults."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return _link("faults.so", [HERE / "faults.cu"], CSRC, folder, CSRC)
+    return _link("faults.so", [HERE / "faults.cu"], CSRC, folder, "")
 
 
-def _link(name: str, sources: list[Path], csrc: Path, folder: Path, generated: Path) -> Path:
+def _link(name: str, sources: list[Path], csrc: Path, folder: Path, op_files: str) -> Path:
+    """The library of these sources; all processes of the tests wait for the first one to make it."""
     import pybind11
 
+    generated = folder / hashlib.sha256(op_files.encode()).hexdigest()[:16]
     includes = [HERE, csrc, generated, Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *HERE.glob("*.h"), *generated.glob("*.h")]
-    shared = b"".join(path.read_bytes() for path in sorted(headers))
+    # each folder in its own order: a copy of csrc with one changed file is compiled in no time
+    headers = [path for part in (csrc, HERE) for path in sorted(part.rglob("*.*h"))]
+    shared = op_files.encode() + b"".join(path.read_bytes() for path in headers)
     defines = [f"-D{key}={value}" for key, value in _DEFINES.items()]
     common = [_compiler(), *_COMMON, *defines, *(f"-I{path}" for path in includes)]
 
@@ -91,11 +91,10 @@ def _link(name: str, sources: list[Path], csrc: Path, folder: Path, generated: P
         if source.suffix == ".cu":
             flags = ["-O1", "-g1", *_WATCHED, "-include", "cuda_emulation.h"]
         elif source.parent == HERE:
-            flags = ["-O2", "-g1"]
+            flags = ["-O3", "-g1"]
         else:
             flags = ["-O0"]
         command = [*common, *flags, "-x", "c++", "-c", str(source)]
-        # not the folders: a copy of csrc with one changed file is compiled in no time
         options = repr((flags, _COMMON, defines, command[0], source.name, sys.version))
         key = hashlib.sha256(shared + source.read_bytes() + options.encode())
         target = folder / f"{source.stem}-{key.hexdigest()[:16]}.o"
@@ -103,19 +102,22 @@ def _link(name: str, sources: list[Path], csrc: Path, folder: Path, generated: P
             _run([*command, "-o"], target)
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [*sources, HERE / "cuda_emulation.cpp"]))
-    key = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:16]
-    library = folder / key / name
-    if not library.exists():
-        library.parent.mkdir(exist_ok=True)
-        _run([_compiler(), "-shared", *map(str, objects), "-ldl", "-o"], library)
+    generated.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        (generated / "op_files.h").write_text(op_files)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, [*sources, HERE / "cuda_emulation.cpp"]))
+        key = hashlib.sha256(repr([path.name for path in objects]).encode()).hexdigest()[:16]
+        library = folder / key / name
+        if not library.exists():
+            library.parent.mkdir(exist_ok=True)
+            _run([_compiler(), "-shared", *map(str, objects), "-ldl", "-o"], library)
     return library
 
 
 def _run(command: list[str], target: Path) -> None:
-    """Runs the command with a temporary name for `target`: another process may make the same file."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    """Runs the command with a temporary name for `target`: what is there is whole."""
+    partial = target.with_name(f"{target.name}.partial")
     done = subprocess.run([*command, str(partial)], capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -199,17 +201,13 @@ class Emulator(Library):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Ops run as on a GPU. Fresh tensors hold NaN, so that what a kernel leaves out shows."""
-        kernels = [
-            kernel for op in registry.ops().values() for kernel in (op.call.fwd, op.call.bwd) if kernel
-        ]
+        kernels = [kernel for op in OPS.values() for kernel in (op.call.fwd, op.call.bwd) if kernel]
         was = [kernel.native for kernel in kernels]
-        was_deterministic = torch.are_deterministic_algorithms_enabled()
         try:
             for kernel in kernels:
                 kernel.native = self.native(kernel.name)
-            torch.use_deterministic_algorithms(True)
-            yield
+            with poisoned():
+                yield
         finally:
-            torch.use_deterministic_algorithms(was_deterministic)
             for kernel, native in zip(kernels, was, strict=True):
                 kernel.native = native

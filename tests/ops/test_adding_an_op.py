@@ -56,7 +56,7 @@ def test_an_op_is_added_by_the_recipe(tmp_path: Path) -> None:
 
     tests = [str(ROOT / "tests" / "ops" / name) for name in ("test_ops.py", "test_malformed_calls.py")]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, tmp_path, *tests, "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-c", RUN, tmp_path, *tests, "-q", "-n", "0", "-p", "no:cacheprovider"],
         env={**os.environ, "PYTHONPATH": str(package.parent), "GOMP_SPINCOUNT": "1000"},
         cwd=tmp_path,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Thousands of malformed calls of every op: TypeError or ValueError, or, where the call was right, a result.
+"""Hundreds of malformed calls of every op: TypeError or ValueError, or, where the call was right, a result.
 
 A call starts from right arguments, of which one to three are exchanged for something else. All draws are
 seeded. Tensors lie between guard values, which no call may change.
@@ -6,8 +6,8 @@ seeded. Tensors lie between guard values, which no call may change.
 
 import dataclasses
 import inspect
+import itertools
 import random
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,10 @@ from torch import Tensor
 
 # PyTorch warns that sparse and nested tensors are young
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-REFUSALS = 2000  # per op, at least
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHER_DTYPES = (
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    *(torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2),
 )
 GUARD = 32  # values before and after every tensor
 
@@ -101,25 +92,8 @@ def right_call(op: Op, random: random.Random) -> Call:
 # --- what takes the place of an argument
 
 VALUES: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        -1,
-        0,
-        1,
-        2,
-        3,
-        7,
-        2**31,
-        2**32 + 2,
-        2**62,
-        2**63 - 1,
-        2**63,
-        2**64,
-        -(2**63),
-        10**400,
-    ),
+    *(None, True, False, -1, 0, 1, 2, 3, 7),
+    *(2**31, 2**32 + 2, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63), 10**400),
     *(0.0, -0.0, 0.5, 2.0, -1.5, 1e-320, 1e-40, 1e39, 1e300, float("nan"), float("inf"), float("-inf"), 1j),
     *("", "first", "last", "rms", "layer", "RMS", "bfloat16", "8", b"last", "\0", "\ud800"),
     *(
@@ -307,11 +281,8 @@ def check_result(op: Op, call: Call, result: Any) -> None:
     actual, eager = as_list(result), as_list(op.eager(**inputs))
     assert len(actual) == len(eager)
     for output, expected in zip(actual, eager, strict=True):
-        assert (output.shape, output.dtype, output.device) == (
-            expected.shape,
-            expected.dtype,
-            expected.device,
-        )
+        for each in ("shape", "dtype", "device"):
+            assert getattr(output, each) == getattr(expected, each)
         assert output.is_contiguous()
     if not call.is_judged:
         return
@@ -327,30 +298,25 @@ def check_result(op: Op, call: Call, result: Any) -> None:
         assert all(grads[key].dtype == inputs[key].dtype and grads[key].isfinite().all() for key in leaves)
 
 
+@pytest.mark.parametrize("refusals", [300, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-def test_malformed_calls(op: Op, capsys: pytest.CaptureFixture[str]) -> None:
-    counts: Counter[str] = Counter()
-    seed = 0
-    while counts["refused"] < REFUSALS:
+def test_malformed_calls(op: Op, refusals: int) -> None:
+    refused = 0
+    for seed in itertools.count():
         call = right_call(op, random.Random(f"{op.name} {seed}"))
-        seed += 1
         malform(call)
         call.memory = [(flat, flat.clone()) for flat, _ in call.memory]
         try:
-            result = op.fused(**call.inputs)
-        except (TypeError, ValueError) as error:
-            counts["refused"] += 1
-            assert str(error).startswith(op.name), f"no name in {error!r}: {describe(call)}"
+            try:
+                result = op.fused(**call.inputs)
+            except (TypeError, ValueError) as error:
+                refused += 1
+                assert str(error).startswith(op.name), repr(error)
+            else:
+                check_result(op, call, result)
+            assert call.memory_is_unchanged(), "an input was written"
         except Exception as error:
             error.add_note(describe(call))
             raise
-        else:
-            counts["accepted"] += 1
-            try:
-                check_result(op, call, result)
-            except Exception as error:
-                error.add_note(describe(call))
-                raise
-        assert call.memory_is_unchanged(), f"an input was written: {describe(call)}"
-    with capsys.disabled():
-        print(f" {counts['refused']} refused, {counts['accepted']} accepted ", end="")
+        if refused == refusals:
+            return

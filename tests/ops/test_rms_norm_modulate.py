@@ -1,109 +1,18 @@
 """rms_norm_modulate: both norms, weight, bias, and shift and scale per sample or per token."""
 
-import itertools
-
 import pytest
 import torch
-from op_testing import (
-    DEVICES,
-    DTYPES,
-    Inputs,
-    check_accuracy,
-    check_compiles,
-    check_refuses,
-    draw,
-    run,
-)
+from op_testing import DTYPES, Inputs, check_compiles, check_refuses, draw, inputs_of
 from pixelgen_kernels import rms_norm_modulate
-from pixelgen_kernels.cases import chunk
-from pixelgen_kernels.ops.rms_norm_modulate import (
-    rms_norm_modulate_ref,
-)
-
-NORMS = ("rms", "layer")
-MODULATIONS = ("none", "per_sample", "per_token")
-
-
-def make(
-    shape: tuple[int, int, int],
-    norm: str = "rms",
-    modulation: str = "per_sample",
-    affine: str = "weight",
-    *,
-    dtype: torch.dtype = torch.float32,
-    modulation_dtype: torch.dtype | None = None,
-    weight_dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    strided: bool = False,
-) -> tuple[Inputs, list[str]]:
-    """Inputs, and the names of those that have gradients. x is off-centre, so that the two norms differ."""
-    B, T, C = shape
-    view = chunk if strided else lambda tensor: tensor
-    x = draw(B, T, C, seed=1) * 2 + 0.5
-    inputs: Inputs = {"x": view(x.to(device, dtype)), "norm": norm, "eps": 1e-5}
-    names = ["x"]
-    if modulation != "none":
-        size = (B, C) if modulation == "per_sample" else (B, T, C)
-        for seed, name in ((2, "shift"), (3, "scale")):
-            inputs[name] = view(draw(*size, dtype=modulation_dtype or dtype, device=device, seed=seed))
-            names.append(name)
-    if affine != "none":
-        inputs["weight"] = 1 + draw(C, dtype=weight_dtype or dtype, device=device, seed=4) / 4
-        names.append("weight")
-    if affine == "weight_and_bias":
-        inputs["bias"] = draw(C, dtype=weight_dtype or dtype, device=device, seed=5)
-        names.append("bias")
-    return inputs, names
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("modulation", ["per_sample", "per_token"])
-def test_accuracy_with_mixed_dtypes(modulation: str, device: str) -> None:
-    """Each of x, (shift, scale) and (weight, bias) may have any dtype."""
-    for dtypes in itertools.product((*DTYPES, torch.float64), repeat=3):
-        x_dtype = dtypes[0]
-        inputs, names = make(
-            (2, 5, 40),
-            "layer",
-            modulation,
-            "weight_and_bias",
-            dtype=x_dtype,
-            modulation_dtype=dtypes[1],
-            weight_dtype=dtypes[2],
-            device=device,
-        )
-        if torch.float64 not in dtypes:
-            check_accuracy(rms_norm_modulate, rms_norm_modulate_ref, inputs, names)
-        else:  # eager is the oracle itself, or (the arithmetic follows x) fp64 gradients have fp32 accuracy
-            (y,), grads = run(rms_norm_modulate, inputs, names)
-            (expected,), expected_grads = run(rms_norm_modulate_ref, inputs, names)
-            torch.testing.assert_close(y, expected)
-            for name in names:
-                assert grads[name].dtype == inputs[name].dtype
-                torch.testing.assert_close(grads[name].to(x_dtype), expected_grads[name].to(x_dtype))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_leading_dimensions(device: str) -> None:
-    """Without shift and scale x may have any number of dimensions."""
-    inputs, names = make((6, 4, 24), modulation="none", device=device)
-    x = inputs["x"]
-    for shape in ((24,), (24, 24), (2, 3, 4, 24), (1, 6, 1, 4, 24)):
-        inputs["x"] = x.flatten()[: torch.Size(shape).numel()].view(shape)
-        check_accuracy(rms_norm_modulate, rms_norm_modulate_ref, inputs, names)
-    inputs["x"] = chunk(x).unflatten(0, (2, 3))
-    check_accuracy(rms_norm_modulate, rms_norm_modulate_ref, inputs, names)
-    inputs["x"] = x.transpose(0, 1)  # rows in another order in memory
-    check_accuracy(rms_norm_modulate, rms_norm_modulate_ref, inputs, names)
+from pixelgen_kernels.ops.rms_norm_modulate import rms_norm_modulate_ref
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_non_finite_values_stay_in_their_row(norm: str, dtype: torch.dtype) -> None:
-    inputs, _ = make((1, 4, 40), norm, dtype=dtype)
+    inputs = inputs_of("rms_norm_modulate", 1, 4, 40, norm=norm, dtype=dtype)
     clean = rms_norm_modulate(**inputs)
     for value in (float("nan"), float("inf"), float("-inf")):
-        inputs["x"] = inputs["x"].clone()
         inputs["x"][0, 1, 7] = value
         y = rms_norm_modulate(**inputs)
         assert torch.equal(y.isnan(), rms_norm_modulate_ref(**inputs).isnan())
@@ -114,15 +23,8 @@ def test_half_precision_extremes() -> None:
     """Subnormals, the largest values and overflow are converted as Torch converts them."""
     for dtype in (torch.float16, torch.bfloat16):
         info = torch.finfo(dtype)
-        special = [
-            0.0,
-            -0.0,
-            info.max,
-            info.min,
-            info.tiny,
-            info.smallest_normal / 2,
-            -info.smallest_normal / 4,
-        ]
+        special = [0.0, -0.0, info.max, info.min, info.tiny]
+        special += [info.smallest_normal / 2, -info.smallest_normal / 4]
         beyond = [info.max * 2.0, -info.max * 2.0, info.smallest_normal / 1024 * 1.5]
         shift = torch.tensor([*special, *beyond])
         x = torch.zeros(1, 1, shift.numel(), dtype=dtype)
@@ -143,17 +45,6 @@ def test_half_precision_extremes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("modulation", MODULATIONS)
-def test_same_bits_every_time_on_the_gpu(modulation: str) -> None:
-    inputs, names = make((4, 300, 1024), "layer", modulation, "weight_and_bias", device="cuda")
-    first = run(rms_norm_modulate, inputs, names)
-    for _ in range(3):
-        again = run(rms_norm_modulate, inputs, names)
-        assert torch.equal(again[0][0], first[0][0])
-        assert all(torch.equal(again[1][name], first[1][name]) for name in names)
-
-
-@pytest.mark.gpu
 def test_more_than_2_31_elements_on_the_gpu() -> None:
     if torch.cuda.get_device_properties(0).total_memory < 32 * 2**30:
         pytest.skip("needs 32 GiB of GPU memory")
@@ -171,6 +62,7 @@ def test_more_than_2_31_elements_on_the_gpu() -> None:
     assert all(torch.equal(end, rows) for end, rows in zip(ends, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_compiles_on_chunks_made_inside() -> None:
     """The chunks that the compiler makes of a packed projection are read in place too."""
 
@@ -179,43 +71,33 @@ def test_compiles_on_chunks_made_inside() -> None:
         return rms_norm_modulate(x, shift, scale)
 
     inputs: Inputs = {"x": draw(2, 5, 24), "packed": draw(2, 48, seed=1)}
-    check_compiles(block, inputs, ["x", "packed"])
+    check_compiles(block, inputs, ["x", "packed"], "inductor")
 
 
-def test_refuses() -> None:
-    inputs, _ = make((2, 5, 16), affine="weight_and_bias")
-    shift = inputs["shift"]
-    for error, match, changes in (
-        (ValueError, "norm must be one of rms, layer, got 'batch'", {"norm": "batch"}),
-        (ValueError, "eps must be a finite number above 0, got 0", {"eps": 0}),
-        (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
-        (TypeError, r"x must be .*, got torch\.int64", {"x": torch.ones(2, 5, 16).long()}),
-        (
-            ValueError,
-            r"x must be \(B, T, C\) when shift and scale are given, got \(2, 16\)",
-            {"x": draw(2, 16)},
-        ),
-        (ValueError, "x must have 1 <= C <= 8192", {"x": draw(1, 1, 8193), "shift": None, "scale": None}),
-        (ValueError, "x must be contiguous in its last dimension", {"x": draw(2, 16, 5).transpose(1, 2)}),
-        (ValueError, "scale must be given when shift is, got None", {"scale": None}),
-        (ValueError, "shift must be given when scale is, got None", {"shift": None}),
-        (ValueError, "weight must be given when bias is, got None", {"weight": None}),
-        (ValueError, r"shift must have shape .*\(2, 16\).*\(2, 5, 16\), got \(2, 5\)", {"shift": draw(2, 5)}),
-        (ValueError, r"scale must have .*, got \(2, 5, 16\)", {"scale": draw(2, 5, 16)}),
-        (
-            TypeError,
-            r"scale must have the dtype of shift.*, got torch\.bfloat16",
-            {"scale": shift.bfloat16()},
-        ),
-        (ValueError, r"weight must have shape \(C,\) = \(16,\), got \(15,\)", {"weight": draw(15)}),
-        (ValueError, r"bias must have shape \(C,\) = \(16,\), got \(17,\)", {"bias": draw(17)}),
-        (TypeError, r"bias must have the dtype of weight.*, got torch\.float16", {"bias": draw(16).half()}),
-        (ValueError, "weight must be on the device of x", {"weight": torch.ones(16, device="meta")}),
-        (ValueError, "shift must be contiguous in its last dimension", {"shift": draw(16, 2).t()}),
-    ):
-        check_refuses(rms_norm_modulate, inputs, error, f"rms_norm_modulate: {match}", **changes)
-    spread = draw(2, 3, 4, 16)[:, :, ::2]
-    with pytest.raises(ValueError, match=r"rms_norm_modulate: x .* viewable as \(rows, C\)"):
-        rms_norm_modulate(spread.transpose(0, 1))
-    with pytest.raises(ValueError, match=r"rms_norm_modulate: x must be \(\.\.\., C\)"):
-        rms_norm_modulate(torch.tensor(1.0))
+def test_errors() -> None:
+    inputs = inputs_of("rms_norm_modulate", 2, 5, 16, affine="weight and bias")
+    spread = draw(2, 3, 4, 16)[:, :, ::2].transpose(0, 1)
+    alone: Inputs = {"shift": None, "scale": None}
+    refused = {
+        "ValueError: norm must be one of rms, layer, got 'batch'": {"norm": "batch"},
+        "ValueError: eps must be a finite number above 0, got 0": {"eps": 0},
+        "TypeError: x must be a tensor, got list": {"x": [1.0]},
+        "TypeError: x must be ... got torch.int64": {"x": torch.ones(2, 5, 16).long()},
+        "ValueError: x must be (B, T, C) when shift and scale are given, got (2, 16)": {"x": draw(2, 16)},
+        "ValueError: x must have 1 <= C <= 8192": {"x": draw(1, 1, 8193), **alone},
+        "ValueError: x must be contiguous in its last dimension": {"x": draw(2, 16, 5).transpose(1, 2)},
+        "ValueError: x with more than 3 dimensions must be viewable as (rows, C)": {"x": spread, **alone},
+        "ValueError: x must be (..., C)": {"x": torch.tensor(1.0), **alone},
+        "ValueError: scale must be given when shift is, got None": {"scale": None},
+        "ValueError: shift must be given when scale is, got None": {"shift": None},
+        "ValueError: weight must be given when bias is, got None": {"weight": None},
+        "ValueError: shift must have shape ... (2, 16) ... (2, 5, 16), got (2, 5)": {"shift": draw(2, 5)},
+        "ValueError: scale must have ... got (2, 5, 16)": {"scale": draw(2, 5, 16)},
+        "TypeError: scale must have the dtype of shift ... got torch.float16": {"scale": draw(2, 16).half()},
+        "ValueError: weight must have shape (C,) = (16,), got (15,)": {"weight": draw(15)},
+        "ValueError: bias must have shape (C,) = (16,), got (17,)": {"bias": draw(17)},
+        "TypeError: bias must have the dtype of weight ... got torch.float16": {"bias": draw(16).half()},
+        "ValueError: weight must be on the device of x": {"weight": torch.ones(16, device="meta")},
+        "ValueError: shift must be contiguous in its last dimension": {"shift": draw(16, 2).t()},
+    }
+    check_refuses(rms_norm_modulate, inputs, refused)
