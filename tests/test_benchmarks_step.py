@@ -1,4 +1,4 @@
-"""The suites of whole steps and of the machine that they run on: the same computed, and at the models' sizes."""
+"""The suites of whole steps and of the machine they run on: the same computed, at the sizes of the models."""
 
 import re
 
