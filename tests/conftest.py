@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from filelock import FileLock
+from forked import allow_interrupts
 
 MOST_WORKERS = 16  # each takes one to two gigabytes
 
@@ -26,10 +26,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Uses the threads that OMP_NUM_THREADS allows, at most two: the tensors of these tests are small."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    # In the background of a script SIGINT is ignored by inheritance, in all processes that are started here
-    # as well: tests that interrupt would wait for ever.
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    allow_interrupts()
     config.addinivalue_line("markers", "curves: draws the loss curves of its runs, whatever `no_curves` says")
 
 

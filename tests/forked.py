@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import runpy
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,15 @@ IMPORTS = [
 ]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(IMPORTS)
+
+
+def allow_interrupts() -> None:
+    """Lets this process and those that it starts be interrupted.
+
+    In the background of a script SIGINT is ignored by inheritance: tests that interrupt would wait for ever.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Forked:

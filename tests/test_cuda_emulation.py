@@ -14,8 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation.emulator import CSRC, ORDERS, Emulator, Library, build, build_faults, missing
-from op_testing import OPS, Point, assert_same_bits, cases, check_point, run
+from op_testing import (
+    OPS,
+    Point,
+    assert_same_bits,
+    cases,
+    check_accuracy,
+    check_point,
+    combinations,
+    pairwise,
+    run,
+)
 from pixelgen_kernels import build_info, patchify
+from pixelgen_kernels.cases import at_odd_address
+from pixelgen_kernels.registry import Op
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"cannot build the emulation: {missing()}")
 HAS_FMA = build_info()["cpu_isa"] != "baseline"
@@ -43,6 +55,28 @@ def test_kernels(point: Point, emulator: Emulator) -> None:
         assert_same_bits(results, run(op.eager if op.is_exact else op.fused, inputs, names))
     if any(output.numel() for output in results[0]):
         assert emulator.counts()["launches"] > launches
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows at a distance that is a multiple of 8 values, or one more where they are that long themselves."""
+    width = tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, -width % 8 or 1))[..., :width]
+
+
+@pytest.mark.parametrize("op", [op for op in IN_CUDA if op.name != "philox_normal"], ids=lambda op: op.name)
+def test_alignment_of_one_tensor(op: Op, emulator: Emulator) -> None:
+    """One that does not allow 128-bit accesses where all others do; and rows that do, of an odd size."""
+    shape = {2: (2, 64), 3: (2, 4, 64), 4: (2, 16, 4, 8), 5: (2, 3, 8, 16, 8)}[len(op.shapes[1])]
+    emulator.set_order("ascending")
+    for options in pairwise(op.options) or combinations(op):
+        inputs, names = Point(op=op, shape=shape, options=options).inputs()
+        odd, names_of_odd = Point(op=op, shape=op.shapes[1], options=options).inputs()
+        tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
+        with emulator.active():
+            for name, relaid in itertools.product(tensors, (at_odd_address, padded)):
+                check_accuracy(op.fused, op.eager, {**inputs, name: relaid(inputs[name])}, names)
+            odd |= {name: padded(odd[name]) for name in tensors}
+            check_accuracy(op.fused, op.eager, odd, names_of_odd)
 
 
 # --- the emulation itself: it sees what it is there for

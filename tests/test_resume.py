@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import conftest
 import pytest
-from forked import Forked
+from forked import Forked, allow_interrupts
 from processes import differences, stored
 from training import FLOW_ONLY, curve, fails_with, options
 
@@ -128,11 +127,11 @@ def test_interrupt_saves_and_the_run_continues(tmp_path):
     assert curve(tmp_path / "run")[-1]["step"] == step + 3
 
 
-def test_children_can_be_interrupted_though_sigint_was_ignored_by_inheritance(pytestconfig):
-    """As in the background of a script: what `pytest_configure` does, or the tests around would hang."""
+def test_children_can_be_interrupted_though_sigint_was_ignored_by_inheritance():
+    """As in the background of a script: what conftest does first, or the tests around would hang."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        conftest.pytest_configure(pytestconfig)
+        allow_interrupts()
         child = subprocess.Popen(["sleep", "60"])
     finally:
         signal.signal(signal.SIGINT, before)
