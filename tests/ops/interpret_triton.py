@@ -27,7 +27,7 @@ from test_swiglu import test_more_tiles_of_swiglu, test_special_values_of_swiglu
 
 for kernel in (kernel for op in OPS.values() for kernel in (op.call.fwd, op.call.bwd)):
     if kernel is not None and kernel._triton is not None:
-        LIBRARY.impl(kernel.name, kernel.on_cuda, "CPU")
+        LIBRARY.impl(kernel.name, kernel.on_cuda, "CPU", allow_override=True)
 
 
 def test_64_bit_rows_of_qk_norm_rope(monkeypatch: pytest.MonkeyPatch) -> None:
