@@ -302,16 +302,10 @@ def shard(
     # Nothing here writes to outputs in place, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     blocks: list[Any] = list(model.blocks)
-    # One matrix product of the model reads them, not the modules that hold them: a unit of their own,
-    # gathered when the condition is formed and given up when the first block begins.
-    adaln: list[Any] = [module.adaLN_modulation for module in (*blocks, model.final_layer)]
-    units: list[nn.Module] = [adaln[0], *blocks]
-    fully_shard(adaln, **options, reshard_after_forward=False)
+    units: list[nn.Module] = [*blocks]
     for block in blocks:
         fully_shard(block, **options, reshard_after_forward=parallel.reshard_after_forward)
     fully_shard(model, **options)  # keeps what is left gathered: it is needed again at once
-    model.t_embedder.register_forward_pre_hook(lambda *_: adaln[0].unshard())
-    blocks[0].register_forward_pre_hook(lambda *_: adaln[0].reshard())
     register_fsdp_forward_method(model, "forward_tokens")
     for module in others:
         if any(True for _ in module.parameters()):

@@ -30,7 +30,7 @@ BUCKETS = 8  # sizes that a selection may have, as in `losses.gate`
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; ``block`` is one of the denoiser's without AdaLN, ``adaln`` all AdaLN layers."""
+    """Numbers of parameters; ``block`` is one of the denoiser's, ``adaln`` the AdaLN layers of all."""
 
     denoiser: int
     projector: int
@@ -72,7 +72,7 @@ def count_parameters(config: TrainConfig) -> Parameters:
     return Parameters(
         denoiser=count(denoiser),
         projector=projector,
-        block=count(denoiser.blocks[0]) - adaln[0],
+        block=count(denoiser.blocks[0]),
         adaln=sum(adaln),
         stages=stages,
         tokens=tokens,
@@ -203,16 +203,15 @@ def step_memory(
     model, loss, parallel = config.model_config(), config.loss, config.parallel
     size = 2 if config.dtype == "bfloat16" else 4
     shard, averages = parameters.trained / shards, len(config.ema.decays) + len(config.ema.power)
-    rest = parameters.trained - parameters.adaln - model.depth * parameters.block
-    if gpus > 1:  # FSDP's: blocks come and go, the rest stays, and AdaLN has been given up again
+    if gpus > 1:  # FSDP's: blocks come and go, the rest stays
+        rest = parameters.trained - model.depth * parameters.block
         gathered = min(model.depth, 1 + parallel.prefetch) if parallel.reshard_after_forward else model.depth
         label = "gathered weights, a block's gradient"
         working = (rest + gathered * parameters.block) * size + parameters.block * (size + 4)
     elif size < 4:  # autocast's copies, which live until the backward pass
-        label, working = "weights in bf16", (rest + model.depth * parameters.block) * size
+        label, working = "weights in bf16", parameters.trained * size
     else:
-        label, working = "packed AdaLN weights", 0
-    working += parameters.adaln * size  # packed into one matrix
+        label, working = "packed AdaLN weights", parameters.adaln * size
     checkpointing = config.train.activation_checkpointing
     activations = denoiser_activations(model, size, checkpointing)
     activations += recomputed_bytes(model, size, checkpointing)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from pixelgen.errors import UserError
 from pixelgen.models import SIZES, JiT, ModelConfig, model_config
-from pixelgen.models.layers import adaln_modulations, rope_table, sincos_position_table
+from pixelgen.models.layers import packed_modulations, rope_table, sincos_position_table
 
 PUBLISHED_MILLIONS = {
     "JiT-B/16": 131,
@@ -236,8 +236,7 @@ def test_one_product_gives_the_modulations_of_all_layers(monkeypatch):
 
     monkeypatch.setattr("pixelgen.models.layers.F.linear", counted)
     condition = torch.randn(2, C)
-    layers = [block.adaLN_modulation[1] for block in model.blocks]
-    parts = adaln_modulations(condition, layers, torch.float32)
+    parts = packed_modulations(condition, [block.adaLN_modulation for block in model.blocks], torch.float32)
     for part, block in zip(parts, model.blocks, strict=True):
         torch.testing.assert_close(part, block.adaLN_modulation(condition))
     wide.clear()

@@ -18,8 +18,8 @@ from pixelgen.models.layers import (
     PositionTable,
     RMSNorm,
     TimestepEmbedder,
-    adaln_modulations,
     add_pending,
+    packed_modulations,
     sincos_position_table,
 )
 from pixelgen.models.sizes import ModelConfig
@@ -82,7 +82,7 @@ class JiT(nn.Module):
         self.y_embedder.reset_parameters()
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        for layer in (*self.adaln_layers(), self.final_layer.linear):
+        for layer in (*(module[1] for module in self._adaln_modules()), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
@@ -112,9 +112,8 @@ class JiT(nn.Module):
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def adaln_layers(self) -> list[nn.Linear]:
-        """The layers that one matrix product runs, outside of the modules that hold them."""
-        return [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
+    def _adaln_modules(self) -> list[nn.Sequential]:
+        return [module.adaLN_modulation for module in (*self._blocks(), self.final_layer)]
 
     def forward(
         self, x_t: Tensor, t: Tensor, y: Tensor, feature_layer: int | None = None
@@ -168,11 +167,10 @@ class JiT(nn.Module):
         # The stream keeps the embedding's dtype (bf16 under autocast) from the first block to the last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
-        modulations = adaln_modulations(condition, self.adaln_layers(), x.dtype)
-        *block_modulations, final_modulation = modulations
+        modulations = packed_modulations(condition, self._adaln_modules(), x.dtype)
         prefix, features = 0, None
         pending: Pending | None = None
-        for index, (block, modulation) in enumerate(zip(self.blocks, block_modulations, strict=True)):
+        for index, block in enumerate(self.blocks):
             is_start = config.in_context_len > 0 and index == config.in_context_start
             if is_start or index == feature_layer:  # both need the sum itself
                 x, pending = add_pending(x, pending), None
@@ -181,8 +179,8 @@ class JiT(nn.Module):
             if is_start:
                 prefix = config.in_context_len
                 x = torch.cat([(label[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
-            x, pending = block(x, pending, modulation, rope, prefix)
+            x, pending = block(x, pending, condition, rope, prefix, modulations[index])
         if pending is not None:
             branch, gate = pending
             pending = branch[:, prefix:], gate
-        return self.final_layer(x[:, prefix:], pending, final_modulation), features
+        return self.final_layer(x[:, prefix:], pending, condition, modulations[-1]), features

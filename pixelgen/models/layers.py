@@ -7,9 +7,9 @@ reach the fused ops only through the ``Ops`` they are given (``pixelgen_kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,18 +115,25 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
-class PatchEmbed(nn.Module):
-    """Patches to tokens: one projection, or two with a bottleneck between them.
+class PatchProjection(nn.Conv2d):
+    """A convolution whose kernel covers its stride, applied to what it would unfold: a matrix product.
 
-    The parameters have convolution shapes as in the published checkpoints; applied to patchified pixels they
-    are plain matrix products.
+    The parameters have convolution shapes as in the published checkpoints.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, T, in_channels * kernel area), channel first, to (B, T, out_channels)."""
+        return F.linear(input.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens: one projection, or two with a bottleneck between them."""
 
     def __init__(self, channels: int, patch_size: int, width: int, bottleneck_dim: int) -> None:
         super().__init__()
         inner = bottleneck_dim or width
-        self.proj1 = nn.Conv2d(channels, inner, patch_size, patch_size, bias=bottleneck_dim == 0)
-        self.proj2 = nn.Conv2d(inner, width, 1) if bottleneck_dim else None
+        self.proj1 = PatchProjection(channels, inner, patch_size, patch_size, bias=bottleneck_dim == 0)
+        self.proj2 = PatchProjection(inner, width, 1) if bottleneck_dim else None
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights seen as matrices, zero biases."""
@@ -138,8 +145,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T, P*P*channels) channel-first patches to (B, T, C)."""
-        x = F.linear(tokens.to(self.proj1.weight.dtype), self.proj1.weight.flatten(1), self.proj1.bias)
-        return x if self.proj2 is None else F.linear(x, self.proj2.weight.flatten(1), self.proj2.bias)
+        x = self.proj1(tokens)
+        return x if self.proj2 is None else self.proj2(x)
 
 
 class TimestepEmbedder(nn.Module):
@@ -229,20 +236,28 @@ class SwiGLU(nn.Module):
         return self.w3(F.dropout(self.ops.swiglu(self.w12(x)), self.dropout, self.training))
 
 
-def adaln_modulations(condition: Tensor, layers: list[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
-    """Shift, scale and gate of every AdaLN layer from one matrix product: they all read the same condition.
+def packed_modulations(
+    condition: Tensor, modules: Sequence[nn.Module], dtype: torch.dtype
+) -> Sequence[Tensor | None]:
+    """The modulation of every AdaLN layer from one matrix product, for the training step.
 
-    Each layer keeps its own parameters, under their published names; the product reads them packed, in the
-    dtype of autocast where that is on.
+    They all read the same condition, and their weights change at every step; where weights stay as they are,
+    packing them would cost more than it saves. Each layer keeps its own parameters, under their published
+    names; the product reads them in the dtype of autocast where that is on.
 
     Args:
         condition: (B, C).
-        layers: projections from C, one per AdaLN layer.
+        modules: ``adaLN_modulation`` of each block and of the final layer, SiLU and projection.
         dtype: of the result.
 
     Returns:
-        One (B, out_features) per layer, views of one tensor.
+        One (B, out_features) per module, views of one tensor. Or None for each: then the modules compute
+        their own, because no gradients are recorded, or because one of them is not what it was: it has hooks,
+        an adapter, quantised or sharded weights.
     """
+    if not torch.is_grad_enabled() or not all(map(_is_plain, modules)):
+        return [None] * len(modules)
+    layers = [cast("nn.Linear", module[1]) for module in cast("Sequence[nn.Sequential]", modules)]
     device = condition.device.type
     is_autocast = torch.is_autocast_enabled(device)
     packed = torch.get_autocast_dtype(device) if is_autocast else layers[0].weight.dtype
@@ -250,7 +265,35 @@ def adaln_modulations(condition: Tensor, layers: list[nn.Linear], dtype: torch.d
     weight = torch.cat([layer.weight.to(packed) for layer in layers])
     bias = torch.cat([layer.bias.to(packed) for layer in layers])
     modulations = F.linear(F.silu(condition), weight, bias).to(dtype)
-    return list(modulations.split([layer.out_features for layer in layers], dim=1))
+    return modulations.split([layer.out_features for layer in layers], dim=1)
+
+
+def adaln(width: int, num_vectors: int) -> nn.Sequential:
+    """SiLU and a projection of the condition (B, C) to so many vectors (B, C)."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_vectors * width))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether an AdaLN module is as `adaln` made it, so that its projection may be computed elsewhere."""
+    if type(module) is not nn.Sequential or len(module) != 2:
+        return False
+    silu, linear = module
+    return (
+        type(silu) is nn.SiLU
+        and type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and type(linear.bias) is nn.Parameter
+        and not any(_has_hooks(part) for part in (module, silu, linear))
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 # The output of a block's last branch and its gate (B, C), not yet added to the residual stream: the norm that
@@ -327,30 +370,32 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, attn_dropout, proj_dropout, ops)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_width, proj_dropout, ops)
-        # Run by `adaln_modulations`, for all blocks at once; the SiLU stands here for the published names.
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = adaln(width, 6)
 
     def forward(
         self,
         x: Tensor,
         pending: Pending | None,
-        modulation: Tensor,
+        condition: Tensor,
         rope: tuple[Tensor, Tensor],
         num_prefix_tokens: int = 0,
+        modulation: Tensor | None = None,
     ) -> tuple[Tensor, Pending]:
         """One block on the residual stream.
 
         Args:
             x: (B, T, C).
             pending: what the previous block left to be added: branch (B, T, C) and gate (B, C), or None.
-            modulation: (B, 6C) in the dtype of x: shift, scale, gate of attention, then of the MLP.
+            condition: (B, C).
             rope: cos and sin of the image tokens.
             num_prefix_tokens: in-context tokens at the front.
+            modulation: what ``adaLN_modulation`` makes of the condition, where that is known: (B, 6C) in the
+                dtype of x, shift, scale, gate of attention, then of the MLP.
 
         Returns:
             The stream (B, T, C) and the MLP's branch with its gate, in x's dtype.
         """
-        arguments = x, pending, modulation, rope, num_prefix_tokens
+        arguments = x, pending, condition, rope, num_prefix_tokens, modulation
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._compute(*arguments)
         if self.checkpointing == "full":
@@ -364,10 +409,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         pending: Pending | None,
-        modulation: Tensor,
+        condition: Tensor,
         rope: tuple[Tensor, Tensor],
         num_prefix_tokens: int,
+        modulation: Tensor | None,
     ) -> tuple[Tensor, Pending]:
+        if modulation is None:
+            modulation = self.adaLN_modulation(condition).to(x.dtype)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         x, h = norm_after_pending(x, pending, shift_attn, scale_attn, self.norm1, self.ops)
         attended = self.attn(h, rope, num_prefix_tokens).to(x.dtype), gate_attn
@@ -383,10 +431,24 @@ class FinalLayer(nn.Module):
         self.ops = ops
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, patch_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = adaln(width, 2)
 
-    def forward(self, x: Tensor, pending: Pending | None, modulation: Tensor) -> Tensor:
-        """x (B, T, C), what is left to be added to it, modulation (B, 2C) to (B, T, P*P*channels)."""
+    def forward(
+        self, x: Tensor, pending: Pending | None, condition: Tensor, modulation: Tensor | None = None
+    ) -> Tensor:
+        """The pixels of every patch.
+
+        Args:
+            x: (B, T, C).
+            pending: what is left to be added to it.
+            condition: (B, C).
+            modulation: see ``Block``; (B, 2C), shift and scale.
+
+        Returns:
+            (B, T, P*P*channels).
+        """
+        if modulation is None:
+            modulation = self.adaLN_modulation(condition).to(x.dtype)
         shift, scale = modulation.chunk(2, dim=1)
         _, x = norm_after_pending(x, pending, shift, scale, self.norm_final, self.ops)
         return self.linear(x)
