@@ -100,7 +100,7 @@ class Runner:
         share = batch // self.world.size
         own = order[self.world.rank * share : (self.world.rank + 1) * share]
         images, labels = self.images.batch(own)
-        return self.trainer.train_step(images.to(self.device), labels.to(self.device))
+        return self.trainer.train_step(images.to(self.device), {"label": labels.to(self.device)})
 
     def losses(self, steps: int) -> tuple[list[float], float]:
         """The losses of the next steps, of all processes together, and the bytes sent in the last one."""

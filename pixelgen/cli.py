@@ -136,7 +136,9 @@ def _is_section(hint: Any) -> TypeGuard[type]:
 
 def _field_hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    found = {field.name: hints[field.name] for field in fields(cls)}
+    # a section whose options are known late says itself which it has by now
+    return {name: hint.section() if hasattr(hint, "section") else hint for name, hint in found.items()}
 
 
 def read_values(cls: type, mapping: object, source: str) -> dict[str, object]:

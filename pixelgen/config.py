@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from pixelgen.config_sections import (
     TimeConfig,
 )
 from pixelgen.errors import UserError
-from pixelgen.models.sizes import ModelConfig, model_config
+from pixelgen.models.families import FAMILIES, Architecture
 
 __all__ = [
     "DataConfig",
@@ -115,23 +115,13 @@ class TrainConfig(Section):
                 f"got {self.loss.alignment_layer}"
             )
 
-    def model_config(self) -> ModelConfig:
-        """The denoiser's architecture: the named size, the overrides of ``model``, the shapes of ``data``.
+    def model_config(self) -> Architecture:
+        """The denoiser's architecture, of the class that its family has for it.
 
         Raises:
             UserError: the parts do not fit, such as a patch size that does not divide the image size.
         """
-        given = {item.name: getattr(self.model, item.name) for item in fields(self.model)}
-        size = given.pop("size")
-        overrides = {name: value for name, value in given.items() if value is not None}
-        data = self.data
-        return model_config(
-            size,
-            image_size=data.image_size,
-            channels=data.channels,
-            num_classes=data.num_classes,
-            **overrides,
-        )
+        return self.model.architecture(self.data)
 
 
 class _Loader(yaml.SafeLoader):
@@ -242,8 +232,11 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def config_to_yaml(config: TrainConfig) -> str:
-    """Every field as YAML; ``config_from_yaml`` gives an equal configuration back."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    """Every field as YAML, of the model those of its family; ``config_from_yaml`` gives an equal one back."""
+    values = asdict(config)
+    own = ("family", "size", *FAMILIES[config.model.family].options)
+    values["model"] = {name: value for name, value in values["model"].items() if name in own}
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def config_from_yaml(text: str, source: str = "config.yaml") -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pixelgen import checkpoint as checkpoints
@@ -38,7 +37,7 @@ def check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
 
     def parts(config: TrainConfig) -> Iterator[tuple[str, object]]:
         loss = config.loss
-        yield "model", replace(config.model_config(), attn_dropout=0.0, proj_dropout=0.0)
+        yield "model", config.model_config().without_rates()
         yield "loss.alignment_weight or its schedule", loss.uses_alignment
         yield "loss.projector_width", loss.uses_alignment and loss.projector_width
         yield "loss.gate", loss.gate == "learned"

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from pixelgen.cli import USER_ERRORS
 from pixelgen.config import ParallelConfig
 from pixelgen.errors import ToldError, UserError
-from pixelgen.models.jit import JiT
+from pixelgen.models.denoiser import Denoiser
 from pixelgen.pipeline import pick_device
 
 T = TypeVar("T")
@@ -279,7 +279,7 @@ def build_mesh(mode: Mode, parallel: ParallelConfig, world: World) -> DeviceMesh
 
 
 def shard(
-    model: JiT, others: Sequence[nn.Module], mesh: DeviceMesh, parallel: ParallelConfig, *, half: bool
+    model: Denoiser, others: Sequence[nn.Module], mesh: DeviceMesh, parallel: ParallelConfig, *, half: bool
 ) -> None:
     """Shards a model's weights in place, block by block, and those of other modules, each as a whole.
 
@@ -301,7 +301,7 @@ def shard(
     }
     # Nothing here writes to outputs in place, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    blocks: list[Any] = list(model.blocks)
+    blocks: list[Any] = model.fsdp_units()
     units: list[nn.Module] = [*blocks]
     for block in blocks:
         fully_shard(block, **options, reshard_after_forward=parallel.reshard_after_forward)

@@ -1,4 +1,4 @@
-"""What MFU is made of: the arithmetic of a training step, and what a device could do. Imports no torch.
+"""What MFU is made of: the arithmetic of a training step, and what a device could do.
 
 Counted is what the algorithm needs: matrix products, convolutions and attention, two FLOPs for a
 multiply-add. The backward pass of a trained layer is twice its forward, that of a frozen one the gradient of
@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 from pixelgen.config import LossConfig, TrainConfig
-from pixelgen.models.sizes import ModelConfig
+from pixelgen.models.families import Architecture, build_denoiser
 
 __all__ = [
     "StepFlops",
@@ -24,8 +25,6 @@ __all__ = [
     "projector_flops",
     "train_step_flops",
 ]
-
-TIME_FEATURES = 256  # of the timestep embedder
 
 # Channels in and out of VGG16's 3x3 convolutions up to relu5_3; a 2x2 pooling stands between two stages.
 VGG16_STAGES = (
@@ -97,27 +96,25 @@ _PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
 _OTHER_DEVICE = re.compile(r"\b(MIG|Laptop|Max-Q|D|Ti|SUPER)\b")
 
 
-def denoiser_flops(model: ModelConfig) -> int:
-    """FLOPs of one forward pass of the denoiser for one image.
+@lru_cache(maxsize=16)
+def denoiser_flops(model: Architecture) -> int:
+    """FLOPs of one forward pass of the denoiser for one image, as PyTorch counts them.
 
-    In-context tokens count in the blocks that see them; the AdaLN projections and the timestep embedder work
-    on one vector per image.
+    Those of matrix products, with attention as the two products that it is.
     """
-    C, T = model.width, model.num_tokens
-    inner = model.bottleneck_dim
-    embed = T * (model.patch_dim * inner + inner * C if inner else model.patch_dim * C)
-    embed += TIME_FEATURES * C + C * C
-    blocks = 0
-    for index in range(model.depth):
-        tokens = T + (model.in_context_len if index >= model.in_context_start else 0)
-        linear = 4 * C * C + 3 * C * model.mlp_width  # qkv and proj; w12 and w3
-        attention = 2 * tokens * C  # q k^T and the weighted sum of v, per token
-        blocks += tokens * (linear + attention) + 6 * C * C
-    final = T * C * model.patch_dim + 2 * C * C
-    return 2 * (embed + blocks + final)
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        denoiser = build_denoiser(model, "eager").to("meta")  # tables too, wherever they were computed
+        tokens, t = torch.empty(1, model.num_tokens, model.patch_dim), torch.empty(1)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            denoiser.forward_tokens(tokens, model.grid, t, denoiser.example_condition(1))
+    return counter.get_total_flops()
 
 
-def projector_flops(model: ModelConfig, hidden_width: int, encoder_width: int) -> int:
+def projector_flops(model: Architecture, hidden_width: int, encoder_width: int) -> int:
     """FLOPs of one forward pass of the alignment's projector for one image."""
     widths = model.width * hidden_width + hidden_width**2 + hidden_width * encoder_width
     return 2 * model.num_tokens * widths
@@ -132,7 +129,7 @@ def vgg16_flops(height: int, width: int) -> int:
     return 2 * total
 
 
-def embedded_flops(model: ModelConfig) -> tuple[int, int]:
+def embedded_flops(model: Architecture) -> tuple[int, int]:
     """FLOPs of one pass of the embedded network for one image: its trunk, and the head that makes tokens."""
     height, width = model.image_height_width
     total, before = 0, model.channels
@@ -217,7 +214,7 @@ def train_step_flops(config: TrainConfig, step: int = 0) -> StepFlops:
     return StepFlops(batch * 3.0 * denoiser_flops(model), batch * projector, batch * frozen)
 
 
-def _discriminator_flops(model: ModelConfig, loss: LossConfig) -> int:
+def _discriminator_flops(model: Architecture, loss: LossConfig) -> int:
     """FLOPs of the adversarial game for one image that passes the gate: both players, and R1."""
     first = 2 * model.num_tokens * token_width(loss) * DISCRIMINATOR_WIDTH
     head = first + 2 * model.num_tokens * DISCRIMINATOR_WIDTH * (DISCRIMINATOR_WIDTH + 1)
@@ -228,7 +225,7 @@ def _discriminator_flops(model: ModelConfig, loss: LossConfig) -> int:
     return of_generator + of_discriminator + of_r1
 
 
-def _frozen_flops(model: ModelConfig, loss: LossConfig, share: FrozenShares) -> float:
+def _frozen_flops(model: Architecture, loss: LossConfig, share: FrozenShares) -> float:
     """FLOPs of the frozen networks for one image, on average."""
     total = 0.0
     trunk, head = embedded_flops(model)

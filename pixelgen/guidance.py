@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pixelgen.conditions import Condition, joined, num_rows
 from pixelgen.errors import UserError
 from pixelgen.flow import round_to_float32, velocity_from_x_pred
 
@@ -19,8 +20,9 @@ class GuidedVelocity:
     """velocity = v_null + scale * (v_label - v_null) inside the guidance interval, v_label outside it.
 
     Classifier-free guidance (arXiv 2207.12598) limited to an interval (arXiv 2404.07724), on the velocities
-    v = (x_pred - x_t) / max(1 - t, t_eps) of an x-predicting model. Inside the interval null label and label
-    run as one doubled batch, null label first; outside it, and when ``scale`` is 1, only the label runs.
+    v = (x_pred - x_t) / max(1 - t, t_eps) of an x-predicting model, or on those that the model predicts.
+    Inside the interval null condition and condition run as one doubled batch, null first; outside it, and
+    when ``scale`` is 1, only the condition runs.
 
     Which evaluations are guided:
 
@@ -34,32 +36,33 @@ class GuidedVelocity:
         nfe: network evaluations per image so far: 1 for a plain batch, 2 for a doubled one.
 
     Args:
-        model_fn: ``model_fn(x_t (B, ...), t (B,), labels (B, ...)) -> x_pred (B, ...)``.
-        labels: conditions, (B,) int64 class labels (or (B, ...) features), on the device of the images.
-        null_labels: conditions of the unguided direction, shape and dtype of ``labels``.
+        model_fn: ``model_fn(x_t (B, ...), t (B,), condition) -> prediction (B, ...)``.
+        condition: what each image is to be, on the device of the images.
+        null: the condition of the unguided direction, of the same names, shapes and dtypes.
         scale: guidance scale, not negative; 1 means no guidance.
         interval: (low, high) with 0 <= low < high <= 1, where t = 0 is noise.
         rule: ``"paper"`` or ``"released"``.
         upper_inclusive: whether the released rule includes ``high`` (its Euler and Heun do, its Adams does
             not).
-        t_eps: smallest denominator of the velocity, positive.
+        t_eps: smallest denominator of the velocity, positive; None for a model that predicts the velocity
+            x - noise itself.
 
     Raises:
         UserError: ``scale``, ``interval``, ``rule`` or ``t_eps`` is out of range.
-        ValueError: ``labels`` and ``null_labels`` differ in shape.
+        ValueError: ``condition`` and ``null`` differ in a name or a shape.
     """
 
     def __init__(
         self,
-        model_fn: Callable[[Tensor, Tensor, Tensor], Tensor],
-        labels: Tensor,
-        null_labels: Tensor,
+        model_fn: Callable[[Tensor, Tensor, Condition], Tensor],
+        condition: Condition,
+        null: Condition,
         *,
         scale: float,
         interval: tuple[float, float] = (0.0, 1.0),
         rule: str = "paper",
         upper_inclusive: bool = True,
-        t_eps: float = 0.05,
+        t_eps: float | None = 0.05,
     ) -> None:
         low, high = interval
         if not (math.isfinite(scale) and scale >= 0):
@@ -68,16 +71,16 @@ class GuidedVelocity:
             raise UserError(f"guidance: interval must satisfy 0 <= low < high <= 1, got ({low}, {high})")
         if rule not in GUIDANCE_RULES:
             raise UserError(f"guidance: rule must be one of {', '.join(GUIDANCE_RULES)}, got {rule!r}")
-        if not t_eps > 0:
+        if t_eps is not None and not t_eps > 0:
             raise UserError(f"guidance: t_eps must be positive, got {t_eps}")
-        if labels.shape != null_labels.shape:
-            raise ValueError(
-                f"guidance: null_labels must have the shape of labels {tuple(labels.shape)}, "
-                f"got {tuple(null_labels.shape)}"
-            )
+        shapes, null_shapes = (
+            {name: tuple(value.shape) for name, value in each.items()} for each in (condition, null)
+        )
+        if shapes != null_shapes:
+            raise ValueError(f"guidance: null must have the shapes of condition {shapes}, got {null_shapes}")
         self.model_fn = model_fn
-        self.labels = labels
-        self.doubled_labels = torch.cat([null_labels, labels]) if scale != 1.0 else labels
+        self.condition = condition
+        self.doubled = joined(null, condition) if scale != 1.0 else condition
         self.scale = scale
         self.low, self.high = round_to_float32(low), round_to_float32(high)
         self.rule = rule
@@ -96,18 +99,20 @@ class GuidedVelocity:
 
     def __call__(self, x_t: Tensor, t: float, step_t: float) -> Tensor:
         """Velocity of ``x_t`` (B, ...) at ``t``, in a step that began at ``step_t``; shape of ``x_t``."""
-        if x_t.shape[0] != self.labels.shape[0]:
+        if x_t.shape[0] != num_rows(self.condition):
             raise ValueError(
-                f"guidance: x_t must have one image per label, {self.labels.shape[0]}, got {x_t.shape[0]}"
+                f"guidance: x_t must have one image per row of the condition, {num_rows(self.condition)}, "
+                f"got {x_t.shape[0]}"
             )
         if not self.is_guided(t, step_t):
             self.nfe += 1
-            return self._velocity(x_t, t, self.labels)
+            return self._velocity(x_t, t, self.condition)
         self.nfe += 2
-        null, label = self._velocity(torch.cat([x_t, x_t]), t, self.doubled_labels).chunk(2)
+        null, label = self._velocity(torch.cat([x_t, x_t]), t, self.doubled).chunk(2)
         return null + self.scale * (label - null)
 
-    def _velocity(self, x_t: Tensor, t: float, labels: Tensor) -> Tensor:
+    def _velocity(self, x_t: Tensor, t: float, condition: Condition) -> Tensor:
         # Filled on the device: torch.tensor(t) would be made on the host, and its copy waited for.
         time = torch.full((x_t.shape[0],), t, dtype=x_t.dtype, device=x_t.device)
-        return velocity_from_x_pred(self.model_fn(x_t, time, labels), x_t, t, self.t_eps)
+        prediction = self.model_fn(x_t, time, condition)
+        return prediction if self.t_eps is None else velocity_from_x_pred(prediction, x_t, t, self.t_eps)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pixelgen import checkpoint as checkpoints
+from pixelgen.conditions import moved
 from pixelgen.config import TrainConfig, config_to_yaml
 from pixelgen.data.identity import compare, identify
 from pixelgen.data.loader import Batch, build_dataset, build_loader
@@ -250,8 +251,9 @@ class Run:
             if stop or batch is None:
                 return stop
             self._watchdog.progress(trainer.step + 1, "training")
-            images, labels = (part.to(trainer.device, non_blocking=True) for part in batch)
-            self._log.add(trainer.train_step(images, labels))
+            images = batch.images.to(trainer.device, non_blocking=True)
+            condition = moved(batch.condition, trainer.device, non_blocking=True)
+            self._log.add(trainer.train_step(images, condition))
             if trainer.step % train.log_every == 0:
                 self._write_log()
             if train.checkpoint_every and trainer.step % train.checkpoint_every == 0:

@@ -1,12 +1,13 @@
 """Memory of a training step on one GPU, item by item, worked out from the configuration: docs/planning.md.
 
-PyTorch is imported to count parameters on the meta device only.
+PyTorch is imported to count parameters and activations, of tensors without memory.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from pixelgen.config import TrainConfig
 from pixelgen.flops import (
@@ -18,10 +19,11 @@ from pixelgen.flops import (
     frozen_shares,
     token_width,
 )
-from pixelgen.models.sizes import ModelConfig
+from pixelgen.models.families import Architecture, build_denoiser
 
 __all__ = ["Parameters", "count_parameters", "step_memory"]
 
+Checkpointing = Literal["none", "selective", "full"]
 GIB = 2**30
 # An allowance for the CUDA context, NCCL's buffers, and the workspaces of cuBLAS and cuDNN.
 WORKSPACE = 2 * GIB
@@ -50,7 +52,6 @@ def count_parameters(config: TrainConfig) -> Parameters:
     import torch
 
     from pixelgen.losses.alignment import Projector
-    from pixelgen.models.jit import JiT
 
     loss, model = config.loss, config.model_config()
 
@@ -58,11 +59,13 @@ def count_parameters(config: TrainConfig) -> Parameters:
         return sum(parameter.numel() for parameter in module.parameters())
 
     with torch.device("meta"):
-        denoiser = JiT(model, "eager")
+        denoiser = build_denoiser(model, "eager")
         projector = 0
         if loss.uses_alignment:
             projector = count(Projector(model.width, loss.projector_width, token_width(loss)))
-    adaln = [count(module.adaLN_modulation) for module in (*denoiser.blocks, denoiser.final_layer)]
+    adaln = [
+        parameter.numel() for name, parameter in denoiser.named_parameters() if "adaLN_modulation" in name
+    ]
     stages = tokens = 0
     if loss.lpips_weight * loss.perceptual_ratio > 0 and loss.stages == "vgg16":
         stages = vgg16_parameters()
@@ -72,7 +75,7 @@ def count_parameters(config: TrainConfig) -> Parameters:
     return Parameters(
         denoiser=count(denoiser),
         projector=projector,
-        block=count(denoiser.blocks[0]),
+        block=count(denoiser.fsdp_units()[0]),
         adaln=sum(adaln),
         stages=stages,
         tokens=tokens,
@@ -92,45 +95,17 @@ def dinov2_parameters(name: str, layer: int | None = None) -> int:
     return 3 * 14**2 * C + C + (37**2 + 1) * C + C + (layer or DINOV2[name].depth) * block + 2 * C
 
 
-def denoiser_activations(model: ModelConfig, size: int, checkpointing: str = "none") -> float:
-    """Bytes of one image that are kept between the denoiser's forward and backward pass.
+def denoiser_activations(model: Architecture, size: int, checkpointing: Checkpointing = "none") -> int:
+    """Bytes of one image that are kept between the denoiser's forward and backward pass; see ``measure``."""
+    from pixelgen.models.measure import activation_bytes
 
-    Args:
-        model: the architecture.
-        size: bytes of a number: 2 under bf16 autocast, else 4.
-        checkpointing: none, selective or full.
-    """
-    C, T = model.width, model.num_tokens
-    middle = range(model.depth // 4, model.depth // 4 * 3)  # the blocks with dropout
-    blocks = 0
-    for index in range(model.depth):
-        tokens = T + (model.in_context_len if index >= model.in_context_start else 0)
-        blocks += tokens * block_bytes(model, size, checkpointing, has_dropout=index in middle)
-    modulations = (6 * model.depth + 2) * C
-    # patches in and out, embedding, last norm
-    ends = T * (2 * model.patch_dim + model.bottleneck_dim + 2 * C)
-    return blocks + (modulations + ends) * size
+    return activation_bytes(model, size, checkpointing)
 
 
-def block_bytes(model: ModelConfig, size: int, checkpointing: str, *, has_dropout: bool) -> int:
-    """Bytes of one token that a block keeps for its backward pass."""
-    C, M, statistics = model.width, model.mlp_width, 4 * model.heads  # attention's log-sum-exp, fp32
-    if checkpointing == "full":  # what comes in: the stream, and the branch that is to be added
-        return 2 * C * size
-    if checkpointing == "selective":  # that, qkv, attention's output, its branch, the SwiGLU's input
-        return (7 * C + 2 * M) * size + statistics
-    # two norms' inputs and outputs (4 C), qkv (3 C), q, k, v (3 C), attention's output as it comes and as the
-    # projection reads it (2 C), both branches (2 C), the SwiGLU's input and output (3 M); masks of one byte
-    masks = C + M if has_dropout and model.proj_dropout else 0
-    return (14 * C + 3 * M) * size + statistics + masks
-
-
-def recomputed_bytes(model: ModelConfig, size: int, checkpointing: str) -> int:
+def recomputed_bytes(model: Architecture, size: int, checkpointing: Checkpointing) -> float:
     """Bytes of one image that come back while a block's forward pass is run again for its backward pass."""
-    tokens = model.num_tokens + model.in_context_len
-    kinds = ("none", checkpointing)
-    everything, kept = (block_bytes(model, size, kind, has_dropout=True) for kind in kinds)
-    return tokens * (everything - kept)
+    everything, kept = (denoiser_activations(model, size, kind) for kind in ("none", checkpointing))
+    return (everything - kept) / model.depth
 
 
 def stage_activations(config: TrainConfig, size: int) -> float:
@@ -149,7 +124,7 @@ def stage_activations(config: TrainConfig, size: int) -> float:
     return total
 
 
-def embedded_activations(model: ModelConfig, size: int) -> float:
+def embedded_activations(model: Architecture, size: int) -> float:
     """Bytes kept of one image for the way back through the embedded trunk: maps before and after SiLU."""
     height, width = model.image_height_width
     total = 0
@@ -213,7 +188,7 @@ def step_memory(
     else:
         label, working = "packed AdaLN weights", parameters.adaln * size
     checkpointing = config.train.activation_checkpointing
-    activations = denoiser_activations(model, size, checkpointing)
+    activations: float = denoiser_activations(model, size, checkpointing)
     activations += recomputed_bytes(model, size, checkpointing)
     if loss.uses_alignment:
         activations += model.num_tokens * (4 * loss.projector_width * size + token_width(loss) * (size + 4))

@@ -12,10 +12,12 @@ from pixelgen_kernels import philox_normal
 from torch import Tensor, nn
 
 from pixelgen import checkpoint as checkpoints
+from pixelgen.conditions import Condition
 from pixelgen.config import PRESET_DIR, SampleConfig, TrainConfig, config_from_yaml
 from pixelgen.errors import UserError
 from pixelgen.guidance import GuidedVelocity
-from pixelgen.models.jit import JiT
+from pixelgen.models.denoiser import Denoiser
+from pixelgen.models.families import build_denoiser
 from pixelgen.models.released import load_released_checkpoint, load_strictly
 from pixelgen.models.sizes import ModelConfig, model_config
 from pixelgen.plots import to_uint8
@@ -39,7 +41,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: JiT,
+        model: Denoiser,
         sample: SampleConfig,
         *,
         t_eps: float = 0.05,
@@ -75,7 +77,7 @@ class Pipeline:
         checkpoint = checkpoints.find_checkpoint(path)
         checkpoints.read_meta(checkpoint)
         config: TrainConfig = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text())
-        model = JiT(config.model_config(), kernels)
+        model = build_denoiser(config.model_config(), kernels)
         if weights == "raw":
             checkpoints.load_state(checkpoint, {"model": model.state_dict()})
         else:
@@ -167,7 +169,7 @@ class Pipeline:
         }
         settings = replace(self.settings, **{key: value for key, value in given.items() if value is not None})
         config = self.model.config
-        device = self.model.pos_embed.device
+        device = next(self.model.parameters()).device
         if batch_size < 1:
             raise UserError(f"sample: batch_size must be at least 1, got {batch_size}")
         labels = torch.as_tensor(labels, dtype=torch.int64)
@@ -179,30 +181,31 @@ class Pipeline:
         images = torch.empty(len(labels), *shape, dtype=torch.uint8)
         self.nfe = 0
         for start in range(0, len(labels), batch_size):
-            y = labels[start : start + batch_size].to(device)
-            index = torch.arange(start, start + len(y), device=device) + first_index
+            condition = {"label": labels[start : start + batch_size].to(device)}
+            count = len(condition["label"])
+            index = torch.arange(start, start + count, device=device) + first_index
             noise = philox_normal(seed, 0, index, images[0].numel(), stream=NOISE_STREAM)
             velocity = GuidedVelocity(
                 self._predict,
-                y,
-                torch.full_like(y, config.num_classes),
+                condition,
+                self.model.null(condition),
                 scale=settings.guidance,
                 interval=(settings.guidance_low, settings.guidance_high),
                 rule=settings.guidance_rule,
                 upper_inclusive=settings.sampler != "adams",
-                t_eps=self.t_eps,
+                t_eps=self.t_eps if self.model.prediction == "x" else None,
             )
-            x = SAMPLERS[settings.sampler](velocity, noise.view(len(y), *shape) * self.noise_scale, grid)
-            images[start : start + len(y)] = to_uint8(x).cpu()
+            x = SAMPLERS[settings.sampler](velocity, noise.view(count, *shape) * self.noise_scale, grid)
+            images[start : start + count] = to_uint8(x).cpu()
             self.nfe = velocity.nfe
             if progress is not None:
-                progress(start + len(y))
+                progress(start + count)
         return images
 
-    def _predict(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            x_pred = self.model(x_t, t, y)
-        return x_pred.to(x_t.dtype)  # the velocity is formed in fp32
+            prediction = self.model(x_t, t, condition)
+        return prediction.to(x_t.dtype)  # the velocity is formed in fp32
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,18 +13,19 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor.experimental import implicit_replication
 
 from pixelgen import checkpoint as checkpoints
+from pixelgen.conditions import Condition, dropped, part_of
 from pixelgen.config import TrainConfig
 from pixelgen.config_checks import check_batch, check_same_parts
 from pixelgen.data.loader import ImageDataset, stream_indices
 from pixelgen.data.streaming import HubStream
 from pixelgen.distributed import Mode, World, build_mesh, resolve_mode, shard, sum_over_copies
 from pixelgen.ema import Averages
-from pixelgen.flow import logit_normal_time, shift_time
+from pixelgen.flow import logit_normal_time, shift_time, x_from_velocity
 from pixelgen.guard import FiniteGuard
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.gate import to_device
+from pixelgen.models.families import build_denoiser
 from pixelgen.models.float8 import use_float8
-from pixelgen.models.jit import JiT
 from pixelgen.optim import adamw, clip_gradients, learning_rate
 from pixelgen.pipeline import Pipeline, count_parameters, pick_device
 
@@ -61,7 +62,7 @@ class Trainer:
         check_batch(config, self.world.size)
         self.step = 0
         torch.manual_seed(config.seed)  # initialisation: the same in every process
-        self.model = JiT(config.model_config(), config.kernels)
+        self.model = build_denoiser(config.model_config(), config.kernels)
         self.num_parameters = count_parameters(self.model)
         self.objective = self.world.in_turn(
             "preparing the losses",
@@ -247,12 +248,12 @@ class Trainer:
             t = philox_uniform(self.config.seed, step, index, 1, stream=TIME_STREAM)[:, 0]
         return shift_time(t, config.timeshift)
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def train_step(self, images: Tensor, condition: Condition) -> dict[str, Tensor]:
         """One optimizer step.
 
         Args:
             images: (B / world.size, C, H, W) uint8 on the device, this process's part of the batch.
-            labels: (B / world.size,) int64 on the device.
+            condition: of these images, on the device.
 
         Returns:
             Loss terms, gradient norm and the share of gated samples: scalars on the device, of which those of
@@ -260,19 +261,19 @@ class Trainer:
         """
         step = self.step
         whole_t = self.draw_time(step)
-        parts = self._parts(len(labels))
+        parts = self._parts(len(images))
         balance = self.objective.balance
         balances_first = balance is not None and balance.is_due(step) and len(parts) > 1
         if balances_first:  # by all parts, before the first one is weighted with it
             for part in parts:
-                self._forward(images, labels, part, whole_t)
+                self._forward(images, condition, part, whole_t)
         self.optimizer.zero_grad(set_to_none=True)
         if self.discriminator_optimizer is not None:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
         seen: list[tuple[int, dict[str, Tensor]]] = []
         for part in parts:
-            found = self._forward(images, labels, part, whole_t, update_balance=not balances_first)
+            found = self._forward(images, condition, part, whole_t, update_balance=not balances_first)
             sum_over_copies([self.model, self.objective.projector], part is parts[-1])
             found["loss"].backward()
             if "balance_weight" in found:  # not a share of anything, but logged as one
@@ -291,12 +292,18 @@ class Trainer:
         return [range(first, first + size) for first in range(0, count, size)]
 
     def _forward(
-        self, images: Tensor, labels: Tensor, part: range, whole_t: Tensor, *, update_balance: bool = True
+        self,
+        images: Tensor,
+        condition: Condition,
+        part: range,
+        whole_t: Tensor,
+        *,
+        update_balance: bool = True,
     ) -> dict[str, Tensor]:
         """The terms of some samples, as shares of the whole batch's; ``loss`` has the graph."""
         config, step = self.config, self.step
-        first = self.world.rank * len(labels) + part.start
-        images, labels = images[part.start : part.stop], labels[part.start : part.stop]
+        first = self.world.rank * len(images) + part.start
+        images, condition = images[part.start : part.stop], part_of(condition, part.start, part.stop)
         index = torch.arange(first, first + len(part), device=self.device)
         # Dropout is not counter-based, so it is seeded: by the step and the first sample.
         torch.manual_seed(((config.seed * 2**32 + step) ^ (first << 44)) % 2**63)
@@ -309,34 +316,46 @@ class Trainer:
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         host_t = whole_t[first : first + len(part)]
         t = to_device(host_t, self.device)
-        tokens, clean = self.model.ops.noise_patchify(
+        model = self.model
+        tokens, clean = model.ops.noise_patchify(
             images,
             t,
-            self.model.config.patch_size,
+            model.config.patch_size,
             seed=config.seed,
             step=step,
             sample_index=index,
             noise_scale=config.time.noise_scale,
-            channel_order="first",
+            channel_order=model.input_order,
             return_clean=True,
-            clean_channel_order="last",
+            clean_channel_order=model.output_order,
             dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         )
         is_dropped = uniform(LABEL_DROP_STREAM) < config.optimizer.label_drop
-        labels = torch.where(is_dropped, self.model.config.num_classes, labels)
+        condition = dropped(condition, model.null(condition), is_dropped)
+        P = model.config.patch_size
+        grid = (images.shape[2] // P, images.shape[3] // P)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            x_pred, features = self.model.forward_tokens(tokens, t, labels, self.feature_layer)
+            output, features = model.forward_tokens(tokens, grid, t, condition, self.feature_layer)
             return self.objective(
-                x_pred,
+                output if model.prediction == "x" else self._x_pred(output, tokens, t),
                 clean,
                 t,
                 features,
                 step=step,
-                balance_parameter=self.model.final_layer.linear.weight,
+                balance_parameter=model.balance_weight(),
                 host_t=host_t,
                 whole_t=whole_t,
                 update_balance=update_balance,
             )
+
+    def _x_pred(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """The clean patches that a velocity leads to, (B, T, P*P*channels) in the order of the output."""
+        model = self.model
+        if model.input_order != model.output_order:
+            P, side = model.config.patch_size, self.config.data.image_size
+            image = model.ops.unpatchify(tokens, P, (side, side), channel_order=model.input_order)
+            tokens = model.ops.patchify(image, P, channel_order=model.output_order)
+        return x_from_velocity(velocity.float(), tokens.float(), t)
 
     def _update(self, terms: dict[str, Tensor]) -> None:
         """Clips, steps the optimizers, moves the averages; adds the gradient norm to the terms."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pixelgen.data.loader import Batch
+
 
 def fill(
     root: Path,
@@ -37,6 +39,11 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+def pair(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels."""
+    return batch.images, batch.condition["label"]
 
 
 def assert_same(first: Sequence, second: Sequence) -> None:

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 
 from pixelgen.checkpoint import find_checkpoint, list_checkpoints, load_part
 
+COMMAND = Path(__file__).with_name("train_command.py")
 # Everything that has a state: all terms, a trained gate and discriminator, a weight of each process.
 EVERYTHING = [
     *("--loss.gate", "learned", "--loss.adversarial_weight", "0.1", "--loss.adversarial_start_step", "3"),
@@ -53,12 +54,19 @@ class Job:
         processes: how many.
         log: gets the errors of all, and what the others print.
         features: embedded features of the digits, to save their training.
+        script: what runs it, given the features and the arguments.
     """
 
     def __init__(
-        self, arguments: list[str], processes: int = 1, *, log: Path, features: Path | None = None
+        self,
+        arguments: list[str],
+        processes: int = 1,
+        *,
+        log: Path,
+        features: Path | None = None,
+        script: Path = COMMAND,
     ) -> None:
-        command = [str(Path(__file__).with_name("train_command.py")), str(features or "")]
+        command = [str(script), str(features or "")]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         self._store, ranks = rank_environments(processes) if processes > 1 else (None, [{}])
         self.processes: list[Forked] = []
@@ -108,10 +116,16 @@ class Job:
 
 
 def train(
-    arguments: list[str], processes: int = 1, *, log: Path, code: int = 0, features: Path | None = None
+    arguments: list[str],
+    processes: int = 1,
+    *,
+    log: Path,
+    code: int = 0,
+    features: Path | None = None,
+    script: Path = COMMAND,
 ) -> str:
     """Runs a job to its end; returns what the first process printed, and all errors."""
-    job = Job(arguments, processes, log=log, features=features)
+    job = Job(arguments, processes, log=log, features=features, script=script)
     try:
         lines = "".join(job.lines())
         codes = job.wait()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import assert_same, united
+from images import assert_same, pair, united
 from PIL import Image
 
 from pixelgen.data import ClassFolder, build_loader, stream_indices
@@ -110,7 +110,7 @@ def test_file_that_may_not_be_read_is_replaced(tmp_path):
 
     def read():
         loader = build_loader(ClassFolder(".", image_size=8), 10, seed=0)
-        images, labels = next(loader)
+        images, labels = pair(next(loader))
         return _numbers(images), labels.tolist(), loader.broken, loader.num_broken, loader.num_drawn
 
     numbers, labels, broken, num_broken, num_drawn = _as_other_user(tmp_path, read)
@@ -145,7 +145,7 @@ def test_the_next_readable_image_takes_the_place(tmp_path, capfd):
     loader = build_loader(data, 10, seed=0, max_broken=0.5)
     asked = [stream_indices(step, dataset_size=10, batch_size=10, seed=0) for step in range(2)]
     for indices in asked:
-        images, labels = next(loader)
+        images, labels = pair(next(loader))
         expected = [{3: 5, 4: 5, 9: 0}.get(int(index), int(index)) for index in indices]
         assert _numbers(images) == expected
         assert labels.tolist() == [int(index >= 5) for index in expected]  # of the image that is there
@@ -167,7 +167,7 @@ def test_replacements_depend_on_neither_workers_nor_ranks_nor_resume(tmp_path):
 
     def take(count, **more):
         loader = build_loader(data, **arguments, **more)
-        batches = [next(loader) for _ in range(count)]
+        batches = [pair(next(loader)) for _ in range(count)]
         loader.close()
         return batches, loader
 

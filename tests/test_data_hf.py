@@ -210,7 +210,7 @@ def test_loader_reads_in_workers(tmp_path, kind):
     for num_workers in (1, 2):
         for batch, expected in zip(take(num_workers=num_workers), whole, strict=True):
             assert torch.equal(batch.images, expected.images)
-            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.condition["label"], expected.condition["label"])
     assert not multiprocessing.active_children()
 
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from images import assert_same, fill, united
+from images import assert_same, fill, pair, united
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
 
@@ -63,7 +63,7 @@ def test_ranks_share_the_global_batch(world_size):
 
 
 def _take(loader, count):
-    batches = [next(loader) for _ in range(count)]
+    batches = [pair(next(loader)) for _ in range(count)]
     loader.close()
     return batches
 
@@ -126,7 +126,7 @@ def test_loader_of_files_resumes_in_the_middle(tmp_path):
     data = ClassFolder(fill(tmp_path), image_size=8, crop="random")
     straight = _take(build_loader(data, 4, seed=1), 6)
     loader = build_loader(data, 4, seed=1, num_workers=2)
-    first = [next(loader) for _ in range(3)]
+    first = [pair(next(loader)) for _ in range(3)]
     assert loader.state_dict() == {}
     loader.close()
     rest = _take(build_loader(data, 4, seed=1, start_step=3, num_workers=1, state={}), 3)
@@ -138,7 +138,7 @@ def test_workers_outlive_signals_of_others(tmp_path):
     expected = _take(build_loader(data, 4, seed=1), 20)
     before = {child.pid for child in multiprocessing.active_children()}
     loader = build_loader(data, 4, seed=1, num_workers=2)
-    first = next(loader)  # of one worker: the other may not have begun yet
+    first = pair(next(loader))  # of one worker: the other may not have begun yet
     workers = {child.pid for child in multiprocessing.active_children()} - before
     assert len(workers) == 2
     signal_from_elsewhere(workers)

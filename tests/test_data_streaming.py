@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from images import assert_same, united, write_tar
+from images import assert_same, pair, united, write_tar
 from PIL import Image
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
@@ -86,7 +86,7 @@ def _take(stream, count, batch_size=6, seed=0, **more):
     loader = build_loader(stream, batch_size, seed=seed, **more)
     batches, states = [], []
     for _ in range(count):
-        batches.append(next(loader))
+        batches.append(pair(next(loader)))
         states.append(loader.state_dict())
     loader.close()
     return batches, states
@@ -198,11 +198,11 @@ def test_first_images(root):
 def test_worker_outlives_signals_of_others(root):
     expected, _ = _take(_stream(root), 12)
     loader = build_loader(_stream(root), 6, seed=0, num_workers=2)
-    batches = [next(loader)]
+    batches = [pair(next(loader))]
     workers = multiprocessing.active_children()
     assert len(workers) == 1  # one process reads, two threads in it decode
     signal_from_elsewhere([workers[0].pid])
-    batches += [next(loader) for _ in range(11)]
+    batches += [pair(next(loader)) for _ in range(11)]
     loader.close()
     assert_same(batches, expected)
 
@@ -216,7 +216,7 @@ def test_broken_images_are_replaced(tmp_path, num_workers):
     images[3], images[10], images[11] = None, b"", _PNGS[11][:40]
     stream = _stream(_parquet(tmp_path / "set", images))
     loader = build_loader(stream, 23, seed=0, num_workers=num_workers, max_broken=0.5)
-    batches = [next(loader) for _ in range(2)]
+    batches = [pair(next(loader)) for _ in range(2)]
     loader.close()
     for batch in batches:
         numbers = _numbers([batch])

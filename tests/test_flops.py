@@ -15,7 +15,6 @@ from pixelgen.encoders.dinov2 import MODELS as VITS
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures
 from pixelgen.flops import (
     DINOV2,
-    TIME_FEATURES,
     denoiser_flops,
     embedded_flops,
     expected_gate_share,
@@ -47,7 +46,7 @@ def counted(model: ModelConfig, is_trained: bool) -> int:
     t, y = torch.rand(B), torch.zeros(B, dtype=torch.int64)
     denoiser = JiT(model, "eager")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        x_pred, _ = denoiser.forward_tokens(tokens, t, y)
+        x_pred, _ = denoiser.forward_tokens(tokens, model.grid, t, {"label": y})
         if is_trained:
             x_pred.sum().backward()
     return counter.get_total_flops()
@@ -61,7 +60,9 @@ def test_the_forward_pass_is_what_pytorch_counts(model):
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_training_is_three_forward_passes_but_for_the_gradients_of_the_data(model):
     inner = model.bottleneck_dim or model.width
-    of_the_data = 2 * (model.num_tokens * model.patch_dim * inner + TIME_FEATURES * model.width)
+    of_the_data = 2 * (
+        model.num_tokens * model.patch_dim * inner + TimestepEmbedder.num_features * model.width
+    )
     assert B * (3 * denoiser_flops(model) - of_the_data) == counted(model, is_trained=True)
 
 
@@ -71,7 +72,6 @@ def test_the_projector_is_what_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         projector(torch.randn(B, model.num_tokens, model.width))
     assert B * projector_flops(model, 40, 24) == counter.get_total_flops()
-    assert TimestepEmbedder.num_features == TIME_FEATURES
 
 
 # PixelGen-XL: 780 GFLOP per image for forward and backward, 260 forward; JiT in billions of multiply-adds

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixelgen.conditions import Condition
 from pixelgen.errors import UserError
 from pixelgen.guidance import GuidedVelocity
 from pixelgen.samplers import adams, euler, heun, timesteps
 
-LABELS, NULL = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 3])
+LABELS, NULL = {"label": torch.tensor([0, 1, 2])}, {"label": torch.tensor([3, 3, 3])}
 OFFSETS = torch.tensor([0.5, -0.3, 0.2, 0.1])
 
 
@@ -19,7 +20,8 @@ class Net:
         self.batches: list[list[int]] = []
         self.times: list[Tensor] = []
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        labels = condition["label"]
         assert x_t.shape[0] == t.shape[0] == labels.shape[0]
         self.batches.append(labels.tolist())
         self.times.append(t)
@@ -30,8 +32,8 @@ def guided(net=None, **options) -> GuidedVelocity:
     return GuidedVelocity(net or Net(), LABELS, NULL, **{"scale": 2.0, **options})
 
 
-def velocity(x_t: Tensor, t: float, labels: Tensor) -> Tensor:
-    return (Net()(x_t, torch.full((3,), t), labels) - x_t) / max(1 - t, 0.05)
+def velocity(x_t: Tensor, t: float, condition: Condition) -> Tensor:
+    return (Net()(x_t, torch.full((3,), t), condition) - x_t) / max(1 - t, 0.05)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 4.5])
@@ -115,11 +117,18 @@ def test_the_model_may_answer_in_half_precision():
 
 def test_a_sampling_run_never_waits_for_the_device():
     """Tensors on meta have no values: reading one from the host would raise."""
-    labels = torch.empty(3, dtype=torch.int64, device="meta")
+    labels = {"label": torch.empty(3, dtype=torch.int64, device="meta")}
     noise = torch.empty(3, 2, 4, 4, device="meta")
     for solver in (euler, heun, adams):
         v = GuidedVelocity(lambda x, t, y: x * t.view(-1, 1, 1, 1), labels, labels, scale=2.0)
         assert solver(v, noise, timesteps(4)).shape == noise.shape
+
+
+def test_a_model_may_predict_the_velocity_itself():
+    x_t = torch.randn(3, 2, 4, 4)
+    v = GuidedVelocity(lambda x, t, y: x * y["label"].view(-1, 1, 1, 1), LABELS, NULL, scale=2.0, t_eps=None)
+    own, null = (x_t * labels["label"].view(-1, 1, 1, 1) for labels in (LABELS, NULL))
+    torch.testing.assert_close(v(x_t, 0.999, 0.999), null + 2 * (own - null))
 
 
 def test_errors():
@@ -133,7 +142,8 @@ def test_errors():
         guided(rule="other")
     with pytest.raises(UserError, match="t_eps must be positive"):
         guided(t_eps=0.0)
-    with pytest.raises(ValueError, match=r"null_labels must have the shape of labels \(3,\), got \(2,\)"):
-        GuidedVelocity(Net(), LABELS, NULL[:2], scale=2.0)
-    with pytest.raises(ValueError, match="x_t must have one image per label, 3, got 2"):
+    for null in ({"label": NULL["label"][:2]}, {"text": NULL["label"]}):
+        with pytest.raises(ValueError, match=r"null must have the shapes of condition {'label': \(3,\)}"):
+            GuidedVelocity(Net(), LABELS, null, scale=2.0)
+    with pytest.raises(ValueError, match="x_t must have one image per row of the condition, 3, got 2"):
         guided()(torch.zeros(2, 2, 4, 4), 0.5, 0.5)

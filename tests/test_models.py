@@ -83,7 +83,7 @@ def test_image_sizes_that_the_patch_divides(image_size):
     config = small(image_size=image_size)
     model = randomized(config)
     x, t, y = inputs(config)
-    x_pred, features = model(x, t, y, feature_layer=2)
+    x_pred, features = model(x, t, y, tap=2)
     assert x_pred.shape == x.shape
     assert features.shape == (2, config.num_tokens, config.width)
     assert x_pred.abs().max() > 0.01
@@ -94,7 +94,7 @@ def test_tokens_and_images_are_the_same_computation():
     model = randomized(config)
     x, t, y = inputs(config)
     ops = select("eager")
-    tokens, _ = model.forward_tokens(ops.patchify(x, 4, channel_order="first"), t, y)
+    tokens, _ = model.forward_tokens(ops.patchify(x, 4, channel_order="first"), config.grid, t, {"label": y})
     assert torch.equal(ops.unpatchify(tokens, 4, (32, 32), channel_order="last"), model(x, t, y))
 
 
@@ -104,7 +104,7 @@ def test_features_are_the_input_of_the_block_without_class_tokens(layer):
     model = randomized(config)
     seen = []
     model.blocks[layer].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    _, features = model(*inputs(config), feature_layer=layer)
+    _, features = model(*inputs(config), tap=layer)
     image_tokens = seen[0][:, -config.num_tokens :]
     assert torch.equal(features, image_tokens)
 
@@ -216,10 +216,10 @@ def test_wrong_inputs():
     config = small()
     model = JiT(config)
     x, t, y = inputs(config)
-    with pytest.raises(ValueError, match=r"x_t must have shape \(B, 3, 32, 32\), got \(2, 3, 16, 32\)"):
+    with pytest.raises(ValueError, match=r"JiT: the grid must be \(8, 8\), .* got \(4, 8\)"):
         model(x[:, :, :16], t, y)
-    with pytest.raises(ValueError, match=r"feature_layer must lie in \[0, 3\), got 3"):
-        model(x, t, y, feature_layer=3)
+    with pytest.raises(ValueError, match=r"tap must lie in \[0, 3\), got 3"):
+        model(x, t, y, tap=3)
 
 
 def test_one_product_gives_the_modulations_of_all_layers(monkeypatch):
@@ -263,7 +263,7 @@ def test_pending_branches_are_added_where_the_sum_is_needed():
     x, t, y = inputs(config)
     expected = model(x, t, y)
     for layer in range(3):
-        x_pred, _ = model(x, t, y, feature_layer=layer)
+        x_pred, _ = model(x, t, y, tap=layer)
         assert torch.allclose(x_pred, expected, atol=1e-5)
 
 

@@ -27,6 +27,7 @@ from parity import (
 )
 from torch import Tensor, nn
 
+from pixelgen.conditions import Condition
 from pixelgen.data.crop import center_crop
 from pixelgen.flow import interpolate, logit_normal_time, shift_time
 from pixelgen.guidance import GuidedVelocity
@@ -80,7 +81,7 @@ def test_denoiser(vectors: Vectors, layer: str, kernels: Kernels):
     tensors, what = vectors.tensors, f"{vectors.name} rl{layer}"
     model = denoiser(vectors, vectors.sidecar["state_file"], vectors.sidecar["config"], kernels).eval()
     x = tensors["x"].clone().requires_grad_()
-    output, features = model(x, tensors["t"], tensors["y"], feature_layer=int(layer))
+    output, features = model(x, tensors["t"], tensors["y"], tap=int(layer))
     assert_matches(output, tensors["output"], FORWARD, f"{what} output")
     assert_matches(features, tensors[f"rl{layer}.feat"], FORWARD, f"{what} feat")
 
@@ -132,15 +133,16 @@ def run_sampler(
     tensors, net = vectors.tensors, vectors.sidecar["net"]
     net_t: list[float] = []
 
-    def model_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def model_fn(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         net_t.append(t[0].item())
-        return torch.tanh(net["a"] * x + net["b"] * t.view(-1, 1, 1, 1) + tensors["c"][y].view(-1, 1, 1, 1))
+        c = tensors["c"][condition["label"]]
+        return torch.tanh(net["a"] * x + net["b"] * t.view(-1, 1, 1, 1) + c.view(-1, 1, 1, 1))
 
     solver, upper_inclusive = sampler_of(case)
     velocity = GuidedVelocity(
         model_fn,
-        tensors["condition"],
-        tensors["uncondition"],
+        {"label": tensors["condition"]},
+        {"label": tensors["uncondition"]},
         scale=case["guidance"],
         interval=(case["guidance_interval_min"], case["guidance_interval_max"]),
         rule="released",
@@ -283,13 +285,19 @@ def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
     projector = nn.ModuleList(  # gives the reference's names, 0.0.weight and so on
         [objective.projector if objective.uses_alignment else Projector(*proj_dims(vectors))]
     )
-    denoise = model.forward_tokens if layout == "tokens" else model
+
+    def denoise(x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, layer = tensors["y"], arguments["align_layer"]
+        if layout == "images":
+            return model(x_t, t, y, layer)
+        return model.forward_tokens(x_t, model.config.grid, t, {"label": y}, layer)
+
     x_t, clean = noisy_inputs(tensors, t, arguments["noise_scale"], model, layout)
     for step in case["global_steps"]:
         prefix = f"{name}.step{step}" if f"{name}.step{step}.loss" in tensors else name
         model.zero_grad(set_to_none=True)
         projector.zero_grad(set_to_none=True)
-        x_pred, features = denoise(x_t, t, tensors["y"], arguments["align_layer"])
+        x_pred, features = denoise(x_t)
         weight = model.final_layer.linear.weight
         terms = objective(x_pred, clean, t, features, step=step, balance_parameter=weight)
         terms["loss"].backward()
@@ -324,7 +332,9 @@ def test_objective_in_paper_mode(vectors: Vectors, name: str):
     step = min(case["global_steps"])
     prefix = f"{name}.step{step}" if f"{name}.step{step}.loss" in tensors else name
     with torch.no_grad():
-        x_pred, features = model.forward_tokens(x_t, t, tensors["y"], arguments["align_layer"])
+        x_pred, features = model.forward_tokens(
+            x_t, model.config.grid, t, {"label": tensors["y"]}, arguments["align_layer"]
+        )
     terms = objective(x_pred, clean, t, features, step=1)  # before the balance
     same = ["fm_loss", "cos_loss", "lpips_loss"]
     same += ["dino_percept_loss", "inter_cos_0", "loss"] if passes.all() else []

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Forked
-from images import assert_same, fill
+from images import assert_same, fill, pair
 from PIL import Image
 
 from pixelgen.data.folder import ClassFolder
@@ -389,7 +389,7 @@ def test_loader_reads_prepared_images(prepared, workers):
     folder = build_loader(ClassFolder(prepared.parent / "src", 16), 5, seed=1)
     try:
         for _ in range(4):
-            assert_same([next(loader)], [next(folder)])
+            assert_same([pair(next(loader))], [pair(next(folder))])
     finally:
         loader.close()
         folder.close()

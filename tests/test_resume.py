@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 def stop_after(monkeypatch, step: int) -> None:
     train_step = Trainer.train_step
 
-    def stopping(self, images, labels):
-        terms = train_step(self, images, labels)
+    def stopping(self, *batch):
+        terms = train_step(self, *batch)
         if self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return terms

@@ -108,9 +108,10 @@ def test_the_first_losses_are_the_recorded_ones(tmp_path):
 def test_one_batch_can_be_learnt_by_heart(tmp_path):
     trainer = start_trainer(options(tmp_path, "run", 300, *FLOW_ONLY, "--time.mean", "0"))
     images, labels = trainer.dataset.batch(range(16))
-    first = trainer.train_step(images, labels)["flow_matching"].item()
+    condition = {"label": labels}
+    first = trainer.train_step(images, condition)["flow_matching"].item()
     for _ in range(149):
-        last = trainer.train_step(images, labels)["flow_matching"].item()
+        last = trainer.train_step(images, condition)["flow_matching"].item()
     assert last < 0.2 * first
 
 
@@ -262,10 +263,10 @@ def test_compiled_blocks_train_like_plain_ones(tmp_path):
 def test_a_step_on_the_gpu_never_waits_for_it(tmp_path, with_embedded):
     trainer = start_trainer(["--out_dir", str(tmp_path), "--name", "run", "--device", "cuda"])
     images, labels = (tensor.cuda() for tensor in trainer.dataset.batch(range(16)))
-    trainer.train_step(images, labels)  # the first one fills caches
+    trainer.train_step(images, {"label": labels})  # the first one fills caches
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.train_step(images, labels)
+        trainer.train_step(images, {"label": labels})
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

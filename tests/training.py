@@ -45,7 +45,7 @@ def train_steps(trainer: Trainer, steps: int) -> list[dict[str, float]]:
     )
     found = []
     for _ in range(steps):
-        terms = trainer.train_step(*next(batches)[:2])
+        terms = trainer.train_step(*next(batches))
         found.append({name: value.item() for name, value in terms.items()})
     batches.close()
     return found

@@ -138,7 +138,8 @@ class Runner:
             self.trainer = Trainer(self.config, Path(folder), images)
         self._step = usual_step(self.trainer)
         fill_zeros(self.trainer.model)
-        self.batch = tuple(tensor.to(device) for tensor in images.batch(range(batch)))
+        pixels, labels = images.batch(range(batch))
+        self.batch = pixels.to(device), {"label": labels.to(device)}
         with without_dropout(self.trainer.model):
             terms = self.step()
         self.first = {name: terms[name].item() for name in ("loss", "grad_norm")}

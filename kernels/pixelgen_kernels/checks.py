@@ -28,7 +28,7 @@ def floats(op: str, **tensors: Any) -> None:
 
     Optional arguments that were left out (None) are for the caller to filter.
     """
-    if not torch.compiler.is_compiling() and _C.are_floats("", *tensors.values()):
+    if _have_memory() and _C.are_floats("", *tensors.values()):
         return
     device: torch.device | None = None
     first = ""
@@ -65,12 +65,17 @@ def shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], letters: s
         )
 
 
+def _have_memory() -> bool:
+    """Whether tensors may be read where they lie: in a graph and under a dispatch mode they may be fake."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def are_rows(shapes: str, *tensors: Any) -> bool:
     """Whether `rows` passes, and shapes are such as "BTC BC|BTC? =": see csrc/bindings.cpp.
 
-    A quick yes, before checks that find out what is wrong. In a graph it is no: tensors have no memory there.
+    A quick yes, before checks that find out what is wrong; no where tensors may have no memory.
     """
-    return not torch.compiler.is_compiling() and _C.are_rows(shapes, *tensors)
+    return _have_memory() and _C.are_rows(shapes, *tensors)
 
 
 def rows(op: str, **tensors: Any) -> None:

@@ -23,6 +23,7 @@ from pixelgen_kernels import philox_uniform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pixelgen.conditions import Condition
 from pixelgen.config_sections import DataConfig
 from pixelgen.data.digits import Digits
 from pixelgen.data.folder import Broken, ClassFolder, EncodedImages, ReadBatch, report_broken
@@ -176,10 +177,10 @@ class Share:
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) uint8 and labels (B,) int64."""
+    """Images (B, C, H, W) uint8, and what is known of them: ``{"label": (B,) int64}``."""
 
     images: Tensor
-    labels: Tensor
+    condition: Condition
 
 
 class Loader:
@@ -219,7 +220,7 @@ class Loader:
         except UserError:
             self.close()
             raise
-        return Batch(read.images, read.labels)
+        return Batch(read.images, {"label": read.labels})
 
     def _fetch(self) -> tuple[ReadBatch, dict[str, int]]:
         if self._loader is None:

@@ -6,13 +6,10 @@ import torch
 from torch import nn
 
 from pixelgen.errors import UserError
-from pixelgen.models.jit import JiT
-
-# The block's own products. AdaLN's run as one product for all blocks and are small.
-_LAYERS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
+from pixelgen.models.denoiser import Denoiser
 
 
-def use_float8(model: JiT, device: torch.device, *, emulate: bool = False) -> None:
+def use_float8(model: Denoiser, device: torch.device, *, emulate: bool = False) -> None:
     """Replaces the linear layers of every block by torchao's, under the same parameter names.
 
     Inputs, weights and gradients are scaled tensor by tensor, just in time; parameters stay as they are. Only
@@ -38,13 +35,13 @@ def use_float8(model: JiT, device: torch.device, *, emulate: bool = False) -> No
 
     def fits(module: nn.Module, name: str) -> bool:
         nonlocal count
-        if not isinstance(module, nn.Linear) or name not in _LAYERS:
+        if not isinstance(module, nn.Linear) or "adaLN_modulation" in name:  # a product per image is small
             return False
         is_taken = module.in_features % 16 == 0 and module.out_features % 16 == 0
         count += is_taken
         return is_taken
 
-    for block in model.blocks:
+    for block in model.fsdp_units():
         convert_to_float8_training(block, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
     if not count:
         raise UserError("float8: no layer of the blocks has widths that are multiples of 16")

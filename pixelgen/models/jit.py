@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from pixelgen_kernels import select
 from torch import Tensor, nn
 
+from pixelgen.conditions import Condition
+from pixelgen.models.denoiser import Denoiser, Kernels
 from pixelgen.models.layers import (
     Block,
-    Checkpointing,
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
@@ -25,7 +25,7 @@ from pixelgen.models.layers import (
 from pixelgen.models.sizes import ModelConfig
 
 
-class JiT(nn.Module):
+class JiT(Denoiser):
     """A plain transformer on pixel patches with AdaLN and in-context class tokens.
 
     Parameter names equal those of the published PixelGen code. A fresh model predicts exact zeros: every
@@ -37,12 +37,11 @@ class JiT(nn.Module):
             to rounding.
     """
 
+    config: ModelConfig
     pos_embed: Tensor
 
-    def __init__(self, config: ModelConfig, kernels: Literal["auto", "eager"] = "auto") -> None:
-        super().__init__()
-        self.config = config
-        self.ops = select(kernels)
+    def __init__(self, config: ModelConfig, kernels: Kernels = "auto") -> None:
+        super().__init__(config, kernels)
         rows, columns = config.grid
         self.x_embedder = PatchEmbed(config.channels, config.patch_size, config.width, config.bottleneck_dim)
         self.t_embedder = TimestepEmbedder(config.width)
@@ -82,105 +81,70 @@ class JiT(nn.Module):
         self.y_embedder.reset_parameters()
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        for layer in (*(module[1] for module in self._adaln_modules()), self.final_layer.linear):
+        adaln = [cast("nn.Linear", module[1]) for module in self._adaln_modules()]
+        for layer in (*adaln, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_position_table(self.config.width, *self.config.grid))
 
-    def checkpoint_blocks(self, mode: Checkpointing) -> None:
-        """Chooses what a block's backward pass computes again instead of keeping it.
-
-        Args:
-            mode: ``"none"``; ``"selective"``: all but the outputs of matrix products and attention; or
-                ``"full"``: everything but the block's input.
-        """
-        for block in self._blocks():
-            block.checkpointing = mode
-
-    def compile_blocks(self) -> None:
-        """Compiles the forward pass of every block by itself; equal blocks share their code.
-
-        They differ in dropout, in class tokens, and in whether a branch is pending, each in training and in
-        evaluation: more variants than PyTorch compiles of one function by default, after which it would run
-        the others uncompiled. Hooks on the blocks, such as those that gather sharded weights, stay outside.
-        """
-        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        for block in self._blocks():
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-
-    def _blocks(self) -> list[Block]:
-        return cast("list[Block]", list(self.blocks))
-
     def _adaln_modules(self) -> list[nn.Sequential]:
-        return [module.adaLN_modulation for module in (*self._blocks(), self.final_layer)]
+        blocks = cast("list[Block]", self.fsdp_units())
+        return [*(block.adaLN_modulation for block in blocks), self.final_layer.adaLN_modulation]
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, y: Tensor, feature_layer: int | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predicts the clean image from a noisy one.
+    def null(self, condition: Condition) -> Condition:
+        """The label ``num_classes``."""
+        return {"label": torch.full_like(condition["label"], self.config.num_classes)}
 
-        Args:
-            x_t: (B, channels, H, W) noisy image, H and W as in the configuration.
-            t: (B,) time in [0, 1]; 0 is noise, 1 is data.
-            y: (B,) int64 labels in [0, num_classes]; ``num_classes`` is the null label.
-            feature_layer: L in [0, depth): also return the input of block L without the in-context tokens.
+    def fsdp_units(self) -> list[nn.Module]:
+        """The blocks."""
+        return list(self.blocks)
 
-        Returns:
-            x_pred (B, channels, H, W), and with ``feature_layer`` the features (B, T, C).
+    def balance_weight(self) -> Tensor:
+        """That of the projection to pixels."""
+        return self.final_layer.linear.weight
 
-        Raises:
-            ValueError: an image of another shape, or no such layer.
-        """
-        config = self.config
-        expected = (config.channels, *config.image_height_width)
-        if x_t.ndim != 4 or tuple(x_t.shape[1:]) != expected:
-            shape = ", ".join(map(str, expected))
-            raise ValueError(f"JiT: x_t must have shape (B, {shape}), got {tuple(x_t.shape)}")
-        tokens = self.ops.patchify(x_t, config.patch_size, channel_order="first")
-        x_pred, features = self.forward_tokens(tokens, t, y, feature_layer)
-        x_pred = self.ops.unpatchify(
-            x_pred, config.patch_size, config.image_height_width, channel_order="last"
-        )
-        return x_pred if features is None else (x_pred, features)
+    def tables(self) -> dict[str, Tensor]:
+        """Positions, which another resolution has others of."""
+        return {"pos_embed": sincos_position_table(self.config.width, *self.config.grid)}
 
     def forward_tokens(
-        self, tokens: Tensor, t: Tensor, y: Tensor, feature_layer: int | None = None
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        t: Tensor,
+        condition: Condition,
+        tap: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The same in token layout, without a trip through images.
+        """See ``Denoiser``. The condition is ``{"label": (B,) int64}`` in [0, num_classes].
 
-        Args:
-            tokens: (B, T, P*P*channels) noisy patches ordered (channel, row, column).
-            t: (B,) time in [0, 1].
-            y: (B,) int64 labels.
-            feature_layer: as in ``forward``.
-
-        Returns:
-            Predicted clean patches (B, T, P*P*channels) ordered (row, column, channel); the features or None.
+        The features are the input of block ``tap`` without the in-context tokens.
         """
         config = self.config
-        if feature_layer is not None and not 0 <= feature_layer < config.depth:
-            raise ValueError(f"JiT: feature_layer must lie in [0, {config.depth}), got {feature_layer}")
-        label = self.y_embedder(y)  # (B, C)
-        condition = self.t_embedder(t) + label
+        if grid != config.grid:
+            raise ValueError(f"JiT: the grid must be {config.grid}, as image_size says, got {grid}")
+        if tap is not None and not 0 <= tap < config.depth:
+            raise ValueError(f"JiT: tap must lie in [0, {config.depth}), got {tap}")
+        label = self.y_embedder(condition["label"])  # (B, C)
+        c = self.t_embedder(t) + label
         x = self.x_embedder(tokens)
         # The stream keeps the embedding's dtype (bf16 under autocast) from the first block to the last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
-        modulations = packed_modulations(condition, self._adaln_modules(), x.dtype)
+        modulations = packed_modulations(c, self._adaln_modules(), x.dtype)
         prefix, features = 0, None
         pending: Pending | None = None
         for index, block in enumerate(self.blocks):
             is_start = config.in_context_len > 0 and index == config.in_context_start
-            if is_start or index == feature_layer:  # both need the sum itself
+            if is_start or index == tap:  # both need the sum itself
                 x, pending = add_pending(x, pending), None
-            if index == feature_layer:
+            if index == tap:
                 features = x[:, prefix:]
             if is_start:
                 prefix = config.in_context_len
                 x = torch.cat([(label[:, None] + self.in_context_posemb).to(x.dtype), x], dim=1)
-            x, pending = block(x, pending, condition, rope, prefix, modulations[index])
+            x, pending = block(x, pending, c, rope, prefix, modulations[index])
         if pending is not None:
             branch, gate = pending
             pending = branch[:, prefix:], gate
-        return self.final_layer(x[:, prefix:], pending, condition, modulations[-1]), features
+        return self.final_layer(x[:, prefix:], pending, c, modulations[-1]), features

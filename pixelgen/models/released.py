@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pixelgen.errors import UserError
-from pixelgen.models.jit import JiT
-from pixelgen.models.layers import sincos_position_table
+from pixelgen.models.denoiser import Denoiser
+from pixelgen.models.families import build_denoiser
 from pixelgen.models.sizes import ModelConfig
 
 PREFIX = {"raw": "denoiser.", "ema": "ema_denoiser."}
@@ -43,10 +43,10 @@ def config_from_reference(config: dict) -> ModelConfig:
     return ModelConfig(**fields)
 
 
-def load_strictly(model: JiT, state: dict[str, Tensor], source: str) -> None:
+def load_strictly(model: Denoiser, state: dict[str, Tensor], source: str) -> None:
     """Copies ``state`` into ``model`` and accepts no difference in names or shapes.
 
-    The one exception is ``pos_embed``: it is a fixed table, so a checkpoint trained at another resolution may
+    The one exception are fixed tables, such as positions: a checkpoint trained at another resolution may
     carry another shape, and the model's own table is kept.
 
     Args:
@@ -59,8 +59,9 @@ def load_strictly(model: JiT, state: dict[str, Tensor], source: str) -> None:
     """
     own = model.state_dict()
     state = dict(state)
-    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
-        state["pos_embed"] = sincos_position_table(model.config.width, *model.config.grid)
+    for name, table in model.tables().items():
+        if name in state and state[name].shape != table.shape:
+            state[name] = table
     problems = [f"missing {key}" for key in own.keys() - state.keys()]
     problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
     problems += [
@@ -98,7 +99,7 @@ def load_released_checkpoint(
     config: ModelConfig,
     weights: Literal["raw", "ema"] = "ema",
     kernels: Literal["auto", "eager"] = "auto",
-) -> JiT:
+) -> Denoiser:
     """A denoiser with the weights of a published checkpoint.
 
     Args:
@@ -113,7 +114,7 @@ def load_released_checkpoint(
     """
     state = read_released_checkpoint(path)
     prefix = PREFIX[weights]
-    denoiser = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    model = JiT(config, kernels)
-    load_strictly(model, denoiser, str(path))
+    published = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    model = build_denoiser(config, kernels)
+    load_strictly(model, model.convert(published), str(path))
     return model.eval()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixelgen.errors import UserError
+from pixelgen.models.families import Architecture, Family, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Architecture):
     """Architecture of a JiT denoiser (arXiv 2511.13720; PixelGen's uses the same, 2602.02493).
 
     Args:
@@ -27,13 +28,7 @@ class ModelConfig:
         proj_dropout: dropout after attention's projection and on the SwiGLU product, in the same blocks.
     """
 
-    width: int
-    depth: int
     heads: int
-    patch_size: int = 16
-    image_size: int | tuple[int, int] = 256
-    channels: int = 3
-    num_classes: int = 1000
     mlp_ratio: float = 4.0
     bottleneck_dim: int = 128
     in_context_len: int = 32
@@ -42,15 +37,9 @@ class ModelConfig:
     proj_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch_size", "channels", "num_classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ModelConfig: {name} must be at least 1, got {getattr(self, name)}")
-        for side in self.image_height_width:
-            if side < 1 or side % self.patch_size:
-                raise UserError(
-                    f"ModelConfig: image_size must be a multiple of patch_size {self.patch_size}, "
-                    f"got {self.image_size}"
-                )
+        super().__post_init__()
+        if self.heads < 1:
+            raise UserError(f"ModelConfig: heads must be at least 1, got {self.heads}")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise UserError(
                 f"ModelConfig: width / heads must be a multiple of 4, got {self.width} / {self.heads}"
@@ -73,23 +62,9 @@ class ModelConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"ModelConfig: {name} must lie in [0, 1), got {getattr(self, name)}")
 
-    @property
-    def image_height_width(self) -> tuple[int, int]:
-        """Image height and width in pixels."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch grid."""
-        height, width = self.image_height_width
-        return height // self.patch_size, width // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens T."""
-        rows, columns = self.grid
-        return rows * columns
+    def without_rates(self) -> ModelConfig:
+        """The same weights without dropout."""
+        return replace(self, attn_dropout=0.0, proj_dropout=0.0)
 
     @property
     def head_dim(self) -> int:
@@ -100,11 +75,6 @@ class ModelConfig:
     def mlp_width(self) -> int:
         """Inner width of the SwiGLU, truncated as the published code does."""
         return int(int(self.width * self.mlp_ratio) * 2 / 3)
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of one patch, P * P * channels."""
-        return self.patch_size**2 * self.channels
 
 
 _JIT = {
@@ -165,3 +135,6 @@ def model_config(size: str, **overrides: object) -> ModelConfig:
     if size not in SIZES:
         raise UserError(f"model_config: size must be one of {', '.join(SIZES)}, got {size!r}")
     return replace(SIZES[size], **overrides)  # type: ignore[arg-type]
+
+
+register(Family(name="jit", config=ModelConfig, sizes=SIZES, module="pixelgen.models.jit:JiT"))

@@ -1,0 +1,46 @@
+"""What is known of the images of a batch besides their pixels: named tensors, one row per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# "label": (B,) int64 class indices. Others by the names that a denoiser knows them by.
+Condition = Mapping[str, Tensor]
+
+
+def num_rows(condition: Condition) -> int:
+    """Images that a condition is of."""
+    return len(next(iter(condition.values())))
+
+
+def part_of(condition: Condition, start: int, stop: int) -> Condition:
+    """The condition of some consecutive images."""
+    return {name: value[start:stop] for name, value in condition.items()}
+
+
+def moved(condition: Condition, device: torch.device, *, non_blocking: bool = False) -> Condition:
+    """The same on a device."""
+    return {name: value.to(device, non_blocking=non_blocking) for name, value in condition.items()}
+
+
+def joined(first: Condition, second: Condition) -> Condition:
+    """The rows of two conditions of the same names, one after the other."""
+    return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+
+
+def dropped(condition: Condition, null: Condition, is_dropped: Tensor) -> Condition:
+    """The condition, but that of ``null`` where an image's is dropped.
+
+    Args:
+        condition: values (B, ...).
+        null: what says nothing, of the same names and shapes.
+        is_dropped: (B,) bool.
+    """
+
+    def choose(value: Tensor, nothing: Tensor) -> Tensor:
+        return torch.where(is_dropped.view(-1, *[1] * (value.dim() - 1)), nothing, value)
+
+    return {name: choose(value, null[name]) for name, value in condition.items()}

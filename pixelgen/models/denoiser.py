@@ -1,0 +1,152 @@
+"""What a denoiser is to trainer, pipeline, sharding, planning and sampling: they know nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pixelgen_kernels import Ops, select
+from torch import Tensor, nn
+
+from pixelgen.conditions import Condition
+
+ChannelOrder = Literal["first", "last"]
+Kernels = Literal["auto", "eager"]
+
+
+class Denoiser(nn.Module):
+    """A network on pixel patches that predicts what is clean, or where that lies.
+
+    t = 0 is noise and t = 1 is data: x_t = t x + (1 - t) noise. A family whose published code has it
+    otherwise converts inside of its own class.
+
+    Attributes:
+        prediction: ``"x"``, the clean patches, or ``"velocity"``, x - noise.
+        input_order: whether the channel is the first index of a patch's values going in, or the last.
+        output_order: the same of those that come out.
+        config: the architecture: a frozen dataclass with ``image_size``, ``channels``, ``num_classes``,
+            ``patch_size``, ``width`` (of the tapped features) and ``depth`` (numbers of taps).
+        ops: the kernels in use.
+    """
+
+    prediction: ClassVar[Literal["x", "velocity"]] = "x"
+    input_order: ClassVar[ChannelOrder] = "first"
+    output_order: ClassVar[ChannelOrder] = "last"
+
+    def __init__(self, config: Any, kernels: Kernels = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.ops: Ops = select(kernels)
+
+    # --- what a family defines ---
+
+    def forward_tokens(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        t: Tensor,
+        condition: Condition,
+        tap: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The prediction for noisy patches.
+
+        Args:
+            tokens: (B, T, P*P*channels) noisy patches in raster order, values in ``input_order``.
+            grid: rows and columns of the patches; T is their product.
+            t: (B,) time in [0, 1].
+            condition: what is known of each image, such as ``{"label": (B,)}``.
+            tap: L in [0, depth): also return the features that go into block L.
+
+        Returns:
+            The prediction (B, T, P*P*channels), values in ``output_order``; the features (B, T, width), or
+            None without ``tap``.
+
+        Raises:
+            ValueError: a grid that this model cannot have, or no such block.
+        """
+        raise NotImplementedError
+
+    def null(self, condition: Condition) -> Condition:
+        """The condition that says nothing, for as many images and of the same shapes."""
+        raise NotImplementedError
+
+    def example_condition(self, batch_size: int) -> Condition:
+        """Any condition of so many images, on the default device, to count and measure with."""
+        return {"label": torch.zeros(batch_size, dtype=torch.int64)}
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """The blocks in the order in which they run: what is sharded, compiled and checkpointed one by one.
+
+        Each has an attribute ``checkpointing``, see ``checkpoint_blocks``.
+        """
+        raise NotImplementedError
+
+    def balance_weight(self) -> Tensor:
+        """The parameter by whose gradients loss terms are balanced: that of the last linear layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def convert(cls, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of this class from that of the published code; unknown names stay as they are."""
+        return dict(published)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Buffers of ``state_dict`` that follow from the configuration, so that nobody's are loaded."""
+        return {}
+
+    # --- what follows from that ---
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, condition: Condition | Tensor, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predicts from a noisy image.
+
+        Args:
+            x_t: (B, channels, H, W) noisy image.
+            t: (B,) time in [0, 1].
+            condition: as in ``forward_tokens``; a tensor (B,) is short for ``{"label": tensor}``.
+            tap: as in ``forward_tokens``.
+
+        Returns:
+            The prediction (B, channels, H, W), and with ``tap`` the features.
+
+        Raises:
+            ValueError: an image of another shape, or no such block.
+        """
+        P, channels = self.config.patch_size, self.config.channels
+        name = type(self).__name__
+        if x_t.ndim != 4 or x_t.shape[1] != channels or x_t.shape[2] % P or x_t.shape[3] % P:
+            raise ValueError(
+                f"{name}: x_t must have shape (B, {channels}, H, W), H and W multiples of {P}, "
+                f"got {tuple(x_t.shape)}"
+            )
+        height, width = x_t.shape[2:]
+        if isinstance(condition, Tensor):
+            condition = {"label": condition}
+        tokens = self.ops.patchify(x_t, P, channel_order=self.input_order)
+        output, features = self.forward_tokens(tokens, (height // P, width // P), t, condition, tap)
+        output = self.ops.unpatchify(output, P, (height, width), channel_order=self.output_order)
+        return output if features is None else (output, features)
+
+    def checkpoint_blocks(self, mode: Literal["none", "selective", "full"]) -> None:
+        """Chooses what a block's backward pass computes again instead of keeping it.
+
+        Args:
+            mode: ``"none"``; ``"selective"``: all but the outputs of matrix products and attention; or
+                ``"full"``: everything but the block's input.
+        """
+        for block in self.fsdp_units():
+            block.checkpointing = mode  # type: ignore[assignment]
+
+    def compile_blocks(self) -> None:
+        """Compiles the forward pass of every block by itself; equal blocks share their code.
+
+        They differ in dropout, in their tokens, and in what the block before has left to them, each in
+        training and in evaluation: more variants than PyTorch compiles of one function by default, after
+        which it would run the others uncompiled. Hooks on the blocks, such as those that gather sharded
+        weights, stay outside.
+        """
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        for block in self.fsdp_units():
+            block.forward = torch.compile(block.forward)
