@@ -74,7 +74,7 @@ class TrainConfig(Section):
         model: architecture
         time: how t and noise are drawn
         loss: terms besides flow matching
-        optimizer: AdamW and its schedule
+        optimizer: kind, learning rate and its schedule
         ema: averaged weights
         train: length and outputs
         parallel: how processes share the work

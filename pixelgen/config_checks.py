@@ -38,6 +38,7 @@ def check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
     def parts(config: TrainConfig) -> Iterator[tuple[str, object]]:
         loss = config.loss
         yield "model", config.model_config().without_rates()
+        yield "optimizer.name", config.optimizer.name
         yield "loss.alignment_weight or its schedule", loss.uses_alignment
         yield "loss.projector_width", loss.uses_alignment and loss.projector_width
         yield "loss.gate", loss.gate == "learned"

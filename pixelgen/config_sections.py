@@ -295,12 +295,14 @@ class LossConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Section):
-    """AdamW, its learning rate over the steps, and label dropout.
+    """Optimizer, its learning rate over the steps, and label dropout.
 
     Args:
+        name: adamw; or muon for the matrices of the blocks, with AdamW for all else, and steps as large as
+            AdamW's, so that lr means the same.
         lr: highest learning rate.
         betas: decay of AdamW's two averages.
-        weight_decay: decoupled weight decay; 0 makes it Adam.
+        weight_decay: decoupled weight decay; 0 for none.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         schedule: after warm-up, constant, or cosine down to 0 at train.max_steps.
         max_grad_norm: the gradient is scaled down to this norm; null for no clipping.
@@ -310,6 +312,7 @@ class OptimizerConfig(Section):
 
     SECTION = "optimizer."
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
@@ -329,6 +332,8 @@ class OptimizerConfig(Section):
         self._require("max_grad_norm", clip is None or clip > 0, "be above 0, or null for no clipping")
         limit = self.skip_grad_norm
         self._require("skip_grad_norm", limit is None or limit > 0, "be above 0, or null for no limit")
+        can_skip = limit is None or self.name == "adamw"
+        self._require("skip_grad_norm", can_skip, f"be null with optimizer.name {self.name}")
         self._require("label_drop", 0 <= self.label_drop <= 1, "lie in [0, 1]")
 
 

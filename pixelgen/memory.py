@@ -24,6 +24,7 @@ from pixelgen.models.families import Architecture, build_denoiser
 __all__ = ["Parameters", "count_parameters", "step_memory"]
 
 Checkpointing = Literal["none", "selective", "full"]
+OPTIMIZER_LABELS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 GIB = 2**30
 # An allowance for the CUDA context, NCCL's buffers, and the workspaces of cuBLAS and cuDNN.
 WORKSPACE = 2 * GIB
@@ -32,7 +33,10 @@ BUCKETS = 8  # sizes that a selection may have, as in `losses.gate`
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; ``block`` is one of the denoiser's, ``adaln`` the AdaLN layers of all."""
+    """Numbers of parameters; ``block`` is one of the denoiser's, ``adaln`` the AdaLN layers of all.
+
+    ``with_one_average``: those of which the optimizer keeps one average, of the others two.
+    """
 
     denoiser: int
     projector: int
@@ -40,6 +44,12 @@ class Parameters:
     adaln: int
     stages: int
     tokens: int
+    with_one_average: int = 0
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """What the optimizers keep of all that they move."""
+        return 8 * self.trained - 4 * self.with_one_average
 
     @property
     def trained(self) -> int:
@@ -79,6 +89,12 @@ def count_parameters(config: TrainConfig) -> Parameters:
         adaln=sum(adaln),
         stages=stages,
         tokens=tokens,
+        with_one_average=sum(
+            parameter.numel()
+            for block in denoiser.fsdp_units()
+            for parameter in block.parameters()
+            if config.optimizer.name == "muon" and parameter.ndim == 2
+        ),
     )
 
 
@@ -201,7 +217,8 @@ def step_memory(
         "weights": shard * 4,
         label: working,
         "gradients": shard * 4,
-        "AdamW": shard * 8,
+        {"adamw": "AdamW", "muon": "Muon and AdamW"}[config.optimizer.name]: parameters.optimizer_bytes
+        / shards,
         f"EMA x {averages}": averages * parameters.denoiser / shards * 4,
         "frozen networks": (parameters.stages + parameters.tokens) * size,
         f"activations, {images} images": images * activations,

@@ -1,16 +1,18 @@
-"""AdamW, with its state from the start; its learning rate; clipping."""
+"""Optimizers by name, with their state from the start; their learning rate; clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixelgen.config import TrainConfig
+from pixelgen.config import OptimizerConfig, TrainConfig
 from pixelgen.distributed import local, whole
+
+Groups = list[dict[str, Any]]  # {"params": a list of parameters} with options of their own
 
 
 def adamw(
@@ -38,6 +40,37 @@ def adamw(
         for parameter in group["params"]:
             optimizer.state[parameter] = _state(parameter)
     return optimizer
+
+
+def muon(parameters: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Muon:
+    """Muon (https://kellerjordan.github.io/posts/muon) for matrices, with its state from the start.
+
+    A step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's (arXiv 2502.16982).
+    """
+    optimizer = torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    for parameter in parameters:
+        optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return optimizer
+
+
+def _adamw_alone(options: OptimizerConfig, groups: Groups, matrices: set[int]) -> list[torch.optim.Optimizer]:
+    return [adamw(groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)]
+
+
+def _muon_and_adamw(
+    options: OptimizerConfig, groups: Groups, matrices: set[int]
+) -> list[torch.optim.Optimizer]:
+    of_muon = [p for group in groups for p in group["params"] if id(p) in matrices]
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
+    first = muon(of_muon, lr=options.lr, weight_decay=options.weight_decay)
+    return [first, *_adamw_alone(options, rest, matrices)]
+
+
+# optimizer.name -> (options, groups, ids of the matrices of the blocks) -> the optimizers of all groups
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Groups, set[int]], list[torch.optim.Optimizer]]] = {
+    "adamw": _adamw_alone,
+    "muon": _muon_and_adamw,
+}
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -237,7 +237,7 @@ def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout
 
     averages = len(config.ema.decays) + len(config.ema.power)
     average = 4 * parameters.denoiser
-    state = 12 * parameters.trained + averages * average
+    state = 4 * parameters.trained + parameters.optimizer_bytes + averages * average
     on_disk = state + averages * average  # for resuming, and again for sampling
     on_node = min(machine.gpus, GPUS_PER_NODE) / layout.shards * state + average
     kept = checkpoints_kept(config)

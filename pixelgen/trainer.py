@@ -26,7 +26,7 @@ from pixelgen.losses.build import build_objective
 from pixelgen.losses.gate import to_device
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.float8 import use_float8
-from pixelgen.optim import adamw, clip_gradients, learning_rate
+from pixelgen.optim import OPTIMIZERS, adamw, clip_gradients, learning_rate
 from pixelgen.pipeline import Pipeline, count_parameters, pick_device
 
 # Streams of the counter-based generator: one per random draw of a step. 0 is the noise of noise_patchify, 4
@@ -129,16 +129,14 @@ class Trainer:
         sharded = [*self.model.parameters(), *self.objective.projector.parameters()]
         self.parameters = [p for p in (*sharded, *self.gate_parameters) if p.requires_grad]
         is_gate = {id(p) for p in self.gate_parameters}
-        self.optimizer = adamw(
-            [
-                {"params": [p for p in self.parameters if id(p) not in is_gate]},
-                # Decay would pull the gate's learned weights to 1.
-                {"params": self.gate_parameters, "weight_decay": 0.0},
-            ],
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.parameters if id(p) not in is_gate]},
+            # Decay would pull the gate's learned weights to 1.
+            {"params": self.gate_parameters, "weight_decay": 0.0},
+        ]
+        of_blocks = [p for block in self.model.fsdp_units() for p in block.parameters()]
+        matrices = {id(p) for p in of_blocks if p.ndim == 2}
+        self.optimizers = OPTIMIZERS[config.optimizer.name](config.optimizer, groups, matrices)
         # Of its own: the discriminator works against the denoiser, and other constants suit it.
         self.discriminator_optimizer: torch.optim.AdamW | None = None
         if self.discriminator_parameters:
@@ -163,7 +161,7 @@ class Trainer:
             "tables": tables,
             "objective": self.objective.state_dict(),
             "ema": self.averages.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.trained, self.optimizer),
+            "optimizer": get_optimizer_state_dict(self.trained, self.optimizers),
             "step": self.step,
             "skipped": self.skipped,
         }
@@ -209,7 +207,7 @@ class Trainer:
         if self._own_balance in state:
             self.objective.load_state_dict({"balance.weight": state[self._own_balance]}, strict=False)
         self.averages.load_state_dict(state["ema"])
-        set_optimizer_state_dict(self.trained, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.trained, self.optimizers, state["optimizer"])
         if self.discriminator_optimizer is not None:
             set_optimizer_state_dict(
                 self.objective.discriminator, self.discriminator_optimizer, state["discriminator_optimizer"]
@@ -223,8 +221,9 @@ class Trainer:
         """Loading an optimizer brings its old options back; those of this configuration hold."""
         options = self.config.optimizer
         is_gate = {id(p) for p in self.gate_parameters}
-        for group in self.optimizer.param_groups:
-            group["betas"] = options.betas
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            if "betas" in group:
+                group["betas"] = options.betas
             if id(group["params"][0]) not in is_gate:
                 group["weight_decay"] = options.weight_decay
         if self.discriminator_optimizer is not None:
@@ -267,7 +266,8 @@ class Trainer:
         if balances_first:  # by all parts, before the first one is weighted with it
             for part in parts:
                 self._forward(images, condition, part, whole_t)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         if self.discriminator_optimizer is not None:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
@@ -363,15 +363,18 @@ class Trainer:
         self.world.sum_gradients(self.gate_parameters)
         norm = clip_gradients(self.parameters, config.optimizer.max_grad_norm)
         terms["grad_norm"] = norm / self.world.size
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        lr = learning_rate(config, step)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
         if config.optimizer.skip_grad_norm is not None:
             is_spike = norm > config.optimizer.skip_grad_norm
             self.skipped += is_spike
-            # What a gradient scaler sets: the fused step reads it on the device and then changes nothing.
-            self.optimizer.found_inf = is_spike.float()  # type: ignore[attr-defined]
+            for optimizer in self.optimizers:
+                # What a gradient scaler sets: the fused step reads it on the device and then changes nothing.
+                optimizer.found_inf = is_spike.float()  # type: ignore[attr-defined]
         with implicit_replication():
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
         if (
             self.discriminator_optimizer is not None and "discriminator" in terms
         ):  # in all processes or in none

@@ -230,7 +230,7 @@ def test_options_of_the_optimizer_hold_after_a_resume(tmp_path, with_embedded):
     changed += ["--loss.adversarial_lr", "1e-5", "--train.max_steps", "4"]
     config, path = load_config(["--resume", str(tmp_path / "run"), *changed])
     trainer = resume_run(path, config, start_world("cpu", config.parallel)).trainer
-    weights, gate = trainer.optimizer.param_groups
+    weights, gate = trainer.optimizers[0].param_groups
     assert weights["betas"] == gate["betas"] == (0.8, 0.9)
     assert (weights["weight_decay"], gate["weight_decay"]) == (0.1, 0.0)
     assert trainer.discriminator_optimizer.param_groups[0]["lr"] == 1e-5

@@ -157,14 +157,16 @@ class Runner:
         kept += [parameter.grad for parameter in trainer.parameters if parameter.grad is not None]
         kept += [
             value
-            for state in trainer.optimizer.state.values()
+            for optimizer in trainer.optimizers
+            for state in optimizer.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
         ]
         resident = sum(tensor.nbytes for tensor in kept)
         # What the measured step finds and releases has to be allocated in sight of the measurement: by a step
         # before it, which finds nothing.
-        trainer.optimizer.zero_grad(set_to_none=True)
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         trainer.objective.per_sample = {}
         return (resident + peak_bytes(self.device, lambda _: self.step(), self.step)) / 1e6
 
