@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 # Written by the last version without families, by python -m pixelgen.train with
 #   --name run --device cpu --threads 1 --train.batch_size 16 --train.sample_every 0 --sample.steps 2
 #   --loss.alignment_weight 0 --loss.lpips_weight 0 --loss.p_dino_weight 0 --model.width 16 --model.heads 2
-#   --model.depth 1 --model.in_context_start 0 --train.log_every 1 --train.checkpoint_every 4 --train.max_steps 4
+#   --model.depth 1 --model.in_context_start 0 --train.log_every 1 --train.checkpoint_every 4
+#   --train.max_steps 4
 # expected.json: hashes of all tensors, and the losses of its own resume to step 8.
 ARCHIVE = Path(__file__).parent / "data" / "run_of_version_0.tar.xz"
 
