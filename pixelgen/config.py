@@ -63,6 +63,8 @@ class TrainConfig(Section):
     Args:
         name: the run's folder under out_dir; the preset's name and the time if not given.
         out_dir: where runs go.
+        init: begin with the weights of this run, checkpoint of a run, or .ckpt of the public code; null for
+            random ones.
         seed: of weights, order of images, noise and dropout.
         device: auto is CUDA where there is one, else the CPU.
         dtype: of matrix products; bfloat16 by autocast, weights and statistics stay float32.
@@ -83,6 +85,7 @@ class TrainConfig(Section):
 
     name: str | None = None
     out_dir: str = "runs"
+    init: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -184,6 +187,8 @@ def load_config(
     fixed = [arg for arg in rest if arg.partition("=")[0] in ("--name", "--out_dir", "--out-dir")]
     if run and fixed:
         raise UserError(f"--resume continues in the run's own folder; leave out {fixed[0].partition('=')[0]}")
+    if run and any(arg.partition("=")[0] == "--init" for arg in rest):
+        raise UserError("--resume continues with the run's own weights; leave out --init")
     values: dict[str, object] = {}
     stem = None
     for path in [_run_config(run)] if run else [_find_config(name) for name in known.config]:
@@ -228,7 +233,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     loss = replace(
         loss, stages_weights=absolute(loss.stages_weights), tokens_weights=absolute(loss.tokens_weights)
     )
-    return replace(config, loss=loss, data=replace(data, path=absolute(data.path)))
+    data = replace(data, path=absolute(data.path))
+    return replace(config, init=absolute(config.init), loss=loss, data=data)
 
 
 def config_to_yaml(config: TrainConfig) -> str:

@@ -60,7 +60,10 @@ def start_run(config: TrainConfig, world: World) -> Run:
 
     world.on_main(make)
     try:
-        return Run(Trainer(config, run_dir, dataset, world), folder, {})
+        trainer = Trainer(config, run_dir, dataset, world)
+        if config.init is not None:
+            trainer.begin_from(config.init)
+        return Run(trainer, folder, {})
     except BaseException:  # whatever it was, also Ctrl-C: a folder without a run would block its name
         folder.close()
         if world.is_main:

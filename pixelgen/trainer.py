@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor.experimental import implicit_replication
 
 from pixelgen import checkpoint as checkpoints
+from pixelgen.begin import begin, fit, read_source, whole_state
 from pixelgen.conditions import Condition, dropped, part_of
 from pixelgen.config import TrainConfig
 from pixelgen.config_checks import check_batch, check_same_parts
@@ -216,6 +217,22 @@ class Trainer:
         self.skipped.copy_(state["skipped"])
         self.step = state["step"]
         return state["data"]
+
+    def begin_from(self, path: str) -> None:
+        """Takes the weights of another run, or of the public code, into the model and its averages.
+
+        Raises:
+            FileNotFoundError: nothing at ``path``.
+            UserError: not a model, a damaged one, or one that fits in no way.
+        """
+        world, model, averages = self.world, self.model, self.averages
+        class_names = tuple(getattr(self.dataset, "class_names", ()))
+        source = world.in_turn("reading the weights to begin from", lambda: read_source(path, model))
+        own = whole_state(model)
+        beginning = world.together(lambda: fit(source, model, own, averages.names, class_names))
+        begin(model, averages, beginning)
+        if world.is_main:
+            print(beginning.told, flush=True)
 
     def _set_options(self) -> None:
         """Loading an optimizer brings its old options back; those of this configuration hold."""

@@ -31,6 +31,8 @@ class Denoiser(nn.Module):
     """
 
     prediction: ClassVar[Literal["x", "velocity"]] = "x"
+    #: Name in the state of the table with a row for each class and a last one for none; None without classes.
+    class_table: ClassVar[str | None] = None
     input_order: ClassVar[ChannelOrder] = "first"
     output_order: ClassVar[ChannelOrder] = "last"
 
@@ -94,6 +96,22 @@ class Denoiser(nn.Module):
     def tables(self) -> dict[str, Tensor]:
         """Buffers of ``state_dict`` that follow from the configuration, so that nobody's are loaded."""
         return {}
+
+    def resized(
+        self, name: str, given: Tensor, own: Tensor, classes: Mapping[int, int]
+    ) -> tuple[Tensor, str] | None:
+        """A tensor of another model of this family in the shape that it has here, and what was done.
+
+        Args:
+            name: of the tensor.
+            given: its value there.
+            own: its value in the fresh model here.
+            classes: classes here -> the same ones there.
+
+        Returns:
+            None where no such thing makes sense.
+        """
+        return None
 
     # --- what follows from that ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -37,6 +38,7 @@ class JiT(Denoiser):
             to rounding.
     """
 
+    class_table = "y_embedder.embedding_table.weight"
     config: ModelConfig
     pos_embed: Tensor
 
@@ -107,6 +109,29 @@ class JiT(Denoiser):
     def tables(self) -> dict[str, Tensor]:
         """Positions, which another resolution has others of."""
         return {"pos_embed": sincos_position_table(self.config.width, *self.config.grid)}
+
+    def resized(
+        self, name: str, given: Tensor, own: Tensor, classes: Mapping[int, int]
+    ) -> tuple[Tensor, str] | None:
+        """Other classes; other numbers of channels, among which weights are shared out: grey stays grey."""
+        if name == self.class_table and given.shape[1] == own.shape[1]:
+            table = own.clone()
+            table[-1] = given[-1]
+            for here, there in classes.items():
+                table[here] = given[there]
+            return table, f"{len(classes)} classes kept, {len(own) - 1 - len(classes)} new"
+        P, channels = self.config.patch_size, self.config.channels
+        if name == "x_embedder.proj1.weight" and given.shape[::2] == own.shape[::2]:
+            theirs = given.shape[1]
+            value = given.mean(1, keepdim=True).expand_as(own) * (theirs / channels)
+            return value, f"{theirs} channels to {channels}"
+        if name.startswith("final_layer.linear.") and len(given) % P**2 == 0:
+            pixels = given.unflatten(0, (P**2, -1))  # the channel is the last index of a patch's values
+            if given.shape[1:] != own.shape[1:] or pixels.shape[1] not in (1, 3):
+                return None
+            value = pixels.mean(1, keepdim=True).expand(-1, channels, *given.shape[1:]).flatten(0, 1)
+            return value, f"{pixels.shape[1]} channels to {channels}"
+        return None
 
     def forward_tokens(
         self,
