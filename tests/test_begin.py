@@ -67,9 +67,7 @@ def test_another_size_of_images_and_number_of_channels(tmp_path, flow_run, capsy
     assert "pos_embed: that of the new size" in told
     assert "x_embedder.proj1.weight: 1 channels to 3" in told
     assert "final_layer.linear.bias: 1 channels to 3" in told
-    assert (
-        "y_embedder.embedding_table.weight: 10 classes kept, 0 new" in told or "embedding_table" not in told
-    )
+    assert "embedding_table" not in told  # the same names
     assert torch.equal(found["pos_embed"], JiT(trainer.model.config).pos_embed)
     # a grey picture gives what it gave, in each channel
     grey = torch.rand(2, 1, 12, 12)
