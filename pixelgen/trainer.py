@@ -34,6 +34,7 @@ from pixelgen.pipeline import Pipeline, count_parameters, pick_device
 # the loader's random crops.
 TIME_STREAM, LABEL_DROP_STREAM, FLIP_STREAM = 1, 2, 3
 GRID_ROWS, GRID_COLUMNS = 10, 8
+VELOCITY_T_EPS = 1e-4  # keeps 0 / 0 away
 FEATURE_IMAGES = 4096  # that embedded features are trained on
 
 
@@ -72,7 +73,8 @@ class Trainer:
                 self.model.config,
                 run_dir=run_dir,
                 images=self._images_for_features,
-                t_eps=config.time.t_eps,
+                # a predicted velocity needs no floor: what is divided by 1 - t was multiplied by it
+                t_eps=config.time.t_eps if self.model.prediction == "x" else VELOCITY_T_EPS,
                 seed=config.seed,
                 kernels=config.kernels,
             ),

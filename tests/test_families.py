@@ -147,6 +147,16 @@ def test_a_velocity_leads_to_the_clean_image():
     torch.testing.assert_close(x_from_velocity(x - noise, interpolate(x, noise, t), t), x)
 
 
+def test_flow_matching_of_a_velocity_is_its_own_mean_square(tmp_path, monkeypatch):
+    trainer = start_trainer(options(tmp_path, "run", 1, *FLOW_ONLY, *TOY, "--time.mean", "3"))
+    t = trainer.draw_time(0)
+    assert t.max() > 0.99  # beyond the floor of a model that predicts x
+    x, noise = torch.randn(16, 16, 4), torch.randn(16, 16, 4)
+    velocity, x_t = torch.randn(16, 16, 4), interpolate(x, noise, t)
+    found = trainer.objective(x_from_velocity(velocity, x_t, t), x, t, host_t=t)["flow_matching"]
+    torch.testing.assert_close(found, (velocity - (x - noise)).square().mean(), rtol=1e-4, atol=0)
+
+
 class Exact(Denoiser):
     """Knows the images and predicts the velocity, or x, exactly."""
 
