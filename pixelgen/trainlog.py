@@ -78,6 +78,7 @@ class TrainLog:
         self._counts: dict[str, int] = {}
         self._count = 0
         self._terms: list[str] = []  # of the last line
+        train_step_flops(self.config)  # counted here, once, and not in the time of a step
         self._since = time.perf_counter()
         self._paused = self._waited = 0.0
         self._peak = _peak_of(trainer.device, "bf16" if self.config.dtype == "bfloat16" else "fp32")

@@ -20,7 +20,8 @@ MOST_WORKERS = 16  # each takes one to two gigabytes
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A worker per core that this process may use."""
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, usable)
 
 
 def pytest_configure(config: pytest.Config) -> None:
