@@ -138,16 +138,16 @@ def run(suite: Suite, arguments: argparse.Namespace) -> int:
     Returns:
         0, or 1 when something of ours was wrong.
     """
-    run = Run(suite, arguments)
+    this = Run(suite, arguments)
     if arguments.draw_only:
-        print(*suite.draw(run.folder), sep="\n")
+        print(*suite.draw(this.folder), sep="\n")
         return 0
-    run.time(suite.parts(run))
-    if not run.results.rows:
+    this.time(suite.parts(this))
+    if not this.results.rows:
         print("nothing was timed")
         return 1
-    drawn = [] if arguments.csv_only else suite.draw(run.folder)
-    print(draw.summary(run.results.rows, suite.baselines, is_wide=suite.is_wide))
+    drawn = [] if arguments.csv_only else suite.draw(this.folder)
+    print(draw.summary(this.results.rows, suite.baselines, is_wide=suite.is_wide))
     names = ", ".join(path.name for path in drawn)
-    print(f"\n{run.results.path}{f' and, drawn from it, {names}' if drawn else ''}")
-    return int(run.has_failed)
+    print(f"\n{this.results.path}{f' and, drawn from it, {names}' if drawn else ''}")
+    return int(this.has_failed)

@@ -76,7 +76,7 @@ def fitted(
 
     Args:
         model: the fresh model.
-        own: its whole state, for what is new.
+        own: its state, for the shapes and for new rows of the table of classes.
         state: of a model of its family.
         classes: of the model -> the same ones of the state.
         source: begins the error message.
@@ -126,9 +126,12 @@ def same_classes(own: tuple[str, ...], theirs: tuple[str, ...], count: int, rows
     return {number: places[name] for number, name in enumerate(own) if name in places}
 
 
-def whole_state(model: Denoiser) -> State:
-    """A model's state on the CPU, whole; every process calls it."""
-    return {name: whole(value.detach()).cpu() for name, value in model.state_dict().items()}
+def fresh_state(model: Denoiser) -> State:
+    """A model's state, for its shapes, with the whole table of classes on the CPU; every process calls it."""
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    if model.class_table is not None:
+        state[model.class_table] = whole(state[model.class_table]).cpu()
+    return state
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def fit(
     Args:
         source: from ``read_source``.
         model: the fresh model.
-        own: from ``whole_state``.
+        own: from ``fresh_state``.
         averages: names of the run's averages.
         class_names: of its data.
 

@@ -24,7 +24,6 @@ from pixelgen.config_sections import (
     EmaConfig,
     LoopConfig,
     LossConfig,
-    ModelOptions,
     OptimizerConfig,
     ParallelConfig,
     SampleConfig,
@@ -32,6 +31,7 @@ from pixelgen.config_sections import (
     TimeConfig,
 )
 from pixelgen.errors import UserError
+from pixelgen.model_options import ModelOptions
 from pixelgen.models.families import FAMILIES, Architecture
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor.experimental import implicit_replication
 
 from pixelgen import checkpoint as checkpoints
-from pixelgen.begin import begin, fit, read_source, whole_state
+from pixelgen.begin import begin, fit, fresh_state, read_source
 from pixelgen.conditions import Condition, dropped, part_of
 from pixelgen.config import TrainConfig
 from pixelgen.config_checks import check_batch, check_same_parts
@@ -230,7 +230,7 @@ class Trainer:
         world, model, averages = self.world, self.model, self.averages
         class_names = tuple(getattr(self.dataset, "class_names", ()))
         source = world.in_turn("reading the weights to begin from", lambda: read_source(path, model))
-        own = whole_state(model)
+        own = fresh_state(model)
         beginning = world.together(lambda: fit(source, model, own, averages.names, class_names))
         begin(model, averages, beginning)
         if world.is_main:

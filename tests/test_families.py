@@ -64,6 +64,14 @@ def test_the_help_explains_the_options_of_every_family(capsys):
     assert "factor of every block's branch" in text and "attention heads N" in text
 
 
+def test_a_denoiser_that_lacks_something_cannot_be_built():
+    class Half(toy_family.Toy):
+        null = Denoiser.null
+
+    with pytest.raises(TypeError, match=r"abstract method '?null"):
+        Half(toy_family.SIZES["toy/2"])
+
+
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="family toy is registered already"):
         register(Family(name="toy", config=toy_family.ToyConfig, sizes={}, module="other:Toy"))
@@ -166,6 +174,15 @@ class Exact(Denoiser):
 
     def null(self, condition):
         return condition
+
+    def fsdp_units(self):
+        return []
+
+    def balance_weight(self):
+        return self.x
+
+    def forward_tokens(self, tokens, grid, t, condition, tap=None):
+        raise AssertionError("it knows images only")
 
     def forward(self, x_t, t, condition, tap=None):
         x = self.x[condition["label"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ ChannelOrder = Literal["first", "last"]
 Kernels = Literal["auto", "eager"]
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A network on pixel patches that predicts what is clean, or where that lies.
 
     t = 0 is noise and t = 1 is data: x_t = t x + (1 - t) noise. A family whose published code has it
@@ -43,6 +44,7 @@ class Denoiser(nn.Module):
 
     # --- what a family defines ---
 
+    @abstractmethod
     def forward_tokens(
         self,
         tokens: Tensor,
@@ -67,26 +69,25 @@ class Denoiser(nn.Module):
         Raises:
             ValueError: a grid that this model cannot have, or no such block.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def null(self, condition: Condition) -> Condition:
         """The condition that says nothing, for as many images and of the same shapes."""
-        raise NotImplementedError
 
     def example_condition(self, batch_size: int) -> Condition:
         """Any condition of so many images, on the default device, to count and measure with."""
         return {"label": torch.zeros(batch_size, dtype=torch.int64)}
 
+    @abstractmethod
     def fsdp_units(self) -> list[nn.Module]:
         """The blocks in the order in which they run: what is sharded, compiled and checkpointed one by one.
 
         Each has an attribute ``checkpointing``, see ``checkpoint_blocks``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def balance_weight(self) -> Tensor:
         """The parameter by whose gradients loss terms are balanced: that of the last linear layer."""
-        raise NotImplementedError
 
     @classmethod
     def convert(cls, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +106,7 @@ class Denoiser(nn.Module):
         Args:
             name: of the tensor.
             given: its value there.
-            own: its value in the fresh model here.
+            own: of the fresh model here; its values only where ``name`` is ``class_table``.
             classes: classes here -> the same ones there.
 
         Returns:

@@ -123,7 +123,7 @@ class JiT(Denoiser):
         P, channels = self.config.patch_size, self.config.channels
         if name == "x_embedder.proj1.weight" and given.shape[::2] == own.shape[::2]:
             theirs = given.shape[1]
-            value = given.mean(1, keepdim=True).expand_as(own) * (theirs / channels)
+            value = given.mean(1, keepdim=True).expand(own.shape) * (theirs / channels)
             return value, f"{theirs} channels to {channels}"
         if name.startswith("final_layer.linear.") and len(given) % P**2 == 0:
             pixels = given.unflatten(0, (P**2, -1))  # the channel is the last index of a patch's values

@@ -61,6 +61,13 @@ def activation_bytes(model: Architecture, size: int, checkpointing: Checkpointin
 
 def _kept(model: Architecture, batch: int, is_half: bool, checkpointing: Checkpointing) -> int:
     gc.freeze()  # what was there before need not be looked through
+    try:
+        return _measured(model, batch, is_half, checkpointing)
+    finally:
+        gc.unfreeze()
+
+
+def _measured(model: Architecture, batch: int, is_half: bool, checkpointing: Checkpointing) -> int:
     with FakeTensorMode():
         denoiser = build_denoiser(model)
         denoiser.checkpoint_blocks(checkpointing)
@@ -73,5 +80,4 @@ def _kept(model: Architecture, batch: int, is_half: bool, checkpointing: Checkpo
         gc.collect()
         total = sum(storages.alive.values())
         del output
-    gc.unfreeze()
     return total
