@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import elapsed_ms, in_turns
 from pixelgen.config import TrainConfig, load_config
 from pixelgen.data.loader import build_dataset, stream_indices
-from pixelgen.distributed import World, leaving_together, start_world
 from pixelgen.errors import UserError
-from pixelgen.trainer import Trainer
+from pixelgen.training.processes.world import World, leaving_together, start_world
+from pixelgen.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 ONE = "one"  # the provider that all others must agree with

@@ -14,18 +14,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pixelgen.config import TrainConfig, load_config
+    from pixelgen.config.load import load_config
+    from pixelgen.config.train_config import TrainConfig
     from pixelgen.errors import UserError
     from pixelgen.models.jit import JiT
     from pixelgen.models.sizes import SIZES, ModelConfig, model_config
-    from pixelgen.pipeline import Pipeline
+    from pixelgen.sampling.pipeline import Pipeline
 
     __version__: str
 
 _HOME = {
     "JiT": "pixelgen.models.jit",
     "ModelConfig": "pixelgen.models.sizes",
-    "Pipeline": "pixelgen.pipeline",
+    "Pipeline": "pixelgen.sampling.pipeline",
     "SIZES": "pixelgen.models.sizes",
     "TrainConfig": "pixelgen.config",
     "UserError": "pixelgen.errors",

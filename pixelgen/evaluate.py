@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelgen.cli import parse, run
+from pixelgen.config.command_line import parse, run
 from pixelgen.errors import UserError
 
 
@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from pixelgen.data.digits import Digits
-    from pixelgen.metrics import evaluate_digits
-    from pixelgen.pipeline import load_pipeline
-    from pixelgen.progress import ImageBar
+    from pixelgen.data.sources.digits import Digits
+    from pixelgen.evaluation.metrics import evaluate_digits
+    from pixelgen.sampling.pipeline import load_pipeline
+    from pixelgen.sampling.progress import ImageBar
 
     torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(options.model, weights=options.weights, device=options.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pixelgen.cli import parse, run
+from pixelgen.config.command_line import parse, run
 from pixelgen.errors import UserError
 
 
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from PIL import Image
 
-    from pixelgen.pipeline import load_pipeline
-    from pixelgen.plots import save_grid
-    from pixelgen.progress import ImageBar
+    from pixelgen.sampling.images import save_grid
+    from pixelgen.sampling.pipeline import load_pipeline
+    from pixelgen.sampling.progress import ImageBar
 
     torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(

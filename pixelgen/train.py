@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-from pixelgen.cli import USER_ERRORS, run
-from pixelgen.config import load_config
-from pixelgen.plan import plan_report
+from pixelgen.config.command_line import run
+from pixelgen.config.load import load_config
+from pixelgen.errors import USER_ERRORS
+from pixelgen.planning.plan import plan_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     # torch is imported only after the command line has been checked.
     import torch
 
-    from pixelgen.distributed import leaving_together, start_world
-    from pixelgen.loop import continue_or_start, resume_run, start_run
+    from pixelgen.training.loop import continue_or_start, resume_run, start_run
+    from pixelgen.training.processes.world import leaving_together, start_world
 
     torch.set_float32_matmul_precision("high")
     if config.threads:

@@ -71,7 +71,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 @pytest.fixture(scope="session")
 def embedded_file(made_once) -> Path:
     """Features of the digits, trained once: they depend on data, patch size and seed only."""
-    from pixelgen.data.digits import Digits
+    from pixelgen.data.sources.digits import Digits
     from pixelgen.encoders.embedded import FILE_NAME, EmbeddedConfig, embedded_features
 
     def make(folder: Path) -> None:
@@ -85,7 +85,7 @@ def embedded_file(made_once) -> Path:
 @pytest.fixture
 def with_embedded(embedded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New runs find the features in their folder, as a resumed run does."""
-    from pixelgen.trainer import Trainer
+    from pixelgen.training.trainer import Trainer
 
     start = Trainer.__init__
 
@@ -101,7 +101,7 @@ def with_embedded(embedded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw no loss curves, which takes seconds; but in a test with the mark `curves`."""
     if "curves" not in request.keywords:
-        monkeypatch.setattr("pixelgen.trainlog.save_loss_curves", lambda *_: None)
+        monkeypatch.setattr("pixelgen.training.log.save_loss_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def flow_run(tmp_path: Path, made_once) -> Path:
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pixelgen.trainlog.save_loss_curves", lambda *_: None)
+            patch.setattr("pixelgen.training.log.save_loss_curves", lambda *_: None)
             more = ["--train.checkpoint_every", "2", "--train.keep_checkpoints", "2"]
             assert main(options(folder, "run", 5, *FLOW_ONLY, *more)) == 0
 

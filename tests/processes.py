@@ -12,7 +12,7 @@ import torch
 from forked import Forked
 from torch.distributed import TCPStore
 
-from pixelgen.checkpoint import find_checkpoint, list_checkpoints, load_part
+from pixelgen.training.checkpoint.read import find_checkpoint, list_checkpoints, load_part
 
 COMMAND = Path(__file__).with_name("train_command.py")
 # Everything that has a state: all terms, a trained gate and discriminator, a weight of each process.

@@ -7,17 +7,17 @@ import signal
 import typing
 from pathlib import Path
 
+import ablate
 import matplotlib.pyplot as plt
 import pytest
+from ablate import COLUMNS, Cell
+from ablation import FIGURES, ROWS, Study, Table
 
-from pixelgen import ablate
-from pixelgen.ablate import COLUMNS, Cell
-from pixelgen.ablation import FIGURES, ROWS, Study, Table
 from pixelgen.config import LossConfig
 from pixelgen.encoders import embedded
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
-from pixelgen.trainer import Trainer
+from pixelgen.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -10,10 +10,10 @@ from processes import train
 from safetensors.torch import load_file
 from training import FLOW_ONLY, QUICK, curve, fails_with, options, start_trainer
 
-from pixelgen import checkpoint as checkpoints
 from pixelgen.models.jit import JiT
 from pixelgen.models.sizes import model_config
 from pixelgen.train import main
+from pixelgen.training.checkpoint import read as checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

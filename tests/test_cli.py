@@ -10,8 +10,8 @@ from typing import Literal
 
 import pytest
 
-from pixelgen import cli
 from pixelgen.config import DataConfig, TrainConfig, load_config
+from pixelgen.config import command_line as cli
 from pixelgen.errors import UserError
 
 
@@ -204,7 +204,7 @@ def test_other_exceptions_keep_their_traceback(error):
 def test_what_starts_quickly_needs_no_torch():
     code = """
 import io, sys
-import pixelgen.config, pixelgen.data, pixelgen.flops
+import pixelgen.config, pixelgen.data, pixelgen.planning.flops
 assert not {"torch", "PIL"} & set(sys.modules)
 from PIL import Image
 from pixelgen.data.decode import read_image

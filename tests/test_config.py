@@ -26,7 +26,7 @@ from pixelgen.config import (
 from pixelgen.encoders.build import STAGE_ENCODERS, TOKEN_ENCODERS
 from pixelgen.errors import UserError
 from pixelgen.models import JiT, ModelConfig
-from pixelgen.samplers import SAMPLERS
+from pixelgen.sampling.samplers import SAMPLERS
 
 PRESETS = ["digits", "jit-b-256", "jit-l-256", "pixelgen-l-256", "pixelgen-xl-256"]
 

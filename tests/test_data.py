@@ -6,8 +6,8 @@ import torch
 from images import fill
 from PIL import Image
 
-from pixelgen.config_sections import DataConfig
 from pixelgen.data import ClassFolder, Digits, SyntheticImages, build_dataset, center_crop
+from pixelgen.data.options import DataConfig
 from pixelgen.errors import UserError
 
 # --- digits

@@ -13,7 +13,7 @@ from images import assert_same, pair, united
 from PIL import Image
 
 from pixelgen.data import ClassFolder, build_loader, stream_indices
-from pixelgen.data.folder import MAX_BROKEN_RUN
+from pixelgen.data.encoded import MAX_BROKEN_RUN
 from pixelgen.errors import UserError
 
 

@@ -18,10 +18,10 @@ from forked import Forked
 from images import write_tar
 from PIL import Image
 
-from pixelgen.config_sections import DataConfig
 from pixelgen.data import ClassFolder, HubImages, build_dataset, build_loader
 from pixelgen.data.decode import read_image
-from pixelgen.data.hf import check_tar
+from pixelgen.data.options import DataConfig
+from pixelgen.data.sources.hf import check_tar
 from pixelgen.errors import UserError
 
 _NAMES = ["ant", "bee", "cat"]

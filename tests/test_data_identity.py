@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from training import FLOW_ONLY, fails_with, options
 
-from pixelgen import checkpoint as checkpoints
 from pixelgen.data import ClassFolder
 from pixelgen.data.identity import compare, identify
 from pixelgen.errors import UserError
 from pixelgen.train import main
+from pixelgen.training.checkpoint import read as checkpoints
 
 
 @pytest.fixture

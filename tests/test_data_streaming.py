@@ -15,9 +15,9 @@ from PIL import Image
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
 
-from pixelgen.config_sections import DataConfig
 from pixelgen.data import Digits, HubStream, build_dataset, build_loader
 from pixelgen.data.decode import read_image
+from pixelgen.data.options import DataConfig
 from pixelgen.errors import UserError
 
 NUM_IMAGES = 23

@@ -14,7 +14,7 @@ from processes import EVERYTHING, SMALL, Job, differences, stored, train
 from training import FLOW_ONLY, curve
 
 from pixelgen.config import ParallelConfig
-from pixelgen.distributed import resolve_mode
+from pixelgen.config.resolve import resolve_mode
 
 # A balance that all processes agree on; "released" gives each its own by definition.
 ALIKE = [*EVERYTHING, "--loss.balance", "global", "--optimizer.schedule", "constant"]

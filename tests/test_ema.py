@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixelgen.config import EmaConfig
-from pixelgen.ema import Averages, power_gamma
+from pixelgen.training.ema import Averages, power_gamma
 
 
 def trained(config: EmaConfig, steps: int) -> tuple[Averages, list[torch.Tensor]]:

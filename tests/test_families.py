@@ -17,7 +17,7 @@ from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import Family, build_denoiser, register
 from pixelgen.models.jit import JiT
 from pixelgen.models.sizes import SIZES
-from pixelgen.plan import plan_report
+from pixelgen.planning.plan import plan_report
 from pixelgen.train import main
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -48,7 +48,7 @@ def test_a_family_is_known_by_its_name_and_its_options_are_its_own():
             "model.heads is an option of model.family jit, not of toy: leave it out",
         ),
         ([*TOY[:2]], "model.size must be one of toy/2, got 'tiny/2', which is a size of model.family jit"),
-        (["--model.family", "dit"], "model.family must be one of jit, toy, got 'dit'"),
+        (["--model.family", "dit"], "--model.family must be one of jit, toy, got 'dit'"),
         ([*TOY, "--model.slope", "steep"], "--model.slope must be a number or null, got 'steep'"),
         ([*TOY, "--model.slop", "1"], "unknown option --model.slop; did you mean --model.slope?"),
     ],

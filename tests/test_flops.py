@@ -13,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from pixelgen.config import LossConfig, load_config
 from pixelgen.encoders.dinov2 import MODELS as VITS
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures
-from pixelgen.flops import (
+from pixelgen.flow import logit_normal_time, shift_time
+from pixelgen.losses.adversarial import Discriminator
+from pixelgen.losses.alignment import Projector
+from pixelgen.losses.gate import SCHEDULES, NoiseGate
+from pixelgen.models.jit import JiT
+from pixelgen.models.layers import TimestepEmbedder
+from pixelgen.models.sizes import SIZES, ModelConfig
+from pixelgen.planning.flops import (
     DINOV2,
     denoiser_flops,
     embedded_flops,
@@ -24,13 +31,6 @@ from pixelgen.flops import (
     train_step_flops,
     vgg16_flops,
 )
-from pixelgen.flow import logit_normal_time, shift_time
-from pixelgen.losses.adversarial import Discriminator
-from pixelgen.losses.alignment import Projector
-from pixelgen.losses.gate import SCHEDULES, NoiseGate
-from pixelgen.models.jit import JiT
-from pixelgen.models.layers import TimestepEmbedder
-from pixelgen.models.sizes import SIZES, ModelConfig
 
 # with a bottleneck and in-context tokens in two of three blocks; with neither
 MODELS = {

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pixelgen.guard import FiniteGuard, NotFinite
+from pixelgen.training.guard import FiniteGuard, NotFinite
 
 CPU = torch.device("cpu")
 

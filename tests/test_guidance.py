@@ -6,8 +6,8 @@ from torch import Tensor
 
 from pixelgen.conditions import Condition
 from pixelgen.errors import UserError
-from pixelgen.guidance import GuidedVelocity
-from pixelgen.samplers import adams, euler, heun, timesteps
+from pixelgen.sampling.guidance import GuidedVelocity
+from pixelgen.sampling.samplers import adams, euler, heun, timesteps
 
 LABELS, NULL = {"label": torch.tensor([0, 1, 2])}, {"label": torch.tensor([3, 3, 3])}
 OFFSETS = torch.tensor([0.5, -0.3, 0.2, 0.1])

@@ -5,7 +5,7 @@ import pytest
 
 from pixelgen.data import Digits
 from pixelgen.errors import UserError
-from pixelgen.metrics import (
+from pixelgen.evaluation.metrics import (
     evaluate_digits,
     frechet_distance,
     pixel_frechet,

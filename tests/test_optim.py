@@ -6,9 +6,9 @@ from processes import train
 from training import FLOW_ONLY, QUICK, curve, fails_with, options, start_trainer, train_steps
 
 from pixelgen.config import load_config
-from pixelgen.optim import OPTIMIZERS
-from pixelgen.plan import plan_report
+from pixelgen.planning.plan import plan_report
 from pixelgen.train import main
+from pixelgen.training.optim import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 MUON = ("--optimizer.name", "muon")

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from pixelgen.conditions import Condition
 from pixelgen.data.crop import center_crop
 from pixelgen.flow import interpolate, logit_normal_time, shift_time
-from pixelgen.guidance import GuidedVelocity
 from pixelgen.losses.alignment import Projector
 from pixelgen.models.jit import JiT
 from pixelgen.models.released import (
@@ -39,7 +38,8 @@ from pixelgen.models.released import (
     load_strictly,
     read_released_checkpoint,
 )
-from pixelgen.samplers import adams, adams_weights, euler, heun, timesteps
+from pixelgen.sampling.guidance import GuidedVelocity
+from pixelgen.sampling.samplers import adams, adams_weights, euler, heun, timesteps
 
 KERNELS = get_args(Kernels)
 
@@ -226,7 +226,9 @@ def test_adams_with_the_weights_of_the_file(vectors: Vectors, name: str, monkeyp
     """With the reference's own fp32 weights every order matches at full tolerance."""
     case = vectors.sidecar["cases"][name]
     rows = iter(vectors.tensors[f"{name}.solver_coeffs"].tolist())
-    monkeypatch.setattr("pixelgen.samplers.adams_weights", lambda past, t_next: next(rows)[-len(past) :])
+    monkeypatch.setattr(
+        "pixelgen.sampling.samplers.adams_weights", lambda past, t_next: next(rows)[-len(past) :]
+    )
     _, states, velocities, _, _ = run_sampler(vectors, case)
     names = ("final", "x_traj", "v_traj")
     expected = {key: vectors.tensors[f"{name}.{key}"] for key in names if f"{name}.{key}" in vectors.tensors}

@@ -18,9 +18,12 @@ from pixelgen.encoders.dinov2 import MODELS, DINOv2
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedTokens
 from pixelgen.encoders.vgg16 import VGG16
 from pixelgen.errors import UserError
-from pixelgen.flops import DINOV2
 from pixelgen.losses.gate import NoiseGate, select_samples
-from pixelgen.memory import (
+from pixelgen.models.jit import JiT
+from pixelgen.models.sizes import SIZES
+from pixelgen.planning.activations import LiveStorages
+from pixelgen.planning.flops import DINOV2
+from pixelgen.planning.memory import (
     count_parameters,
     denoiser_activations,
     dinov2_parameters,
@@ -32,10 +35,7 @@ from pixelgen.memory import (
     token_activations,
     vgg16_parameters,
 )
-from pixelgen.models.jit import JiT
-from pixelgen.models.measure import LiveStorages
-from pixelgen.models.sizes import SIZES
-from pixelgen.plan import checkpoints_kept, communication, parse_machine, plan_report, resolve_layout
+from pixelgen.planning.plan import checkpoints_kept, communication, parse_machine, plan_report, resolve_layout
 
 RECIPES = ("pixelgen-xl-256", "pixelgen-l-256", "jit-l-256", "jit-b-256")
 IN_CONTEXT = replace(

@@ -9,7 +9,8 @@ from forked import Forked
 from PIL import Image
 
 from pixelgen.errors import UserError
-from pixelgen.plots import BACKGROUND, PADDING, _draw, read_metrics, save_grid, save_loss_curves, to_uint8
+from pixelgen.sampling.images import BACKGROUND, PADDING, save_grid, to_uint8
+from pixelgen.training.curves import _draw, read_metrics, save_loss_curves
 
 # --- bytes
 

@@ -18,11 +18,18 @@ from forked import Forked
 from images import assert_same, fill, pair
 from PIL import Image
 
-from pixelgen.data.folder import ClassFolder
 from pixelgen.data.loader import build_loader
-from pixelgen.data.prepare import PrepareOptions, describe, main, open_source, prepare, take_positionals
-from pixelgen.data.prepared import PreparedImages
+from pixelgen.data.prepare.command import (
+    PrepareOptions,
+    describe,
+    main,
+    open_source,
+    prepare,
+    take_positionals,
+)
 from pixelgen.data.shards import ShardFolder
+from pixelgen.data.sources.folder import ClassFolder
+from pixelgen.data.sources.prepared import PreparedImages
 from pixelgen.errors import UserError
 
 

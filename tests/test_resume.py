@@ -13,13 +13,13 @@ from forked import Forked, allow_interrupts
 from processes import differences, stored
 from training import FLOW_ONLY, curve, fails_with, options
 
-from pixelgen import checkpoint as checkpoints
 from pixelgen.config import load_config
-from pixelgen.distributed import start_world
-from pixelgen.loop import resume_run
 from pixelgen.train import main
-from pixelgen.trainer import Trainer
-from pixelgen.trainlog import TrainLog, truncate_metrics
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.log import TrainLog, truncate_metrics
+from pixelgen.training.loop import resume_run
+from pixelgen.training.processes.world import start_world
+from pixelgen.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from training import FLOW_ONLY, fails_with
 
-from pixelgen import checkpoint as checkpoints
 from pixelgen import evaluate, sample, train
 from pixelgen.config import SampleConfig
-from pixelgen.data.digits import Digits
+from pixelgen.data.sources.digits import Digits
 from pixelgen.errors import UserError
-from pixelgen.metrics import evaluate_digits
+from pixelgen.evaluation.metrics import evaluate_digits
 from pixelgen.models import JiT, model_config
 from pixelgen.models.released import load_strictly
-from pixelgen.pipeline import Pipeline
+from pixelgen.sampling.pipeline import Pipeline
+from pixelgen.training.checkpoint import read as checkpoints
 
 
 def trained(folder: Path, steps: int) -> None:

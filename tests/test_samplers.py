@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixelgen.errors import UserError
-from pixelgen.samplers import SAMPLERS, adams, adams_weights, euler, heun, timesteps
+from pixelgen.sampling.samplers import SAMPLERS, adams, adams_weights, euler, heun, timesteps
 
 
 def growing(x: Tensor, t: float, step_t: float) -> Tensor:

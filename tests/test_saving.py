@@ -13,12 +13,12 @@ import torch.distributed.checkpoint as dcp
 from processes import SMALL, Job
 from training import FLOW_ONLY, curve, fails_with, options
 
-from pixelgen import checkpoint as checkpoints
-from pixelgen.distributed import World
-from pixelgen.pipeline import Pipeline
 from pixelgen.sample import main as sample
-from pixelgen.saving import CheckpointWriter
+from pixelgen.sampling.pipeline import Pipeline
 from pixelgen.train import main
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.checkpoint.write import CheckpointWriter
+from pixelgen.training.processes.world import World
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -77,7 +77,7 @@ def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch, mom
         if moment == "write":
             patch.setattr(dcp, "save", full)
         else:
-            patch.setattr("pixelgen.saving.save_file", full)
+            patch.setattr("pixelgen.training.checkpoint.write.save_file", full)
         writer.start(2, make_state(2.0), "")
         assert "No space left on device" in writer.wait().error
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
@@ -105,7 +105,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_spoil_the_new_one(tmp
         if folder.name == "step_00000001":
             raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pixelgen.saving._remove", refuse)
+    monkeypatch.setattr("pixelgen.training.checkpoint.write._remove", refuse)
     writer.start(2, make_state(2.0), "")
     assert writer.wait().error is None
     assert "step_00000001 could not be removed" in capsys.readouterr().err

@@ -12,17 +12,17 @@ from images import fill
 from processes import stored
 from training import FLOW_ONLY, curve, fails_with, options, start_trainer, train_steps
 
-from pixelgen import checkpoint as checkpoints
 from pixelgen.config import load_config
 from pixelgen.data.loader import stream_indices
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
-from pixelgen.flops import train_step_flops
 from pixelgen.losses.objective import Objective
 from pixelgen.models.jit import JiT
-from pixelgen.optim import learning_rate
-from pixelgen.pipeline import Pipeline
+from pixelgen.planning.flops import train_step_flops
+from pixelgen.sampling.pipeline import Pipeline
 from pixelgen.train import main
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.optim import learning_rate
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -52,7 +52,7 @@ def test_a_run_folder_holds_everything(tmp_path, capsys, with_embedded):
 
 
 def test_a_log_line_tells_the_share_of_the_peak(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pixelgen.trainlog._peak_of", lambda device, dtype: 1e9)
+    monkeypatch.setattr("pixelgen.training.log._peak_of", lambda device, dtype: 1e9)
     arguments = options(tmp_path, "peak", 2, "--train.log_every", "2", *FLOW_ONLY)
     assert main(arguments) == 0
     (record,) = curve(tmp_path / "peak")

@@ -9,10 +9,10 @@ import torch
 from forked import Forked
 from processes import rank_environments
 
-from pixelgen import distributed
 from pixelgen.config import ParallelConfig
-from pixelgen.distributed import World, leaving_together, start_world
 from pixelgen.errors import ToldError, UserError
+from pixelgen.training.processes import shard as distributed
+from pixelgen.training.processes.world import World, leaving_together, start_world
 
 
 @pytest.mark.parametrize(

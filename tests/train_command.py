@@ -12,9 +12,9 @@ from pathlib import Path
 def main() -> None:
     features = sys.argv.pop(1)
     import pixelgen.losses.build as build
-    from pixelgen import trainlog
-    from pixelgen.cli import run
+    from pixelgen.config.command_line import run
     from pixelgen.train import main as train
+    from pixelgen.training import log as trainlog
 
     embedded_features = build.embedded_features
 

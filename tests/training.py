@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from pixelgen.cli import run
 from pixelgen.config import load_config
+from pixelgen.config.command_line import run
 from pixelgen.data import build_loader
-from pixelgen.distributed import start_world
-from pixelgen.loop import start_run
 from pixelgen.train import main
-from pixelgen.trainer import Trainer
+from pixelgen.training.loop import start_run
+from pixelgen.training.processes.world import start_world
+from pixelgen.training.trainer import Trainer
 
 FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
 QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]

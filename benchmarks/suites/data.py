@@ -21,10 +21,10 @@ from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from pixelgen.data.crop import center_crop, halve, near_center_crop
 from pixelgen.data.decode import read_image
-from pixelgen.data.folder import ClassFolder
 from pixelgen.data.loader import ImageDataset, build_loader, stream_indices
-from pixelgen.data.prepare import PrepareOptions, prepare
-from pixelgen.data.prepared import PreparedImages
+from pixelgen.data.prepare.command import PrepareOptions, prepare
+from pixelgen.data.sources.folder import ClassFolder
+from pixelgen.data.sources.prepared import PreparedImages
 
 # Grey levels from the exact crop that a provider may be off by; None: it is timed to show what it would cost.
 DECODERS: dict[str, int | None] = {

@@ -17,8 +17,8 @@ from benchmarks.measure import Timing, elapsed_ms, in_turns, matmul_flops, peak_
 from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from pixelgen.config import TrainConfig, load_config
-from pixelgen.flops import expected_gate_share, peak_flops, train_step_flops
-from pixelgen.trainer import Trainer
+from pixelgen.planning.flops import expected_gate_share, peak_flops, train_step_flops
+from pixelgen.training.trainer import Trainer
 
 KERNELS = {"eager": "eager", "ours": "auto", "compile": "eager", "ours_compile": "auto"}
 BATCH = {"cpu": 8, "cuda": 64}

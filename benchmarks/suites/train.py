@@ -22,17 +22,17 @@ from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from benchmarks.suites.data import make_folder, natural
 from benchmarks.suites.step import FLOW_MATCHING
-from pixelgen import checkpoint as checkpoints
 from pixelgen.config import config_to_yaml, load_config
-from pixelgen.config_checks import check_batch
-from pixelgen.data.prepare import PrepareOptions, prepare
-from pixelgen.distributed import World
+from pixelgen.config.resolve import check_batch
+from pixelgen.data.prepare.command import PrepareOptions, prepare
 from pixelgen.errors import UserError
-from pixelgen.loop import start_run
-from pixelgen.memory import count_parameters
-from pixelgen.plan import Machine, communication, resolve_layout
-from pixelgen.saving import CheckpointWriter
-from pixelgen.trainlog import METRICS_FILE
+from pixelgen.planning.memory import count_parameters
+from pixelgen.planning.plan import Machine, communication, resolve_layout
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.checkpoint.write import CheckpointWriter
+from pixelgen.training.log import METRICS_FILE
+from pixelgen.training.loop import start_run
+from pixelgen.training.processes.world import World
 
 MODES = {
     processes.ONE: (),

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pixelgen.data.crop import center_crop
-    from pixelgen.data.digits import Digits
-    from pixelgen.data.folder import ClassFolder
-    from pixelgen.data.hf import HubImages
     from pixelgen.data.loader import Batch, ImageDataset, Loader, build_dataset, build_loader, stream_indices
-    from pixelgen.data.prepared import PreparedImages
-    from pixelgen.data.streaming import HubStream
-    from pixelgen.data.synthetic import SyntheticImages
+    from pixelgen.data.sources.digits import Digits
+    from pixelgen.data.sources.folder import ClassFolder
+    from pixelgen.data.sources.hf import HubImages
+    from pixelgen.data.sources.prepared import PreparedImages
+    from pixelgen.data.sources.stream import HubStream
+    from pixelgen.data.sources.synthetic import SyntheticImages
 
 __all__ = [
     "Batch",
@@ -32,18 +32,18 @@ __all__ = [
 
 _HOME = {
     "center_crop": "crop",
-    "Digits": "digits",
-    "ClassFolder": "folder",
-    "HubImages": "hf",
+    "Digits": "sources.digits",
+    "ClassFolder": "sources.folder",
+    "HubImages": "sources.hf",
     "Batch": "loader",
     "ImageDataset": "loader",
     "Loader": "loader",
     "build_dataset": "loader",
     "build_loader": "loader",
     "stream_indices": "loader",
-    "PreparedImages": "prepared",
-    "HubStream": "streaming",
-    "SyntheticImages": "synthetic",
+    "PreparedImages": "sources.prepared",
+    "HubStream": "sources.stream",
+    "SyntheticImages": "sources.synthetic",
 }
 
 

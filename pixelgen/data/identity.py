@@ -10,7 +10,7 @@ from pixelgen.errors import UserError
 
 if TYPE_CHECKING:
     from pixelgen.data.loader import ImageDataset
-    from pixelgen.data.streaming import HubStream
+    from pixelgen.data.sources.stream import HubStream
 
 
 def identify(dataset: ImageDataset | HubStream) -> dict[str, Any]:

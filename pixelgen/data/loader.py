@@ -3,7 +3,8 @@
 Position ``p = step * batch_size + i`` of an endless stream holds image ``permutation(seed, p // n)[p % n]``
 of the ``n`` images: a fresh shuffle per epoch, batches that run across epoch ends, any batch size. Nothing is
 stored to resume, so PyTorch's plain DataLoader is enough: start it at the step to continue from. Only data
-that is streamed has a state beyond that (`pixelgen.data.streaming`); every batch carries the one after it.
+that is streamed has a state beyond that (`pixelgen.data.sources.stream`); every
+batch carries the one after it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixelgen.conditions import Condition
-from pixelgen.config_sections import DataConfig
-from pixelgen.data.digits import Digits
-from pixelgen.data.folder import Broken, ClassFolder, EncodedImages, ReadBatch, report_broken
-from pixelgen.data.hf import HubImages
-from pixelgen.data.synthetic import SyntheticImages
+from pixelgen.data.encoded import Broken, EncodedImages, ReadBatch, report_broken
+from pixelgen.data.options import DataConfig
+from pixelgen.data.sources.digits import Digits
+from pixelgen.data.sources.folder import ClassFolder
+from pixelgen.data.sources.hf import HubImages
+from pixelgen.data.sources.synthetic import SyntheticImages
 from pixelgen.errors import UserError
 
 if TYPE_CHECKING:
-    from pixelgen.data.streaming import HubStream
+    from pixelgen.data.sources.stream import HubStream
 
 # Stream of the counter-based generator that places random crops; the trainer's own are 0 to 3.
 CROP_STREAM = 4
@@ -97,12 +99,12 @@ def _open(data: DataConfig) -> ImageDataset | HubStream:
     if data.name == "folder":
         return ClassFolder(str(data.path), size, channels, data.crop)
     if data.name == "prepared":
-        from pixelgen.data.prepared import PreparedImages
+        from pixelgen.data.sources.prepared import PreparedImages
 
         return PreparedImages(str(data.path), size, channels)
     if not data.streaming:
         return HubImages(data)
-    from pixelgen.data.streaming import HubStream
+    from pixelgen.data.sources.stream import HubStream
 
     return HubStream(data)
 
@@ -313,7 +315,7 @@ def build_loader(
         raise UserError(f"build_loader: num_workers must be at least 0, got {num_workers}")
     if not 0 <= max_broken <= 1:
         raise UserError(f"build_loader: max_broken must lie in [0, 1], got {max_broken}")
-    from pixelgen.data.streaming import HubStream, StreamBatches
+    from pixelgen.data.sources.stream import HubStream, StreamBatches
 
     share = Share(batch_size, seed, start_step, rank, world_size)
     source: Dataset[Any]

@@ -1,5 +1,1 @@
-"""Training objective: one file per term, and one place, ``objective``, that gates, weights and sums them."""
-
-from pixelgen.losses.objective import Objective
-
-__all__ = ["Objective"]
+"""The training objective: one file per term, and one place that gates, weights and sums them."""

@@ -19,7 +19,7 @@ from pixelgen.losses.objective import Objective
 from pixelgen.models.sizes import ModelConfig
 
 if TYPE_CHECKING:
-    from pixelgen.config import LossConfig
+    from pixelgen.losses.options import LossConfig
 
 
 def build_objective(

@@ -1,0 +1,1 @@
+"""``python -m pixelgen.data.prepare``: decoding a data set once."""

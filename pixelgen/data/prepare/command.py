@@ -1,0 +1,265 @@
+"""``python -m pixelgen.data.prepare SRC DST``: decodes a data set once, for training to read it as it lies.
+
+The shards (`pixelgen.data.shards`) depend on the source and the settings alone, not on the number of workers
+or on how often the command was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pixelgen.config.command_line import parse
+from pixelgen.data.prepare.decoder import Decoder, stored_path
+from pixelgen.data.shards import (
+    FORMAT,
+    MANIFEST,
+    ShardFolder,
+    broken_of,
+    replacing,
+    shard_name,
+    write_json,
+)
+from pixelgen.errors import UserError
+from pixelgen.sampling.progress import ImageBar
+
+if TYPE_CHECKING:
+    from pixelgen.data.encoded import EncodedImages
+
+REPORT = "report.jsonl"
+SHARD_BYTES, SHARD_ROWS = 2**28, 2**16  # of a shard by default; one shard is held in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Decodes and crops a data set into shards that training reads without decoding.
+
+    python -m pixelgen.data.prepare SRC DST. A command that was stopped continues where it was when it is
+    given again. DST/report.jsonl lists the images that cannot be read.
+
+    Args:
+        src: what to read; the first argument without an option.
+        dst: folder to write; the second argument without an option.
+        name: folder for a folder with one sub-folder of images per class; hf for a data set of the Hugging
+            Face library: a hub id, or a folder or pattern of parquet files, webdataset tars or images.
+        resolution: side of the square images in pixels.
+        channels: 1 for grey, 3 for RGB.
+        crop: center cuts the middle square exactly as ADM does; fast is within 2 grey levels of it.
+        workers: processes that decode; 0 decodes in this one; null takes one per CPU.
+        shard_size: source images per shard; null takes what fits into 256 MiB.
+        max_broken: share of the images that may be unreadable; above it the command fails.
+        subset: for hf, name of the data set's configuration, where it has several.
+        split: for hf, the split.
+        image_column: for hf, the column of the images; null finds it.
+        label_column: for hf, the column of the class numbers; null finds it.
+        num_classes: for hf, number of classes where the label column does not name them.
+    """
+
+    src: str
+    dst: str
+    name: Literal["folder", "hf"] = "folder"
+    resolution: int = 256
+    channels: int = 3
+    crop: Literal["center", "fast"] = "center"
+    workers: int | None = None
+    shard_size: int | None = None
+    max_broken: float = 0.01
+    subset: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1:
+            raise UserError(f"--resolution must be at least 1, got {self.resolution}")
+        if self.channels not in (1, 3):
+            raise UserError(f"--channels must be 1 (grey) or 3 (RGB), got {self.channels}")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"--workers must be 0 or more, got {self.workers}")
+        if self.shard_size is not None and self.shard_size < 1:
+            raise UserError(f"--shard-size must be at least 1, got {self.shard_size}")
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"--max-broken must lie in [0, 1], got {self.max_broken}")
+
+    @property
+    def rows(self) -> int:
+        """Source images per shard."""
+        return self.shard_size or max(1, min(SHARD_ROWS, SHARD_BYTES // (self.channels * self.resolution**2)))
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that decode."""
+        return len(os.sched_getaffinity(0)) if self.workers is None else self.workers
+
+
+def open_source(options: PrepareOptions) -> EncodedImages:
+    """Lists the images.
+
+    Raises:
+        FileNotFoundError: src does not exist.
+        UserError: it cannot be read.
+    """
+    from pixelgen.data.sources.folder import ClassFolder
+
+    if options.name == "folder":
+        if not Path(options.src).exists():
+            raise FileNotFoundError(
+                f"folder {options.src} does not exist; a data set of the hub needs --name hf"
+            )
+        return ClassFolder(options.src, options.resolution, options.channels, options.crop)
+    from pixelgen.data.options import DataConfig
+    from pixelgen.data.sources.hf import HubImages
+
+    shared = {field.name for field in fields(DataConfig)} & {field.name for field in fields(options)}
+    return HubImages(
+        DataConfig(
+            path=options.src,
+            image_size=options.resolution,
+            **{name: getattr(options, name) for name in shared - {"workers", "max_broken"}},
+        )
+    )
+
+
+def describe(source: EncodedImages, options: PrepareOptions) -> dict[str, object]:
+    """What the shards of a source depend on, as JSON. A folder that was moved is the same source."""
+    listing = hashlib.sha256(source.labels.numpy().tobytes())
+    if options.name == "folder":
+        for index in range(len(source)):
+            listing.update(stored_path(source, index).encode() + b"\0")
+    else:
+        listing.update(repr((options.src, options.subset, options.split, options.image_column)).encode())
+    return {
+        "format": FORMAT,
+        "resolution": options.resolution,
+        "channels": options.channels,
+        "crop": options.crop,
+        "shard_size": options.rows,
+        "num_source_images": len(source),
+        "class_names": list(source.class_names),
+        "listing": listing.hexdigest(),
+    }
+
+
+def prepare(options: PrepareOptions) -> str:
+    """Writes the folder, or what is missing in it.
+
+    Returns:
+        One line about what is there now.
+
+    Raises:
+        FileNotFoundError: src does not exist.
+        UserError: src cannot be read, dst lies in it, is something else or cannot be written, or too much is
+            broken.
+    """
+    started = time.perf_counter()
+    if Path(options.src).is_dir() and Path(options.dst).resolve().is_relative_to(Path(options.src).resolve()):
+        raise UserError(
+            f"DST {options.dst} lies in SRC {options.src} and would be read as a part of it; choose a folder "
+            "outside of SRC"
+        )
+    source = open_source(options)
+    settings = describe(source, options)
+    total, size = len(source), options.rows
+    stretches = [(begin, min(begin + size, total)) for begin in range(0, total, size)]
+    with (
+        closing(ShardFolder(Path(options.dst), settings)) as folder,
+        ImageBar(total=total, desc="preparing") as bar,
+    ):
+        shards = [folder.finished(number, end - begin) for number, (begin, end) in enumerate(stretches)]
+        missing = [number for number, shard in enumerate(shards) if shard is None]
+        bar.update(total - sum(end - begin for begin, end in (stretches[number] for number in missing)))
+        broken = [entry for shard in shards if shard is not None for entry in broken_of(shard)]
+        _judge(broken, total, folder.path, options)
+        kept = bar.n
+        decoded = Decoder(source, options.num_workers).jobs(
+            [stretches[number] for number in missing], bar.update
+        )
+        with closing(decoded):
+            for number, jobs in zip(missing, decoded, strict=True):
+                folder.write(number, jobs, source.labels.numpy())
+                broken += [entry for job in jobs for entry in job.broken]
+                _judge(broken, total, folder.path, options)
+        _finish(folder, settings, stretches)
+    seconds = time.perf_counter() - started
+    speed = f"  {(total - kept) / seconds:.0f} img/s" if missing else ""
+    notes = f"; {len(broken)} cannot be read, see {folder.path / REPORT}" if broken else ""
+    return f"{total - len(broken)} images in {folder.path}{notes}{speed}"
+
+
+def _judge(broken: list[tuple[str, str]], total: int, folder: Path, options: PrepareOptions) -> None:
+    """Raises where too many images are broken; only their report is written then."""
+    if len(broken) < total and len(broken) <= options.max_broken * total:
+        return
+    _report(folder, broken)
+    path, reason = broken[0]
+    raise UserError(
+        f"{len(broken)} of {total} images cannot be read, more than --max-broken {options.max_broken:g} "
+        f"allows, beginning with {path} ({reason}); all are in {folder / REPORT}"
+    )
+
+
+def _report(folder: Path, broken: list[tuple[str, str]]) -> None:
+    with replacing(folder / REPORT) as file:
+        for path, reason in broken:
+            file.write(json.dumps({"path": path, "reason": reason}).encode() + b"\n")
+
+
+def _finish(folder: ShardFolder, settings: dict[str, object], stretches: list[tuple[int, int]]) -> None:
+    """Checks all shards and writes the report and the manifest."""
+    listed, broken = [], []
+    for number, (begin, end) in enumerate(stretches):
+        shard = folder.finished(number, end - begin)
+        if shard is None:
+            raise UserError(
+                f"{folder.path / shard_name(number)} was changed by another; give the command again"
+            )
+        broken += broken_of(shard)
+        file = folder.path / shard_name(number)
+        listed.append({"name": file.name, "num_images": len(shard), "bytes": file.stat().st_size})
+    _report(folder.path, broken)
+    num_images = sum(end - begin for begin, end in stretches) - len(broken)
+    write_json(
+        folder.path / MANIFEST,
+        {**settings, "num_images": num_images, "num_broken": len(broken), "shards": listed},
+    )
+
+
+def take_positionals(argv: Sequence[str]) -> list[str]:
+    """Turns the two arguments that belong to no option, SRC and DST, into options.
+
+    Raises:
+        UserError: there are more or fewer.
+    """
+    options, places = [], []
+    is_value = False  # every option but --help takes one
+    for argument in argv:
+        if is_value or argument.startswith("-"):
+            options.append(argument)
+            is_value = not is_value and "=" not in argument
+        else:
+            places.append(argument)
+    if "--help" in options or "-h" in options:
+        return ["--help"]
+    given = [argument.partition("=")[0] for argument in options]
+    names = [name for name in ("--src", "--dst") if name not in given]
+    if len(places) != len(names):
+        raise UserError(
+            f"expected SRC and DST, got {' '.join(places) or 'neither'}; --help lists all options"
+        )
+    return [*(f"{name}={place}" for name, place in zip(names, places, strict=True)), *options]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and prepares."""
+    argv = take_positionals(sys.argv[1:] if argv is None else argv)
+    print(prepare(parse(PrepareOptions, argv, prog="pixelgen.data.prepare")))
+    return 0

@@ -1,0 +1,72 @@
+"""The ``model`` section of a configuration: the options of every family of denoisers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from pixelgen.data.options import DataConfig
+from pixelgen.models.families import DATA_FIELDS, FAMILIES, Architecture, Family
+from pixelgen.options import OpenSection, Option, added_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OpenSection):
+    """Architecture of the denoiser: a named size of its family, and what differs from it.
+
+    The options of a family are the fields of its architecture; null keeps the size's own value. Image size,
+    channels and classes come from the data section.
+
+    Args:
+        family: kind of denoiser; jit is the transformer of PixelGen and JiT.
+        size: a published size such as PixelGen-XL/16, JiT-B/16 or JiT-L/32, or tiny/2, tiny/4.
+    """
+
+    SECTION = "model."
+    CHOOSES = "family"
+
+    family: str = "jit"
+    size: str = "tiny/2"
+
+    def __post_init__(self) -> None:
+        self._require_own_options()
+        FAMILIES[self.family].architecture(self.size)
+
+    @classmethod
+    def parts(cls) -> Mapping[str, type]:
+        """The architectures of the families that are registered by now."""
+        return {family.name: family.config for family in FAMILIES.values()}
+
+    @classmethod
+    def added(cls) -> tuple[Option, ...]:
+        """The fields of the architectures, null by default."""
+        return _added(tuple(FAMILIES.values()))
+
+    def architecture(self, data: DataConfig) -> Architecture:
+        """The family's architecture: the named size, what differs from it, the shapes of the data.
+
+        Raises:
+            UserError: the parts do not fit, such as a patch size that does not divide the image size.
+        """
+        family = FAMILIES[self.family]
+        given = {name: getattr(self, name) for name in family.options}
+        overrides = {name: value for name, value in given.items() if value is not None}
+        of_data = {name: getattr(data, name) for name in DATA_FIELDS}
+        return family.architecture(self.size, **of_data, **overrides)
+
+
+@lru_cache(maxsize=4)
+def _added(families: tuple[Family, ...]) -> tuple[Option, ...]:
+    found: dict[str, Option] = {}
+    for family in families:
+        for option in added_options({family.name: family.config}):
+            if option.name not in family.options:
+                continue
+            before = found.get(option.name)
+            owners = (*before.owners, family.name) if before else (family.name,)
+            text = before.text if before else option.text
+            found[option.name] = replace(
+                option, hint=option.hint | None, default=None, owners=owners, text=text
+            )
+    return tuple(found.values())

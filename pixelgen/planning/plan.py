@@ -1,0 +1,294 @@
+"""What ``python -m pixelgen.train --plan`` prints: what a run needs and takes, without running it.
+
+Formulas and what they leave out: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import get_args, get_type_hints
+
+from pixelgen.config.command_line import nearest
+from pixelgen.config.train_config import TrainConfig
+from pixelgen.errors import UserError
+from pixelgen.planning.flops import expected_gate_share, peak_flops, train_step_flops
+from pixelgen.planning.memory import GIB, Parameters, count_parameters, step_memory
+from pixelgen.training.options import LoopConfig, ParallelConfig
+
+__all__ = ["plan_report"]
+
+GPUS_PER_NODE = 8
+FEW_TOKENS = 2048  # with fewer in a pass, a GPU has too little to do
+CHECKPOINTING = get_args(get_type_hints(LoopConfig)["activation_checkpointing"])
+
+# Name in the table of peaks, and GiB that the driver leaves, rounded down.
+DEVICES = {
+    "B200": ("B200", 178),
+    "H200": ("H200", 139),
+    "H100": ("H100", 79),
+    "H800": ("H800", 79),
+    "H20": ("H20", 95),
+    "A100": ("A100", 79),
+    "A100-40GB": ("A100", 39),
+    "A800": ("A800", 79),
+    "A40": ("A40", 44),
+    "A10": ("A10", 22),
+    "L40S": ("L40S", 44),
+    "L4": ("L4", 22),
+    "RTX5090": ("RTX 5090", 31),
+    "RTX4090": ("RTX 4090", 23),
+    "RTX3090": ("RTX 3090", 23),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """So many GPUs of one kind, in nodes of eight."""
+
+    gpus: int
+    device: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one GPU."""
+        return DEVICES[self.device][1] * GIB
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of one GPU."""
+        peak = peak_flops(DEVICES[self.device][0], "bf16" if dtype == "bfloat16" else "fp32")
+        assert peak is not None
+        return peak
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the GPUs share a run: ``shards`` of the state, in so many copies, and images per GPU and pass."""
+
+    mode: str
+    gpus: int
+    shards: int
+    images: int
+    images_per_pass: int
+
+    @property
+    def copies(self) -> int:
+        """Copies of the state."""
+        return self.gpus // self.shards
+
+
+def parse_machine(text: str) -> Machine:
+    """``8xH100``, or ``8`` for as many H100.
+
+    Raises:
+        UserError: it is neither, the device is not known, or the nodes are not full.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:\s*[xX*]\s*(.+))?", text.strip())
+    if match is None:
+        raise UserError(f"--plan must be N or NxDEVICE, such as 4 or 16xH100, got {text!r}")
+    gpus = int(match[1])
+    wanted = re.sub(r"[\s_]", "", match[2] or "H100").upper()
+    if wanted not in DEVICES:
+        guess = nearest(wanted, DEVICES)
+        hint = f"did you mean {guess}? " if guess else ""
+        raise UserError(f"--plan: unknown device {match[2]}; {hint}Known are {', '.join(DEVICES)}")
+    if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
+        raise UserError(f"--plan: above 8, GPUs must come in full nodes of 8, got {gpus}")
+    return Machine(gpus, wanted)
+
+
+def resolve_layout(config: TrainConfig, machine: Machine, parameters: Parameters) -> Layout:
+    """The layout that ``parallel`` and ``train`` lead to on a machine.
+
+    Raises:
+        UserError: the batch cannot be divided among the GPUs and micro-batches, or shards among the GPUs.
+    """
+    from pixelgen.config.resolve import check_batch, num_shards, resolve_mode
+
+    gpus, train = machine.gpus, config.train
+    check_batch(config, gpus)
+    on_node = min(gpus, GPUS_PER_NODE)
+    mode = resolve_mode(config.parallel, size=gpus, local_size=on_node, num_parameters=parameters.denoiser)
+    shards = num_shards(mode, config.parallel, size=gpus, local_size=on_node)
+    if gpus % shards:
+        raise UserError(f"parallel.shard_size must divide the {gpus} GPUs, got {shards}")
+    return Layout(
+        mode, gpus, shards, train.batch_size // gpus, train.batch_size // gpus // train.micro_batches
+    )
+
+
+def memory_of(config: TrainConfig, parameters: Parameters, layout: Layout) -> dict[str, float]:
+    """Bytes of one GPU in a layout."""
+    return step_memory(
+        config, parameters, gpus=layout.gpus, shards=layout.shards, images=layout.images_per_pass
+    )
+
+
+def remedy(config: TrainConfig, machine: Machine, parameters: Parameters) -> str | None:
+    """The cheapest change that makes a run fit, as options; None where none does."""
+    train, layout = config.train, resolve_layout(config, machine, parameters)
+    kinds = CHECKPOINTING[CHECKPOINTING.index(train.activation_checkpointing) :]
+    modes = [config.parallel.mode] if layout.shards == machine.gpus else [config.parallel.mode, "fsdp"]
+    parts = [n for n in range(train.micro_batches, layout.images + 1) if layout.images % n == 0]
+    found = []
+    for mode, kind, micro_batches in product(modes, kinds, parts):
+        candidate = replace(
+            config,
+            parallel=config.parallel if mode == modes[0] else ParallelConfig(mode="fsdp"),
+            train=replace(train, micro_batches=micro_batches, activation_checkpointing=kind),
+        )
+        layout = resolve_layout(candidate, machine, parameters)
+        if sum(memory_of(candidate, parameters, layout).values()) <= machine.memory:
+            # Passes that fill the GPU first, then little to compute again, then little to send.
+            missing = max(FEW_TOKENS - layout.images_per_pass * config.model_config().num_tokens, 0)
+            cost = (missing, kinds.index(kind), modes.index(mode), micro_batches)
+            options = {
+                "--parallel.mode": mode if mode != modes[0] else None,
+                "--train.activation_checkpointing": kind if kind != kinds[0] else None,
+                "--train.micro_batches": micro_batches if micro_batches != train.micro_batches else None,
+            }
+            found.append((cost, " ".join(f"{name} {value}" for name, value in options.items() if value)))
+    return min(found)[1] if found else None
+
+
+def communication(config: TrainConfig, parameters: Parameters, layout: Layout) -> tuple[float, str]:
+    """Bytes that one GPU sends, and receives, per step, and their formula."""
+    P, n, r, m = parameters.trained, layout.shards, layout.copies, config.train.micro_batches
+    size = 2 if config.dtype == "bfloat16" else 4
+    total, terms = 0.0, []
+    if n > 1:
+        # What lies outside the blocks stays gathered; blocks are gathered anew for the backward pass.
+        again = parameters.block * config.model_config().depth * config.parallel.reshard_after_forward
+        total += m * (size * (P + again) + 4 * P) * (n - 1) / n
+        gathered = f"{size} B x (P + {again / 1e6:.4g} M)" if again else f"{size} B x P"
+        terms.append(f"{m} x (all-gathers {gathered} + reduce-scatter 4 B x P) x {n - 1}/{n}")
+    if r > 1:
+        total += 2 * 4 * P / n * (r - 1) / r
+        terms.append(f"all-reduce 2 x 4 B x {'P' if n == 1 else f'P/{n}'} x {r - 1}/{r}")
+    return total, " + ".join(terms)
+
+
+def checkpoints_kept(config: TrainConfig) -> int:
+    """How many checkpoints lie on disk at most, at the end of the run, with the one being written."""
+    train = config.train
+    written = math.ceil(train.max_steps / train.checkpoint_every) if train.checkpoint_every else 1
+    if not train.keep_checkpoints:
+        return written
+    kept = min(written, train.keep_checkpoints)
+    if train.keep_every and train.checkpoint_every:
+        kept += train.max_steps // math.lcm(train.keep_every, train.checkpoint_every)
+    return min(written, kept + 1)
+
+
+def run_flops(config: TrainConfig) -> float:
+    """Useful FLOPs of the whole run, through the schedules of its terms."""
+    last = config.train.max_steps
+    starts = {0, *(step for step, _ in config.loss.alignment_schedule), config.loss.adversarial_start_step}
+    edges = [*sorted(step for step in starts if step < last), last]
+    return sum(train_step_flops(config, first).total * (until - first) for first, until in pairwise(edges))
+
+
+def plan_report(config: TrainConfig, gpus: str) -> str:
+    """The text of ``--plan``.
+
+    Args:
+        config: of the run; its data are not read.
+        gpus: as ``parse_machine`` reads it.
+
+    Raises:
+        UserError: GPUs or batch do not fit.
+    """
+    machine = parse_machine(gpus)
+    parameters = count_parameters(config)
+    layout = resolve_layout(config, machine, parameters)
+    return "\n".join(_lines(config, machine, parameters, layout))
+
+
+def _row(name: str, value: str, note: str = "") -> str:
+    return f"  {name:<38}{value:>10}  {note}".rstrip()
+
+
+def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
+    train, loss = config.train, config.loss
+    height, width = config.model_config().image_height_width
+    yield f"{config.model.size} at {height}x{width} on {machine.gpus}x{machine.device}, {config.dtype}"
+    yield "parameters"
+    counts = {
+        "denoiser": parameters.denoiser,
+        "projector": parameters.projector,
+        f"{loss.stages}, frozen": parameters.stages,
+        f"{loss.tokens}, frozen": parameters.tokens,
+    }
+    for name, number in counts.items():
+        if number:
+            yield _row(name, f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}")
+    yield "layout"
+    is_auto = config.parallel.mode == "auto" and machine.gpus > 1
+    mode = "one process" if layout.mode == "none" else layout.mode
+    yield _row("parallel", mode, "chosen by auto" if is_auto else "")
+    yield _row("shards x copies", f"{layout.shards} x {layout.copies}")
+    yield _row("batch", f"{train.batch_size:,}", f"{layout.images} a GPU, {layout.images_per_pass} a pass")
+    yield from _memory_lines(config, machine, parameters, layout)
+
+    averages = len(config.ema.decays) + len(config.ema.power)
+    average = 4 * parameters.denoiser
+    state = 4 * parameters.trained + parameters.optimizer_bytes + averages * average
+    on_disk = state + averages * average  # for resuming, and again for sampling
+    on_node = min(machine.gpus, GPUS_PER_NODE) / layout.shards * state + average
+    kept = checkpoints_kept(config)
+    yield "checkpoints, GB"
+    yield _row("one", f"{on_disk / 1e9:.1f}")
+    yield _row("on disk at most", f"{kept * on_disk / 1e9:,.1f}", f"{kept} of them")
+    yield _row("host memory of a node, for copies", f"{on_node / 1e9:.1f}")
+    yield from _time_lines(config, machine, parameters, layout)
+
+
+def _memory_lines(
+    config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
+) -> Iterator[str]:
+    items = memory_of(config, parameters, layout)
+    total, kind = sum(items.values()), config.train.activation_checkpointing
+    yield f"memory of a GPU, GiB, with activation checkpointing {kind}"
+    for name, size in items.items():
+        if size / GIB >= 0.005:
+            yield _row(name, f"{size / GIB:.2f}")
+    yield _row("total", f"{total / GIB:.1f}", f"of {machine.memory / GIB:.0f}: {total / machine.memory:.0%}")
+    for other in CHECKPOINTING:
+        if other != kind:
+            changed = replace(config, train=replace(config.train, activation_checkpointing=other))
+            value = sum(memory_of(changed, parameters, layout).values())
+            yield _row(f"total with {other}", f"{value / GIB:.1f}")
+    if total > machine.memory:
+        change = remedy(config, machine, parameters) or "more GPUs, larger ones, or a smaller model"
+        yield f"  does not fit: try {change}"
+
+
+def _time_lines(
+    config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
+) -> Iterator[str]:
+    train, gpus = config.train, machine.gpus
+    flops = train_step_flops(config)
+    yield "useful work of a step, TFLOP"
+    yield _row("denoiser", f"{flops.denoiser / 1e12:,.4g}")
+    if flops.projector:
+        yield _row("projector", f"{flops.projector / 1e12:,.4g}")
+    if flops.frozen:
+        share = f"perceptual terms see {expected_gate_share(config):.1%} of the images"
+        yield _row("frozen networks", f"{flops.frozen / 1e12:,.4g}", share)
+    yield _row(
+        "total", f"{flops.total / 1e12:,.4g}", f"{flops.total / train.batch_size / 1e9:,.4g} GFLOP an image"
+    )
+    if gpus > 1:
+        volume, formula = communication(config, parameters, layout)
+        yield f"communication of a GPU and step, GB, with P = {parameters.trained / 1e6:,.1f} M parameters"
+        yield _row("sent, and as much received", f"{volume / 1e9:.2f}", formula)
+    peak = machine.peak(config.dtype)
+    yield f"time to step {train.max_steps:,}, at a peak of {peak / 1e12:g} TFLOP/s a GPU"
+    for mfu in (0.2, 0.4, 0.6):
+        seconds = run_flops(config) / (peak * gpus * mfu)
+        rate = train.max_steps * train.batch_size / seconds
+        hours = f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:,.2g} s"
+        yield _row(f"MFU {mfu:.0%}", hours, f"{rate:,.0f} img/s, {rate / gpus:,.0f} a GPU")

@@ -1,0 +1,193 @@
+"""Checkpoints: one folder per step, complete or absent.
+
+    RUN/checkpoints/step_00001000/
+        meta.json               step, format, averages, classes of the data; written last
+        config.yaml             the run's configuration
+        ema_0.9999.safetensors  averaged weights, all that sampling needs; a file for each average
+        *.distcp .metadata      everything that changes training (torch.distributed.checkpoint)
+
+A checkpoint is written under a temporary name, flushed to disk and renamed (``checkpoint.write``), so that a
+folder called ``step_*`` is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pixelgen.errors import UserError
+
+FORMAT = 2
+
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+META_FILE, CONFIG_FILE = "meta.json", "config.yaml"
+
+
+def ema_file(name: str) -> str:
+    """File of the average called ``name``."""
+    return f"ema_{name}.safetensors"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = []
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and (path / META_FILE).is_file():
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that ``path`` names: a checkpoint's folder, or a run's folder and then its newest one.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        UserError: something else is there; the message says what was found.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no run or checkpoint at {path}")
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is a file; expected the folder of a run (runs/NAME) or of one of its checkpoints"
+        )
+    if (path / META_FILE).is_file():
+        return path
+    checkpoints = list_checkpoints(path)
+    if not checkpoints:
+        if not (path / "checkpoints").is_dir():
+            if (path / CONFIG_FILE).is_file():
+                raise UserError(f"{path} has no checkpoint yet; delete it or start under another --name")
+            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            raise UserError(f"{path} is not a run: it has no 'checkpoints' folder (found: {inside})")
+        partial = [entry.name for entry in (path / "checkpoints").iterdir()]
+        found = ", ".join(sorted(partial)) or "nothing"
+        raise UserError(f"{path} holds no complete checkpoint (found in {path / 'checkpoints'}: {found})")
+    return checkpoints[-1]
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """The contents of ``meta.json``.
+
+    Raises:
+        UserError: written by another version of the format, or unreadable.
+    """
+    try:
+        meta = json.loads((checkpoint / META_FILE).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{checkpoint / META_FILE} is damaged: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        version = meta.get("format") if isinstance(meta, dict) else meta
+        raise UserError(f"{checkpoint} has checkpoint format {version}; this version reads format {FORMAT}")
+    return meta
+
+
+def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Fills the tensors of ``state`` in place, and its other values, from a checkpoint.
+
+    Every process of a run calls it with its own shards; their number may differ from that of the saving run.
+
+    Args:
+        checkpoint: folder from ``find_checkpoint``.
+        state: nested state dicts of the same structure as saved.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of another configuration.
+    """
+    read_meta(checkpoint)
+    try:
+        with quiet_alone():
+            dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise _damaged(checkpoint, first_failure(error)) from error
+
+
+def stored_names(checkpoint: Path) -> set[str]:
+    """Names of everything in a checkpoint, nested ones joined by dots.
+
+    Raises:
+        UserError: a damaged checkpoint.
+    """
+    return set(_stored(checkpoint))
+
+
+def _stored(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # it is a pickle: a part of one may raise anything
+        raise _damaged(checkpoint, first_failure(error)) from error
+
+
+def _damaged(checkpoint: Path, reason: str) -> UserError:
+    older = [path.name for path in list_checkpoints(checkpoint.parent.parent) if path.name < checkpoint.name]
+    remedy = f"; remove it to go on from {older[-1]}" if older else ""
+    return UserError(f"{checkpoint} cannot be restored: {reason}{remedy}")
+
+
+def stored_values(checkpoint: Path, prefix: str) -> dict[str, Any]:
+    """A place for each value that a checkpoint has under ``prefix.``, for ``load_state`` to fill."""
+    names = stored_names(checkpoint)
+    return {name.removeprefix(f"{prefix}."): None for name in names if name.startswith(f"{prefix}.")}
+
+
+def load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors whose names in the checkpoint begin with ``prefix``, without it, whole and on the CPU."""
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in _stored(checkpoint).items()
+        if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    with quiet_alone():
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def first_failure(error: BaseException) -> str:
+    """One line on what went wrong while a checkpoint was read or written."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet_alone() -> Iterator[None]:
+    """torch warns that no process group takes part; where one process reads or writes, that is right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in a single process.*")
+        yield
+
+
+def load_ema_weights(checkpoint: Path, name: str | None = None) -> dict[str, Tensor]:
+    """Averaged weights by parameter name, fp32 on the CPU.
+
+    Args:
+        checkpoint: folder from ``find_checkpoint``.
+        name: which average, such as ``"0.9999"``; None takes the run's first.
+
+    Raises:
+        UserError: no such average, a missing or damaged file.
+    """
+    from safetensors import SafetensorError
+
+    names = read_meta(checkpoint)["averages"]
+    if name is not None and name not in names:
+        raise UserError(f"{checkpoint} has no average {name}; it has {', '.join(names)}")
+    path = checkpoint / ema_file(name or names[0])
+    if not path.is_file():
+        raise UserError(f"{checkpoint} has no {path.name}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error

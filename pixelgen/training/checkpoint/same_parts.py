@@ -1,0 +1,42 @@
+"""What a configuration must fit: the number of processes, and the checkpoint that it continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pixelgen.config.load import config_from_yaml
+from pixelgen.config.train_config import TrainConfig
+from pixelgen.errors import UserError
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.ema import average_settings
+
+
+def check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
+    """What a run trains is settled when it starts; weights and schedules may change at a resume.
+
+    Raises:
+        UserError: an option would add or remove something that the checkpoint does or does not hold.
+    """
+    saved = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
+
+    def parts(config: TrainConfig) -> Iterator[tuple[str, object]]:
+        loss = config.loss
+        yield "model", config.model_config().without_rates()
+        yield "optimizer.name", config.optimizer.name
+        yield "loss.alignment_weight or its schedule", loss.uses_alignment
+        yield "loss.projector_width", loss.uses_alignment and loss.projector_width
+        yield "loss.gate", loss.gate == "learned"
+        yield "loss.balance", loss.balance != "off"
+        yield "loss.adversarial_weight", loss.adversarial_weight > 0
+        yield "loss.tokens", (loss.uses_alignment or loss.adversarial_weight > 0) and loss.tokens
+        yield "data.streaming", config.data.streaming
+        yield "ema.decay or ema.power", list(average_settings(config.ema))
+
+    before, now = dict(parts(saved)), dict(parts(config))
+    changed = [name for name in now if now[name] != before[name]]
+    if changed:
+        raise UserError(
+            f"{changed[0]} cannot change so at a resume: {checkpoint} was saved by a run that trained other "
+            f"parts; start a new run"
+        )

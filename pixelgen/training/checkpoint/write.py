@@ -1,0 +1,233 @@
+"""Writing checkpoints while training goes on: staged in memory, written by a thread, renamed when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.processes.world import World, gloo_group
+
+_BEAT_S = 2.0
+
+
+@dataclass
+class Save:
+    """One checkpoint, being written or done.
+
+    Attributes:
+        step: optimizer steps done.
+        stall_s: seconds for which training waited.
+        seconds: until the checkpoint was in its place; 0 while it is not.
+        error: why it could not be written; the folder is not there then.
+        is_told: whether the user knows of the error.
+    """
+
+    step: int
+    stall_s: float = 0.0
+    seconds: float = 0.0
+    error: str | None = None
+    is_told: bool = False
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; all processes call it at the same steps.
+
+    Args:
+        run_dir: the run's folder, on a disk that all machines share.
+        world: the processes.
+        averages: names of the averages, which get files of their own.
+        keep: how many of the newest checkpoints stay; 0 keeps all.
+        keep_every: checkpoints of steps that this divides stay too; 0 for none.
+        data: what the run is trained on, from ``identify``.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        averages: list[str],
+        keep: int,
+        keep_every: int,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        self._root, self._world, self._averages = run_dir / "checkpoints", world, averages
+        self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
+        self._data = data or {}
+        self._group = gloo_group(world.size)
+        # What DefaultStager uses; that one gives its memory up after the first copy in torch 2.11.
+        self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
+        self._thread: threading.Thread | None = None
+        self.last: Save | None = None  #: the newest save, done or not
+
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Takes the memory for copies of ``state``, so that the first save is as quick as the others."""
+        self._stage(state)
+
+    def start(self, step: int, state: dict[str, Any], config_yaml: str) -> None:
+        """Takes a copy of ``state`` and begins to write it; waits for the one before if that is not done.
+
+        Args:
+            step: optimizer steps done.
+            state: nested state dicts; everything that changes training. ``ema.values`` holds the averages by
+                name, ``tables`` what a model needs besides parameters.
+            config_yaml: the run's configuration.
+        """
+        started = time.perf_counter()
+        self.wait()
+        staged = self._stage(state)
+        self.last = Save(step)
+        self._thread = threading.Thread(
+            target=self._write, args=(self.last, started, staged, config_yaml), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        self.last.stall_s = time.perf_counter() - started
+
+    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        on_gpu = self._world.device.type == "cuda"
+        staged = self._stager.stage(state, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize(self._world.device)
+        return staged
+
+    def wait(self, beat: Callable[[], object] = lambda: None) -> Save | None:
+        """Waits until nothing is being written; returns the newest save.
+
+        Args:
+            beat: called every few seconds meanwhile.
+        """
+        while self._thread is not None:
+            self._thread.join(_BEAT_S)
+            if not self._thread.is_alive():
+                self._thread = None
+            beat()
+        return self.last
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def close(self) -> None:
+        """Waits, and frees the staging memory."""
+        self.wait()
+        self._stager.close()
+
+    def _write(self, save: Save, started: float, staged: dict[str, Any], config_yaml: str) -> None:
+        partial = self._root / f".step_{save.step:08d}.partial"
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # a thread begins on the first GPU, and would use it
+
+        def write() -> None:
+            with checkpoints.quiet_alone():
+                dcp.save(
+                    staged, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
+                )
+
+        error: str | None = "the processes lost each other"
+        try:
+            error = (
+                self._attempt(lambda: _make_anew(partial), only_main=True)
+                or self._attempt(write)
+                or self._attempt(lambda: self._complete(partial, save.step, config_yaml), only_main=True)
+            )
+        finally:
+            if error is not None and self._world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            save.seconds = time.perf_counter() - started
+            save.error = error
+
+    def _attempt(self, action: Callable[[], None], *, only_main: bool = False) -> str | None:
+        """Does something, in the main process or in all; what went wrong in any of them, told to all."""
+        error: str | None = None
+        if self._world.is_main or not only_main:
+            try:
+                action()
+            except (Exception, dcp.api.CheckpointException) as failure:  # the latter is a BaseException
+                error = checkpoints.first_failure(failure)
+        if self._group is None:
+            return error
+        found: list[Any] = [None] * self._world.size
+        dist.all_gather_object(found, error, group=self._group)
+        return next((told for told in found if told is not None), None)
+
+    def _complete(self, partial: Path, step: int, config_yaml: str) -> None:
+        """Adds what a checkpoint has besides the state, flushes it to disk and gives it its name."""
+        # From the files and not from memory, where every process has only its part. What a process on another
+        # machine has written to a disk of its own is missed here, and not at a resume.
+        config = partial / checkpoints.CONFIG_FILE
+        config.write_text(config_yaml)
+        tables = checkpoints.load_part(partial, "tables.")
+        for name in self._averages:
+            weights = checkpoints.load_part(partial, f"ema.values.{name}.")
+            path = partial / checkpoints.ema_file(name)
+            save_file(weights | tables, path)
+            path.chmod(config.stat().st_mode)  # not for this user alone: whoever reads the run may sample
+        meta = {
+            "format": checkpoints.FORMAT,
+            "step": step,
+            "averages": self._averages,
+            "processes": self._world.size,
+            "torch": str(torch.__version__),
+            "data": self._data,
+        }
+        (partial / checkpoints.META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        final = self._root / f"step_{step:08d}"
+        _remove(final)  # without meta.json, or it would have been resumed from
+        partial.rename(final)
+        _flush(self._root)
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        found = checkpoints.list_checkpoints(self._run_dir)
+        for old in found[: -self._keep] if self._keep else []:
+            step = int(old.name.removeprefix("step_"))
+            if not (self._keep_every and step % self._keep_every == 0):
+                try:
+                    _remove(old)
+                except OSError as error:  # the new one is there: nothing is lost
+                    print(f"warning: {old} could not be removed: {error}", file=sys.stderr)
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
+    folder.mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint; under another name first, since half of one must not be found."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Removes what runs that were killed while saving left behind."""
+    for path in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,340 @@
+"""What a run tells: progress bar or lines, metrics.jsonl, TensorBoard, W&B, sample grids, the loss curve."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pixelgen.config.train_config import TrainConfig
+from pixelgen.data.loader import Loader
+from pixelgen.errors import UserError
+from pixelgen.files import write_whole
+from pixelgen.planning.flops import peak_flops, train_step_flops
+from pixelgen.sampling.images import save_grid
+from pixelgen.training.checkpoint.read import list_checkpoints
+from pixelgen.training.checkpoint.write import CheckpointWriter
+from pixelgen.training.curves import save_loss_curves
+from pixelgen.training.guard import NotFinite
+
+if TYPE_CHECKING:
+    from pixelgen.training.trainer import Trainer
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines after ``step``: a resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            is_kept = record["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            continue  # the run was killed while writing this line
+        if is_kept:
+            kept.append(line)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+def check_logging(config: TrainConfig) -> None:
+    """Refuses to log to what is not installed, in all processes alike.
+
+    Raises:
+        UserError: names the package.
+    """
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError('train.wandb needs a package: pip install "pixelgen[wandb]"')
+
+
+class TrainLog:
+    """Means of the loss terms over the steps since the last line; the host waits for the device only there.
+
+    All processes add and write; the main one's lines are seen.
+
+    Args:
+        trainer: the run.
+        batches: for its count of broken images.
+        writer: knows which checkpoint is the newest.
+    """
+
+    def __init__(self, trainer: Trainer, batches: Loader, writer: CheckpointWriter) -> None:
+        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.run_dir, self.batches, self._writer = trainer.run_dir, batches, writer
+        self.seconds = 0.0  # of training, without sampling and saving
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._count = 0
+        self._terms: list[str] = []  # of the last line
+        train_step_flops(self.config)  # counted here, once, and not in the time of a step
+        self._since = time.perf_counter()
+        self._paused = self._waited = 0.0
+        self._peak = _peak_of(trainer.device, "bf16" if self.config.dtype == "bfloat16" else "fp32")
+        self._sinks = _Sinks(trainer) if self.world.is_main else None
+        self._is_terminal = self.world.is_main and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self.config.train.max_steps,
+            initial=trainer.step,
+            unit="step",
+            desc=self.run_dir.name,
+            disable=not self._is_terminal,
+            dynamic_ncols=True,
+        )
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Adds one step's scalars, without reading them."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._count += 1
+        self._bar.update()
+
+    def waited(self, seconds: float) -> None:
+        """Adds time for which a step's images kept the process waiting."""
+        self._waited += seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count as training."""
+        if self.trainer.device.type == "cuda":  # steps that are still to be done do
+            torch.cuda.synchronize(self.trainer.device)
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def write(self, step: int, lr: float, **more: float) -> None:
+        """Writes the means since the last call; nothing when there was no step.
+
+        Args:
+            step: optimizer steps done.
+            lr: learning rate of the last one.
+            **more: figures to add to the line.
+
+        Raises:
+            UserError: a term is not finite; names the step, the terms and the samples.
+        """
+        if not self._count:
+            return
+        size = self.world.size
+        # A term that comes or goes with a schedule has fewer steps than the others.
+        shares = {name: total / self._counts[name] for name, total in self._sums.items()}
+        figures = {"waited": self._waited / size, "broken": float(self.batches.num_broken)}
+        own = torch.stack([value.float() for value in shares.values()])
+        own = torch.cat([own, torch.tensor(list(figures.values()), device=own.device)])
+        values = self.world.sum(own).tolist()  # waits here
+        now = time.perf_counter()
+        means = dict(zip((*shares, *figures), values, strict=True))
+        waited, broken = means.pop("waited"), means.pop("broken")
+        if not all(map(_is_finite, means.values())):
+            self._stop()
+        self._terms = [name for name in means if name != "gated_fraction"]
+        seconds = max(now - self._since - self._paused, 1e-9)
+        self.seconds += seconds
+        record = {"step": step, **means, "lr": lr} | self._rates(step, seconds)
+        record["data_wait"] = min(1.0, waited / seconds)
+        if self.config.optimizer.skip_grad_norm is not None:
+            record["skipped_steps"] = int(self.trainer.skipped)
+        if broken:
+            record["broken_images"] = int(broken)
+        record |= more
+        if self._sinks is not None:
+            self._sinks.write(record)
+            self._show(record)
+        self._sums, self._counts, self._count = {}, {}, 0
+        self._paused = self._waited = 0.0
+        self._since = now
+
+    def _rates(self, step: int, seconds: float) -> dict[str, Any]:
+        size = self.world.size
+        per_second = self._count * self.config.train.batch_size / seconds
+        rates: dict[str, Any] = {"ms_per_step": 1000 * seconds / self._count, "img_per_s": per_second}
+        if size > 1:
+            rates["img_per_s_per_process"] = per_second / size
+        flops = train_step_flops(self.config, step - 1).total * self._count / seconds
+        rates["tflop_per_s_per_process"] = flops / size / 1e12
+        if self._peak is not None:
+            rates["mfu"] = flops / size / self._peak
+        rates["memory_gb"] = _memory_bytes(self.trainer.device) / 1e9
+        rates["eta_s"] = (self.config.train.max_steps - step) * seconds / self._count
+        return rates
+
+    def _show(self, record: dict[str, Any]) -> None:
+        shown = {name: f"{record[name]:.4g}" for name in self._terms}
+        rates = {"img/s": f"{record['img_per_s']:.0f}"}
+        if "img_per_s_per_process" in record:
+            rates["img/s per process"] = f"{record['img_per_s_per_process']:.0f}"
+        # Against a peak that the vendor states; of a CPU none is known, and a share of nothing would mislead.
+        if "mfu" in record:
+            rates["MFU"] = f"{record['mfu']:.1%}"
+        else:
+            rates["GFLOP/s"] = f"{1000 * record['tflop_per_s_per_process']:.3g}"
+        rates["mem"] = f"{record['memory_gb']:.3g} GB"
+        rates["data"] = f"{record['data_wait']:.0%}"
+        if record.get("skipped_steps"):
+            rates["skipped"] = str(record["skipped_steps"])
+        if record.get("broken_images"):
+            rates["broken images"] = str(record["broken_images"])
+        if self._is_terminal:
+            self._bar.set_postfix(shown | rates)
+            return
+        left = timedelta(seconds=round(record["eta_s"]))
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
+        rest = "  ".join(f"{name} {value}" for name, value in rates.items())
+        print(
+            f"step {record['step']}  {values}  lr {record['lr']:.3g}  {record['ms_per_step']:.1f} ms/step  "
+            f"{rest}  ETA {left}",
+            flush=True,
+        )
+
+    def image(self, step: int, images: Tensor, columns: int) -> None:
+        """Saves a grid of samples (N, C, H, W) uint8 and draws the loss curves anew."""
+        if self._sinks is not None:
+            self._sinks.image(images, step, columns)
+        self.curves()
+
+    def curves(self) -> None:
+        """Draws the loss curves anew."""
+        if self._sinks is not None:
+            self._sinks.curves()
+
+    def _stop(self) -> None:
+        """Ends a run that went wrong, in all processes alike."""
+        self._writer.wait()  # what is being written is from before
+        found = self.world.gather(self.trainer.guard.first())
+        problems = [(rank, problem) for rank, problem in enumerate(found) if problem is not None]
+        self.world.fail(self._not_finite(problems))
+
+    def _not_finite(self, found: list[tuple[int, NotFinite]]) -> str:
+        """Where the run went wrong, what there is to go back to, and what to change."""
+        step = min(problem.step for _, problem in found)
+        first = [(rank, problem) for rank, problem in found if problem.step == step]
+        terms = list(dict.fromkeys(term for _, problem in first for term in problem.terms))
+        share = self.config.train.batch_size // self.world.size
+        samples: dict[str, list[int]] = {}
+        for rank, problem in first:
+            for term, places in problem.samples.items():
+                samples.setdefault(term, []).extend(rank * share + place for place in places)
+        text = f"training stopped at step {step}: not finite: {', '.join(terms)}"
+        for term, places in samples.items():
+            named = [self.trainer.describe_sample(step - 1, place) for place in places[:8]]
+            text += f"; {term} of samples {', '.join(named)}{' and more' if len(places) > 8 else ''}"
+        checkpoints = list_checkpoints(self.run_dir)
+        text += (
+            f". The newest checkpoint is {checkpoints[-1]}" if checkpoints else ". There is no checkpoint yet"
+        )
+        bad = set(terms) - {"loss", "grad_norm"}  # those follow from the others
+        if bad and bad <= {"adversarial", "discriminator", "discriminator_grad_norm"}:
+            return f"{text}. Lower loss.adversarial_lr or loss.adversarial_weight"
+        clip = "lower" if self.config.optimizer.max_grad_norm else "set"
+        return f"{text}. Lower optimizer.lr or {clip} optimizer.max_grad_norm"
+
+    def close(self) -> None:
+        """Closes files and the progress bar."""
+        self._bar.close()
+        if self._sinks is not None:
+            self._sinks.close()
+
+
+class _Sinks:
+    """The files and services that the main process writes to; one that refuses is told once and left out."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run_dir, step = trainer.run_dir, trainer.step
+        self._told: set[str] = set()
+        self._tensorboard = SummaryWriter(
+            str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None
+        )
+        self._wandb: Any = _start_wandb(trainer) if trainer.config.train.wandb else None
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A full disk must not end a run, whose checkpoints may go elsewhere or fit again later."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._told:
+                self._told.add(what)
+                print(f"warning: {what} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of figures."""
+        with self._writing(METRICS_FILE), (self._run_dir / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        step = record["step"]
+        with self._writing("tensorboard"):
+            for name, value in record.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def image(self, images: Tensor, step: int, columns: int) -> None:
+        """A grid of samples."""
+        path = self._run_dir / "samples" / f"step_{step:08d}.png"
+        with self._writing("samples"):
+            save_grid(images, path, columns=columns)
+            if self._wandb is not None:
+                import wandb
+
+                self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
+
+    def curves(self) -> None:
+        """The picture of the loss curves."""
+        metrics = self._run_dir / METRICS_FILE
+        if metrics.is_file() and metrics.stat().st_size:
+            with self._writing("loss.png"):
+                save_loss_curves(metrics, self._run_dir / "loss.png")
+
+    def close(self) -> None:
+        """Closes them."""
+        with self._writing("tensorboard"):
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(trainer: Trainer) -> Any:
+    import wandb
+
+    name = trainer.run_dir.name
+    return wandb.init(
+        project="pixelgen",
+        name=name,
+        id=name,  # a resumed run goes on in the same place
+        resume="allow",
+        dir=str(trainer.run_dir),
+        config=asdict(trainer.config),
+    )
+
+
+def _peak_of(device: torch.device, dtype: str) -> float | None:
+    """FLOP/s that the vendor states for a device; None where that is not known, as for a CPU."""
+    return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: of the device's allocator, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else 1024 * kilobytes

@@ -1,0 +1,400 @@
+"""The loop around ``Trainer.train_step``: data, log, pictures, checkpoints, signals; start and resume."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+from pixelgen.conditions import moved
+from pixelgen.config.load import config_to_yaml
+from pixelgen.config.train_config import TrainConfig
+from pixelgen.data.identity import compare, identify
+from pixelgen.data.loader import Batch, build_dataset, build_loader
+from pixelgen.data.sources.stream import HubStream
+from pixelgen.errors import UserError
+from pixelgen.files import write_whole
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.checkpoint.write import CheckpointWriter, clean_leftovers
+from pixelgen.training.log import METRICS_FILE, TrainLog, check_logging, truncate_metrics
+from pixelgen.training.optim import learning_rate
+from pixelgen.training.processes.vote import StopVote
+from pixelgen.training.processes.watchdog import Watchdog
+from pixelgen.training.processes.world import World
+from pixelgen.training.trainer import GRID_COLUMNS, Trainer
+
+LOCK_FILE = ".lock"
+_NO_DATA = 1000  # a vote beside the numbers of signals: a process has no images for its next step
+_ONCE_S = 2.0
+
+
+def start_run(config: TrainConfig, world: World) -> Run:
+    """A new run in a new folder; an existing folder is never reused.
+
+    Raises:
+        UserError: the folder exists, cannot be written to, or the data cannot be used.
+    """
+    run_dir = Path(config.out_dir) / str(config.name)
+    # Before the folder is made: a wrong path must not leave an empty run.
+    dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
+    check_logging(config)
+    folder = ExitStack()
+
+    def make() -> None:
+        if run_dir.exists():
+            raise UserError(
+                f"{run_dir} exists already; continue it with --resume {run_dir} or choose another --name"
+            )
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be made: {error.strerror}") from error
+        folder.enter_context(locked(run_dir))
+        _write_config(run_dir, config)  # before anything that takes time: by this a job queued again knows it
+
+    world.on_main(make)
+    try:
+        trainer = Trainer(config, run_dir, dataset, world)
+        if config.init is not None:
+            trainer.begin_from(config.init)
+        return Run(trainer, folder, {})
+    except BaseException:  # whatever it was, also Ctrl-C: a folder without a run would block its name
+        folder.close()
+        if world.is_main:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def resume_run(path: str, config: TrainConfig, world: World) -> Run:
+    """Continues a run from its newest checkpoint, or the checkpoint given, bit for bit.
+
+    Args:
+        path: ``runs/NAME`` or one of its checkpoints.
+        config: the run's configuration, with or without changes such as a larger ``train.max_steps``.
+        world: the processes; their number may have changed.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        UserError: no checkpoint there, or not the newest one of its run; or another process trains there.
+    """
+    folder = ExitStack()
+
+    def find() -> Path:
+        checkpoint = checkpoints.find_checkpoint(path)
+        run_dir = checkpoint.resolve().parent.parent
+        found = checkpoints.list_checkpoints(run_dir)
+        if checkpoint.resolve() not in found:
+            raise UserError(f"{checkpoint} is not inside a run (runs/NAME/checkpoints); put it into one")
+        if checkpoint.resolve() != found[-1]:
+            raise UserError(
+                f"{checkpoint} is not the newest checkpoint of its run, {found[-1].name} is: remove the "
+                f"later ones first, or work on a copy of the run's folder"
+            )
+        folder.enter_context(locked(run_dir))
+        return checkpoint
+
+    # One process looks: others may still see an older state of a disk that they share.
+    checkpoint = world.on_main(find)
+    check_logging(config)
+    try:
+        dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
+        world.on_main(lambda: compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset)))
+        trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
+        position = trainer.load(checkpoint)
+    except BaseException:
+        folder.close()
+        raise
+    return Run(trainer, folder, position)
+
+
+def continue_or_start(config: TrainConfig, world: World) -> Run:
+    """``--resume auto``: continues the run that has this name, or starts it if it has no checkpoint yet.
+
+    The folder of a run that stopped before its first checkpoint is kept under another name.
+
+    Raises:
+        UserError: the folder is there but not that of a run, or its checkpoints are not complete.
+    """
+    run_dir = Path(config.out_dir) / str(config.name)
+
+    def look() -> bool:
+        if not run_dir.exists():
+            return False
+        if any((run_dir / "checkpoints").glob("step_*")):
+            checkpoints.find_checkpoint(run_dir)
+            return True
+        if not (run_dir / checkpoints.CONFIG_FILE).is_file():
+            raise UserError(f"--resume auto: {run_dir} is not the folder of a run: it has no config.yaml")
+        names = (run_dir.with_name(f"{run_dir.name}.stopped-{number}") for number in count(1))
+        aside = next(path for path in names if not path.exists())
+        with locked(run_dir):
+            run_dir.rename(aside)
+        print(f"{run_dir} stopped before its first checkpoint: now {aside}, and the run starts anew")
+        return False
+
+    if world.on_main(look):
+        return resume_run(str(run_dir), config, world)
+    return start_run(config, world)
+
+
+def _write_config(run_dir: Path, config: TrainConfig) -> None:
+    try:
+        write_whole(run_dir / checkpoints.CONFIG_FILE, config_to_yaml(config))
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written to: {error.strerror}") from error
+
+
+class Run:
+    """A trainer with all that surrounds it.
+
+    Args:
+        trainer: at the step to go on from.
+        folder: keeps the run's folder to this process until it is closed.
+        position: where the data go on, from ``Trainer.load``.
+    """
+
+    def __init__(self, trainer: Trainer, folder: ExitStack, position: dict[str, Any]) -> None:
+        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.run_dir = trainer.run_dir
+        self._folder, self._position = folder, position
+        # A resumed run stands at its newest checkpoint.
+        self._saved_step = trainer.step if checkpoints.list_checkpoints(self.run_dir) else None
+        self._signal: int | None = None  # that reached this process
+        self._data_error: UserError | None = None
+
+    def train(self) -> int:
+        """Trains to ``train.max_steps``, or until SIGINT or SIGTERM, which save first.
+
+        Returns:
+            0, or 128 + the signal's number when stopped by one.
+
+        Raises:
+            UserError: a loss that is not finite, images that cannot be read, or a last checkpoint that could
+                not be written.
+        """
+        config, trainer, world = self.config, self.trainer, self.world
+        with self._folder, ExitStack() as stack:
+            if world.is_main:
+                self._introduce()
+            if trainer.step >= config.train.max_steps:
+                if world.is_main:
+                    print(f"nothing to do: train.max_steps is {config.train.max_steps}")
+                return 0
+            world.on_main(self._open_folder)
+            self._watchdog = Watchdog(world, config.parallel.timeout_s)
+            stack.callback(self._watchdog.close)
+            self._writer = CheckpointWriter(
+                self.run_dir,
+                world,
+                trainer.averages.names,
+                config.train.keep_checkpoints,
+                config.train.keep_every,
+                identify(trainer.dataset),
+            )
+            # Whatever ends the run: a checkpoint that is being written is good.
+            stack.callback(self._writer.close)
+            self._writer.prepare(trainer.state_dict())
+            self._vote = StopVote(world)
+            self._batches = build_loader(
+                trainer.dataset,
+                config.train.batch_size,
+                seed=config.seed,
+                start_step=trainer.step,
+                num_workers=config.data.workers,
+                rank=world.rank,
+                world_size=world.size,
+                pin_memory=trainer.device.type == "cuda",
+                max_broken=config.data.max_broken,
+                state=self._position or None,
+            )
+            stack.callback(self._batches.close)
+            self._log = TrainLog(trainer, self._batches, self._writer)
+            stack.callback(self._log.close)
+            with self._signals():
+                stop = self._loop()
+                self._finish(stop)
+        if stop and world.is_main:
+            print(f"stopped by signal {stop}; continue with --resume {self.run_dir}")
+        elif world.is_main:
+            print(
+                f"trained to step {trainer.step} in {self._log.seconds / 60:.1f} min; sample with: ", end=""
+            )
+            print(f"python -m pixelgen.sample --model {self.run_dir}")
+        return 128 + stop if stop else 0
+
+    def _introduce(self) -> None:
+        config, trainer, world = self.config, self.trainer, self.world
+        print(config_to_yaml(config))
+        where = str(trainer.device.type)
+        if world.size > 1:
+            where = f"{world.size} processes ({trainer.mode}, {where})"
+        images = "" if isinstance(trainer.dataset, HubStream) else f"{len(trainer.dataset):,} images, "
+        print(f"{self.run_dir}: {trainer.num_parameters:,} parameters on {where}, {images}", end="")
+        print(f"step {trainer.step} of {config.train.max_steps}", flush=True)
+
+    def _open_folder(self) -> None:
+        """Clears what a killed run left, and writes down the changes of this one, for the next to read."""
+        clean_leftovers(self.run_dir)
+        truncate_metrics(self.run_dir / METRICS_FILE, self.trainer.step)
+        _write_config(self.run_dir, self.config)
+
+    def _loop(self) -> int:
+        """Steps until the end or a vote to stop; the signal that stopped all processes, or 0."""
+        train, trainer = self.config.train, self.trainer
+        batch = self._next_batch()
+        while True:
+            # Before each step all know whether all have what they need: nobody waits for one that has left.
+            stop = self._vote.count(_NO_DATA if self._data_error is not None else self._signal or 0)
+            if stop or batch is None:
+                return stop
+            self._watchdog.progress(trainer.step + 1, "training")
+            images = batch.images.to(trainer.device, non_blocking=True)
+            condition = moved(batch.condition, trainer.device, non_blocking=True)
+            self._log.add(trainer.train_step(images, condition))
+            if trainer.step % train.log_every == 0:
+                self._write_log()
+            if train.checkpoint_every and trainer.step % train.checkpoint_every == 0:
+                self._save()
+            if train.sample_every and trainer.step % train.sample_every == 0:
+                self._draw()
+            batch = self._next_batch()
+
+    def _next_batch(self) -> Batch | None:
+        """The images of the next step; None after the last one, or when there are none: ``_data_error``."""
+        step = self.trainer.step
+        if step >= self.config.train.max_steps:
+            return None
+        self._watchdog.progress(step + 1, "waiting for data")
+        asked = time.perf_counter()
+        try:
+            return next(self._batches)
+        except UserError as error:
+            self._data_error = error
+            return None
+        finally:
+            self._log.waited(time.perf_counter() - asked)
+
+    def _finish(self, stop: int) -> None:
+        """The last checkpoint and the last pictures; ``stop`` is what all processes have agreed on."""
+        train, trainer = self.config.train, self.trainer
+        self._save()
+        if not stop and train.sample_every and trainer.step % train.sample_every:
+            self._draw()
+        else:
+            self._log.curves()
+        self._watchdog.progress(trainer.step, "writing the last checkpoint")
+        last = self._writer.wait(self._watchdog.beat)
+        if last is not None and last.error is not None:
+            self.world.fail(self._failed(last.step, last.error))
+        if stop == _NO_DATA:
+            told = self.world.gather(None if self._data_error is None else str(self._data_error))
+            reason = next(message for message in told if message)
+            self.world.fail(f"{reason}; stopped after step {trainer.step}, --resume {self.run_dir} goes on")
+
+    def _write_log(self) -> None:
+        trainer = self.trainer
+        self._report_save()
+        self._log.write(trainer.step, learning_rate(self.config, trainer.step - 1))
+
+    def _save(self) -> None:
+        """Begins a checkpoint of this step, unless there is one; refuses a loss that is not finite."""
+        trainer = self.trainer
+        if self._saved_step == trainer.step:
+            return
+        self._write_log()
+        self._watchdog.progress(trainer.step, "saving")
+        with self._log.paused():
+            self._writer.wait(self._watchdog.beat)
+            self._report_save()
+            data = {"data": self._batches.state_dict()}
+            self._writer.start(trainer.step, trainer.state_dict() | data, config_to_yaml(self.config))
+        self._saved_step = trainer.step
+
+    def _report_save(self) -> None:
+        """Tells of a checkpoint that could not be written; training goes on, and the next one is tried."""
+        last = self._writer.last
+        if last is not None and last.error is not None and not last.is_told and self.world.is_main:
+            last.is_told = True
+            print(f"warning: {self._failed(last.step, last.error)}", file=sys.stderr, flush=True)
+
+    def _failed(self, step: int, reason: str) -> str:
+        found = checkpoints.list_checkpoints(self.run_dir)
+        newest = f"the newest one is {found[-1]}" if found else "there is none yet"
+        return f"the checkpoint of step {step} could not be written: {reason}; {newest}"
+
+    def _draw(self) -> None:
+        self._watchdog.progress(self.trainer.step, "sampling")
+        with self._log.paused():
+            self._log.image(self.trainer.step, self.trainer.sample_grid(), GRID_COLUMNS)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM finishes the step, saves and leaves; a later one ends the process."""
+        previous: dict[int, Any] = {}
+
+        def on_signal(number: int, _frame: object) -> None:
+            if self._signal is None:
+                self._signal = number
+                if self.world.is_main:
+                    told = f"\nsignal {number}: saving after this step; another one ends the run at once\n"
+                    os.write(2, told.encode())  # print may have been interrupted by this signal
+
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        numbers = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, on_signal)
+        threading.Thread(target=_end_at_once, args=(reader,), name="signals", daemon=True).start()
+        try:
+            yield
+        finally:
+            for which, handler in previous.items():
+                signal.signal(which, handler)
+            signal.set_wakeup_fd(numbers)
+            os.close(writer)
+
+
+def _end_at_once(reader: int) -> None:
+    """Ends the process at the second of the signals that are read, also while it hangs in a collective.
+
+    Not at one that follows within seconds: torchrun and schedulers tell every process, and pass it on.
+    """
+    first: float | None = None
+    with open(reader, "rb", buffering=0) as signals:
+        while got := signals.read(1):
+            if got[0] not in (signal.SIGINT, signal.SIGTERM):
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first > _ONCE_S:
+                os._exit(128 + got[0])
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[IO[str]]:
+    """Keeps a run's folder to this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    try:
+        lock = (run_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written to: {error.strerror}") from error
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process is training this run") from None
+        except OSError as error:  # a disk that knows no locks
+            print(f"warning: {run_dir} cannot be locked: {error.strerror}", file=sys.stderr)
+        yield file

@@ -1,0 +1,246 @@
+"""The processes of a run: the process group, what they exchange, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pixelgen.config.resolve import pick_device
+from pixelgen.errors import USER_ERRORS, ToldError, UserError
+from pixelgen.training.options import ParallelConfig
+
+T = TypeVar("T")
+
+_FOR_EVER = timedelta(days=365)
+
+_TELL_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this is.
+
+    Attributes:
+        device: where this process computes.
+        rank, size: number of this process, and how many there are.
+        local_rank, local_size: the same on this machine.
+        host: name of this machine.
+        group: the processes where they exchange Python objects, however long one of them takes; None for the
+            default group.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    host: str = ""
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes; ``values`` is not changed."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sums the gradients of parameters that are not sharded; a process without one has added nothing."""
+        if self.size > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+
+    def gather(self, value: T) -> list[T]:
+        """A small Python object of every process, in the order of ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What an action gives that the main process alone does; a small Python object.
+
+        Raises:
+            Exception: what the action raised, in the main process.
+            ToldError: the same, in the others.
+        """
+        result: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                result[0] = action()
+            except Exception as error:
+                failure, result[1] = error, str(error)
+        if self.size > 1:
+            dist.broadcast_object_list(result, src=0, group=self.group)
+        if failure is not None:
+            raise failure
+        if result[1] is not None:
+            raise ToldError(result[1])
+        return result[0]
+
+    def in_turn(self, doing: str, action: Callable[[], T]) -> T:
+        """Does something in the main process first, then in one on each other machine, then in the rest.
+
+        For what the first one leaves on disk and the others only read: trained features, downloads. Who takes
+        long says so, and the others wait.
+
+        Args:
+            doing: what to say, such as ``"opening the data"``.
+            action: called without arguments.
+
+        Returns:
+            What the action gave in this process.
+
+        Raises:
+            Exception, ToldError: as ``together``.
+        """
+        own_turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        result: list[T] = []
+
+        def act() -> None:
+            with self._told_if_slow(doing):
+                result.append(action())
+
+        for turn in range(3 if self.size > 1 else 1):
+            self.together(act if turn == own_turn else lambda: None)
+        return result[0]
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Does something in all processes, and waits for all; the action itself must not wait for others.
+
+        Raises:
+            Exception: what the action raised, in the first process in which it did.
+            ToldError: the same, in all others.
+        """
+        failure: Exception | None = None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        told = self.gather(None if failure is None else str(failure))
+        first = next((rank for rank, message in enumerate(told) if message is not None), None)
+        if first is None:
+            return result
+        if failure is not None and first == self.rank:
+            raise failure
+        raise ToldError(told[first])
+
+    @contextmanager
+    def _told_if_slow(self, doing: str) -> Iterator[None]:
+        done, started = threading.Event(), time.monotonic()
+
+        def tell() -> None:
+            while not done.wait(_TELL_EVERY_S):
+                seconds = time.monotonic() - started
+                print(f"rank {self.rank}: {doing} for {seconds:.0f} s; the others wait", file=sys.stderr)
+
+        thread = threading.Thread(target=tell, name="patience", daemon=True)
+        if self.size > 1:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def fail(self, message: str) -> NoReturn:
+        """Ends all processes with an error that they agree on; the main one tells it."""
+        raise UserError(message) if self.is_main else ToldError(message)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Equally many rows of every process, in the order of ranks, on all of them; on the host."""
+        if self.size == 1:
+            return rows
+        found = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
+
+def start_world(device: str, parallel: ParallelConfig) -> World:
+    """Joins the other processes that torchrun started; alone without torchrun.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        parallel: for the timeout.
+
+    Raises:
+        UserError: fewer GPUs than processes on this machine.
+        ToldError: the same, in all of its processes but one.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = pick_device(device)
+    if size == 1:
+        return World(chosen, host=socket.gethostname())
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    backend = "gloo"
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        # A scheduler may show each process its own GPU alone; torchrun shows all of them to all.
+        is_bound = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        if count < local_size and not is_bound:
+            message = f"{local_size} processes on {socket.gethostname()}, which has {count} GPUs; start fewer"
+            raise UserError(message) if local_rank == 0 else ToldError(message)
+        chosen = torch.device("cuda", 0 if is_bound else local_rank)
+        torch.cuda.set_device(chosen)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        # Longer than the watchdog's: that one names who hangs, the process group's does not.
+        timeout = timedelta(seconds=parallel.timeout_s + 60)
+        dist.init_process_group(backend, timeout=timeout)
+    group = gloo_group(size)
+    return World(chosen, rank, size, local_rank, local_size, socket.gethostname(), group)
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Ends the process group with its block, as all processes do that come to its end or to a user's error.
+
+    Any other exception may be this process's alone. It ends without leaving the group then: that would wait
+    for the others, which wait in a collective for this one, where its end stops them.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gloo_group(size: int) -> dist.ProcessGroup | None:
+    """A group of all ``size`` processes for what the host does beside training; None alone.
+
+    Each use needs one of its own: collectives of two threads in one group would be mixed up. Its timeout is
+    out of the way: a process that ends breaks its connections, and one that hangs is the watchdog's business.
+    """
+    if size == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=_FOR_EVER)
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
