@@ -23,7 +23,7 @@ from pixelgen.config import TrainConfig, load_config
 from pixelgen.data.loader import build_dataset, stream_indices
 from pixelgen.errors import UserError
 from pixelgen.training.processes.world import World, leaving_together, start_world
-from pixelgen.training.trainer import Trainer
+from pixelgen.training.step import Trainer
 
 ROOT = Path(__file__).parent.parent
 ONE = "one"  # the provider that all others must agree with

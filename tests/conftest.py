@@ -85,7 +85,7 @@ def embedded_file(made_once) -> Path:
 @pytest.fixture
 def with_embedded(embedded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New runs find the features in their folder, as a resumed run does."""
-    from pixelgen.training.trainer import Trainer
+    from pixelgen.training.step import Trainer
 
     start = Trainer.__init__
 

@@ -17,7 +17,7 @@ from pixelgen.config import LossConfig
 from pixelgen.encoders import embedded
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
-from pixelgen.training.trainer import Trainer
+from pixelgen.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

@@ -8,7 +8,7 @@ from benchmarking import assert_are_plots, bench, named
 from benchmarks import processes
 from benchmarks.suites import train
 from pixelgen.data.sources.prepared import PreparedImages
-from pixelgen.training.trainer import Trainer
+from pixelgen.training.step import Trainer
 
 TINY = (
     *(*train.SMALL, "--data.image_size", "32", "--data.num_classes", "2"),

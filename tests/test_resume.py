@@ -19,7 +19,7 @@ from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.log import TrainLog, truncate_metrics
 from pixelgen.training.loop import resume_run
 from pixelgen.training.processes.world import start_world
-from pixelgen.training.trainer import Trainer
+from pixelgen.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 

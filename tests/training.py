@@ -11,7 +11,7 @@ from pixelgen.data import build_loader
 from pixelgen.train import main
 from pixelgen.training.loop import start_run
 from pixelgen.training.processes.world import start_world
-from pixelgen.training.trainer import Trainer
+from pixelgen.training.step import Trainer
 
 FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]
 QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", "0", "--sample.steps", "2"]

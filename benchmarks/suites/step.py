@@ -18,7 +18,7 @@ from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from pixelgen.config import TrainConfig, load_config
 from pixelgen.planning.flops import expected_gate_share, peak_flops, train_step_flops
-from pixelgen.training.trainer import Trainer
+from pixelgen.training.step import Trainer
 
 KERNELS = {"eager": "eager", "ours": "auto", "compile": "eager", "ours_compile": "auto"}
 BATCH = {"cpu": 8, "cuda": 64}

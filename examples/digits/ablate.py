@@ -244,7 +244,7 @@ def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
     from pixelgen.training.checkpoint import read as checkpoints
     from pixelgen.training.loop import Run, resume_run
     from pixelgen.training.processes.world import start_world
-    from pixelgen.training.trainer import Trainer
+    from pixelgen.training.step import Trainer
 
     world = start_world(config.device, config.parallel)
     if checkpoints.list_checkpoints(run_dir):

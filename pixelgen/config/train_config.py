@@ -73,12 +73,9 @@ class TrainConfig(Section):
         self._require("threads", self.threads >= 0, "be 0 or more")
         if self.float8 and self.dtype != "bfloat16":
             raise UserError(f"float8 needs dtype bfloat16, got {self.dtype}")
-        depth = self.model_config().depth
-        if self.loss.uses_alignment and not 1 <= self.loss.alignment_layer < depth:
-            raise UserError(
-                f"loss.alignment_layer must be at least 1 and below the model's depth {depth}, "
-                f"got {self.loss.alignment_layer}"
-            )
+        self.model_config()  # the sections fit together
+        for options in self.loss.of_terms().values():
+            options.check(self)
 
     def model_config(self) -> Architecture:
         """The denoiser's architecture, of the class that its family has for it.

@@ -23,23 +23,20 @@ class BalanceWeight(nn.Module):
             gated sample moves w to its bound. ``"global"`` takes the gradients of the whole batch, so that
             all ranks agree, and moves less far, 0.2 s instead of 0.2, where the weights that the gate gives
             to all samples sum to s below 1: an empty gate says nothing.
+        parts: of a process's batch that ``update`` is called with; the weight moves after the last one.
     """
 
     weight: Tensor
-    #: Parts of a process's batch that ``update`` is called with; the weight moves after the last one.
-    parts: int = 1
 
     def __init__(
         self,
         start_step: int = 400_000,
         every: int = 50,
         form: Literal["released", "global"] = "released",
+        parts: int = 1,
     ) -> None:
         super().__init__()
-        if start_step < 0 or every < 1:
-            raise ValueError(
-                f"BalanceWeight: start_step must be >= 0 and every >= 1, got {start_step} and {every}"
-            )
+        self.parts = parts
         self.start_step = start_step
         self.every = every
         self.form = form

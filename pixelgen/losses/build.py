@@ -8,86 +8,77 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pixelgen_kernels import select
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixelgen.encoders.base import TokenEncoder
 from pixelgen.encoders.build import build_stage_encoder, build_token_encoder
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, embedded_features
-from pixelgen.losses.gate import NoiseGate
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
-from pixelgen.models.sizes import ModelConfig
 
 if TYPE_CHECKING:
     from pixelgen.losses.options import LossConfig
+    from pixelgen.models.denoiser import Denoiser
+    from pixelgen.models.families import Architecture
+
+VELOCITY_T_EPS = 1e-4  # keeps 0 / 0 away
 
 
 def build_objective(
     loss: LossConfig,
-    model: ModelConfig,
+    model: Denoiser,
     *,
     run_dir: str | Path,
     images: Callable[[], tuple[Tensor, Tensor]],
     t_eps: float = 0.05,
     seed: int = 0,
+    micro_batches: int = 1,
     kernels: Literal["auto", "eager"] = "auto",
 ) -> Objective:
-    """Encoders and objective as the configuration names them; only encoders that some weight needs are built.
+    """Encoders and objective as the configuration names them; only encoders that some term needs are built.
 
     Args:
-        loss: weights, gate, encoders.
-        model: the denoiser, for its width, patch and image size, channels and classes.
+        loss: the section of the configuration.
+        model: the denoiser.
         run_dir: where ``embedded`` features are kept.
         images: called only to train ``embedded`` features: uint8 images (N, C, H, W) and int64 labels (N,), a
             few thousand of the run's own.
         t_eps: floor of 1 - t.
         seed: seed of ``embedded`` features and of ``random`` weights.
+        micro_batches: parts of a process's batch, each of which is a call.
         kernels: as in ``Objective``.
 
     Raises:
-        UserError: unknown encoder names, weights that cannot be had, images that do not fit.
+        UserError: weights that cannot be had, images that do not fit.
     """
     # What the encoders draw must not move the projector's start: trained features draw more than loaded ones.
     with torch.random.fork_rng(devices=[]):
-        lpips, encoder = _build_networks(loss, model, run_dir, images, seed, kernels)
+        lpips, encoder = build_networks(loss, model.config, run_dir, images, seed, kernels)
     return Objective(
-        feature_width=model.width,
-        patch_size=model.patch_size,
-        image_size=model.image_height_width,
+        loss,
+        feature_width=model.config.width,
+        patch_size=model.config.patch_size,
         encoder=encoder,
         lpips=lpips,
-        alignment_weight=loss.alignment_weight,
-        alignment_schedule=loss.alignment_schedule,
-        lpips_weight=loss.lpips_weight,
-        p_dino_weight=loss.p_dino_weight,
-        perceptual_ratio=loss.perceptual_ratio,
-        projector_width=loss.projector_width,
-        gate=NoiseGate(loss.gate, loss.gate_t, loss.gate_width),
-        p_dino_gate=loss.p_dino_gate,
-        balance=loss.balance,
-        balance_start_step=loss.balance_start_step,
-        balance_every=loss.balance_every,
-        adversarial_weight=loss.adversarial_weight,
-        adversarial_start_step=loss.adversarial_start_step,
-        adversarial_r1_weight=loss.adversarial_r1_weight,
-        t_eps=t_eps,
+        channel_order=model.output_order,
+        # a predicted velocity needs no floor: what is divided by 1 - t was multiplied by it
+        t_eps=t_eps if model.prediction == "x" else VELOCITY_T_EPS,
+        micro_batches=micro_batches,
+        balance_parameter=model.balance_weight,
         kernels=kernels,
     )
 
 
-def _build_networks(
+def build_networks(
     loss: LossConfig,
-    model: ModelConfig,
+    model: Architecture,
     run_dir: str | Path,
     images: Callable[[], tuple[Tensor, Tensor]],
     seed: int,
     kernels: Literal["auto", "eager"],
-) -> tuple[LPIPS | None, TokenEncoder | nn.Module | None]:
-    """LPIPS and the token encoder; None for what no weight needs."""
-    needs_lpips = loss.lpips_weight * loss.perceptual_ratio > 0
-    needs_tokens = (
-        loss.uses_alignment or loss.p_dino_weight * loss.perceptual_ratio > 0 or loss.adversarial_weight > 0
-    )
+) -> tuple[LPIPS | None, TokenEncoder | None]:
+    """LPIPS and the token encoder; None for what no term needs. See ``build_objective``."""
+    needs_lpips, needs_tokens = loss.needs("maps"), loss.needs("tokens", "clean_tokens")
     embedded: EmbeddedFeatures | None = None
     if (needs_lpips and loss.stages == "embedded") or (needs_tokens and loss.tokens == "embedded"):
         config = EmbeddedConfig(

@@ -1,4 +1,4 @@
-"""What the perceptual terms compare: frozen features of clean and predicted images, computed once each."""
+"""What the terms compare: frozen features of clean and predicted images, computed once each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pixelgen_kernels import Ops
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
@@ -17,16 +16,50 @@ from pixelgen.losses.lpips import LPIPS
 
 
 @dataclass(frozen=True)
-class Features:
-    """Of some rows of a batch; None for what was not asked for.
+class Wanted:
+    """Of which rows of a batch features are wanted; None for no rows.
 
     Attributes:
-        tokens: (K, T, D) of the token encoder.
-        maps: what LPIPS compares: its feature maps (K, C, H, W), or the images where it is a plain callable.
+        tokens: of the token encoder.
+        maps: of the LPIPS network.
+        images: the images themselves.
     """
 
-    tokens: Tensor | None
-    maps: list[Tensor] | None
+    tokens: Selection | None = None
+    maps: Selection | None = None
+    images: Selection | None = None
+
+    @property
+    def maps_are_among_tokens(self) -> bool:
+        """Whether both are wanted, and maps of no row without tokens."""
+        if self.tokens is None or self.maps is None:
+            return False
+        return self.maps is self.tokens or self.tokens.index is None
+
+
+class Features:
+    """Frozen features of the rows of a batch that were wanted."""
+
+    def __init__(
+        self, wanted: Wanted, tokens: Tensor | None, maps: list[Tensor] | None, images: Tensor | None
+    ) -> None:
+        # what was not wanted is None, and not asked for
+        self._wanted: Any = wanted
+        self._tokens: Any = tokens
+        self._maps: Any = maps
+        self._images: Any = images
+
+    def tokens(self, rows: Selection) -> Tensor:
+        """(K, T, D) of the token encoder."""
+        return rows.rows_of(self._wanted.tokens, self._tokens)
+
+    def maps(self, rows: Selection) -> list[Tensor]:
+        """Feature maps (K, C, H, W) of the LPIPS network."""
+        return [rows.rows_of(self._wanted.maps, stage) for stage in self._maps]
+
+    def images(self, rows: Selection) -> Tensor:
+        """(K, C, H, W) in [-1, 1], fp32."""
+        return rows.rows_of(self._wanted.images, self._images)
 
 
 class FeatureNetworks:
@@ -34,30 +67,18 @@ class FeatureNetworks:
 
     Args:
         encoder: images (B, C, H, W) to tokens (B, T, D), or None.
-        lpips: ``LPIPS``, or any callable (x_pred, x) -> (B,) on images, or None.
-        patch_size: patch size of the token layout.
-        image_size: (H, W) of the images.
-        ops: the kernels to use.
+        lpips: what has ``encode`` and ``distance`` as ``LPIPS`` does, or None.
     """
 
-    def __init__(
-        self,
-        encoder: TokenEncoder | nn.Module | None,
-        lpips: LPIPS | Callable[[Tensor, Tensor], Tensor] | None,
-        *,
-        patch_size: int,
-        image_size: tuple[int, int],
-        ops: Ops,
-    ) -> None:
+    def __init__(self, encoder: TokenEncoder | nn.Module | None, lpips: LPIPS | nn.Module | None) -> None:
         self.encoder: Any = encoder
         self.lpips: Any = lpips
-        self.patch_size, self.image_size, self.ops = patch_size, image_size, ops
         self._shares_trunk = _share_trunk(encoder, lpips)
 
     def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         """As ``nn.Module._apply``: the networks follow the objective to its device."""
         for module in (self.encoder, self.lpips):
-            if isinstance(module, nn.Module):
+            if module is not None:
                 module._apply(fn, recurse)
 
     def speed_up(self, *, half: bool, compiled: bool) -> None:
@@ -68,9 +89,8 @@ class FeatureNetworks:
                 then runs them under bf16 autocast, which would convert frozen weights anew in every call.
             compiled: run the networks through ``torch.compile``.
         """
-        networks = [self.encoder, self.lpips.stages if isinstance(self.lpips, LPIPS) else None]
-        for network in networks:
-            if not isinstance(network, nn.Module):
+        for network in (self.encoder, getattr(self.lpips, "stages", None)):
+            if network is None:
                 continue
             for module in network.modules() if half else ():
                 if isinstance(module, nn.Conv2d):
@@ -83,46 +103,29 @@ class FeatureNetworks:
                 torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
                 network.compile(dynamic=False)
 
-    def __call__(self, x: Tensor, of_tokens: Selection | None, of_maps: Selection | None) -> Features:
-        """Features of selected rows; None asks for none of that kind.
+    def __call__(self, images: Callable[[Selection], Tensor], wanted: Wanted) -> Features:
+        """Features of selected rows.
 
         Args:
-            x: tokens (B, T, P*P*C) or images (B, C, H, W) in [-1, 1].
-            of_tokens: the rows whose tokens are wanted.
-            of_maps: the rows whose maps are wanted; where both are wanted, a part of the others or the same.
+            images: gives the images (K, C, H, W) of rows, in [-1, 1].
+            wanted: of which rows.
         """
-        if self._shares_trunk and of_tokens is not None and of_maps is not None:
-            maps = self.lpips.encode(self.image(of_tokens.rows(x)))
-            tokens = self.encoder.from_stages(maps)
-            return Features(tokens, [of_maps.rows_of(of_tokens, stage) for stage in maps])
-        seen = None if of_tokens is None else self.image(of_tokens.rows(x))
-        tokens = None if seen is None else self.encoder(seen)
-        if of_maps is None:
-            return Features(tokens, None)
-        image = seen if seen is not None and of_maps is of_tokens else self.image(of_maps.rows(x))
-        return Features(tokens, self.lpips.encode(image) if isinstance(self.lpips, LPIPS) else [image])
+        made: dict[int, Tensor] = {}
 
-    def lpips_distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
-        """LPIPS of two lists of maps, (K,) fp32.
+        def of(rows: Selection) -> Tensor:
+            if id(rows) not in made:
+                made[id(rows)] = images(rows)
+            return made[id(rows)]
 
-        Raises:
-            ValueError: a callable that returns another shape.
-        """
-        if isinstance(self.lpips, LPIPS):
-            return self.lpips.distance(maps, target)
-        distance = self.lpips(maps[0], target[0])
-        if distance.shape != (len(maps[0]),):
-            raise ValueError(
-                f"Objective: lpips must return (B,) = ({len(maps[0])},), got {tuple(distance.shape)}"
-            )
-        return distance
-
-    def image(self, x: Tensor) -> Tensor:
-        """Tokens (B, T, P*P*C) or images to images (B, C, H, W), fp32 (fp64 if x is)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if x.ndim == 4:
-            return x
-        return self.ops.unpatchify(x, self.patch_size, self.image_size, channel_order="last")
+        seen = None if wanted.images is None else of(wanted.images)
+        if self._shares_trunk and wanted.maps_are_among_tokens:
+            assert wanted.tokens is not None and wanted.maps is not None
+            whole = self.lpips.encode(of(wanted.tokens))
+            among = [wanted.maps.rows_of(wanted.tokens, stage) for stage in whole]
+            return Features(wanted, self.encoder.from_stages(whole), among, seen)
+        tokens = None if wanted.tokens is None else self.encoder(of(wanted.tokens))
+        maps = None if wanted.maps is None else self.lpips.encode(of(wanted.maps))
+        return Features(wanted, tokens, maps, seen)
 
 
 def _share_trunk(encoder: object, lpips: object) -> bool:

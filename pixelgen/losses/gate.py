@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pixelgen.losses.times import Times, to_device
+
 Schedule = Literal["hard", "cosine", "sigmoid", "snr", "learned"]
-SCHEDULES: tuple[Schedule, ...] = ("hard", "cosine", "sigmoid", "snr", "learned")
 BUCKETS = 8  # sizes that a selection of a full batch may have
 # Within its width the sigmoid rises from 2 % to 98 %. It is cut off at this many widths below its centre, at
 # 0.2 %: noisier samples need no perceptual networks.
@@ -33,27 +34,14 @@ class NoiseGate(nn.Module):
     every bin comes to count alike.
 
     Args:
-        schedule: one of the names above.
-        gate_t: threshold in [0, 1]; 0 lets every sample pass.
-        width: width of the cosine's and the sigmoid's ramp, above 0; not used by the others.
+        schedule, gate_t, width: as ``loss.gate``, ``loss.gate_t`` and ``loss.gate_width``, which check them.
         bins: number of bins of the learned weights.
-
-    Raises:
-        ValueError: an argument outside these ranges.
     """
 
     def __init__(
         self, schedule: Schedule = "hard", gate_t: float = 0.3, width: float = 0.2, bins: int = 16
     ) -> None:
         super().__init__()
-        if schedule not in SCHEDULES:
-            raise ValueError(f"NoiseGate: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        if not 0 <= gate_t <= 1:
-            raise ValueError(f"NoiseGate: gate_t must lie in [0, 1], got {gate_t}")
-        if not width > 0:
-            raise ValueError(f"NoiseGate: width must be above 0, got {width}")
-        if bins < 1:
-            raise ValueError(f"NoiseGate: bins must be at least 1, got {bins}")
         self.schedule, self.gate_t, self.width, self.bins = schedule, gate_t, width, bins
         if schedule == "learned":
             self.log_scale = nn.Parameter(torch.zeros(bins))
@@ -101,20 +89,21 @@ class NoiseGate(nn.Module):
         return self.log_scale[(t * self.bins).long().clamp(0, self.bins - 1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """The samples of a batch that the perceptual terms see.
+    """Some samples of those at work.
 
     Attributes:
-        count: how many, known on the host; None when that would have meant to wait for the device.
-        index: (K,) int64 rows of the batch, on the device; None for all rows in order. Behind the first
-            ``count`` come repetitions, up to the next bucket.
+        index: (K,) int64 rows, on the device; None for all in order. Behind the selected ones come
+            repetitions, up to the next bucket.
         is_real: (K,) bool: False for repetitions, and for rows that do not pass.
     """
 
-    count: int | None
     index: Tensor | None
     is_real: Tensor
+
+    def __len__(self) -> int:
+        return len(self.is_real)
 
     def rows(self, values: Tensor) -> Tensor:
         """The selected rows of (B, ...)."""
@@ -131,37 +120,28 @@ class Selection:
         return values.new_zeros(batch).index_copy_(0, self.index, values)
 
 
-def select_samples(t: Tensor, gate: NoiseGate, *, device: torch.device, buckets: int = BUCKETS) -> Selection:
+def select_samples(times: Times, gate: NoiseGate, *, buckets: int = BUCKETS) -> Selection:
     """Picks the samples that pass the gate.
 
-    With t on the host their number is known, and K is that number rounded up to a multiple of B / buckets:
-    few shapes, so that compiled networks are not compiled anew for every batch. With t on another device all
-    rows are kept, since to count them the host would have to wait.
+    K is their number rounded up to a multiple of B / buckets: few shapes, so that compiled networks are not
+    compiled anew for every batch.
 
     Args:
-        t: (B,) time.
+        times: of the batch.
         gate: the gate.
-        device: where index and is_real are needed.
         buckets: how many sizes K may have.
     """
-    passes = gate.passes(t)
-    if t.device.type != "cpu":
-        return Selection(None, None, passes)
+    passes, device = gate.passes(times.host), times.t.device
     rows = passes.nonzero()[:, 0]
-    count, batch = len(rows), len(t)
+    count, batch = len(rows), len(passes)
     if count == batch:
-        return Selection(count, None, to_device(passes, device))
+        return Selection(None, to_device(passes, device))
     if count == 0:
-        return Selection(0, to_device(rows, device), to_device(passes[:0], device))
+        return Selection(to_device(rows, device), to_device(passes[:0], device))
     bucket = -(-batch // buckets)
     size = min(-(-count // bucket) * bucket, batch)
     index = torch.cat([rows, rows[:1].expand(size - count)])
-    return Selection(count, to_device(index, device), to_device(torch.arange(size) < count, device))
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return Selection(to_device(index, device), to_device(torch.arange(size) < count, device))
 
 
 def masked_sum(per_sample: Tensor, keep: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixelgen.errors import UserError
+from pixelgen.losses.term import TERMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
 # What a run logs besides rates and clocks, and what stands at the axis.
 CURVES = {
     "loss": "loss",
-    "flow_matching": "flow matching",
-    "alignment": "alignment (REPA)",
-    "lpips": "LPIPS",
-    "p_dino": "P-DINO",
+    **{name: term.label for name, term in TERMS.items() if term.label},
     "grad_norm": "gradient norm",
     "lr": "learning rate",
 }

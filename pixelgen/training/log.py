@@ -28,9 +28,10 @@ from pixelgen.training.checkpoint.read import list_checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter
 from pixelgen.training.curves import save_loss_curves
 from pixelgen.training.guard import NotFinite
+from pixelgen.training.step import Trainer, is_share
 
 if TYPE_CHECKING:
-    from pixelgen.training.trainer import Trainer
+    from pixelgen.training.step import Trainer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -138,6 +139,7 @@ class TrainLog:
         values = self.world.sum(own).tolist()  # waits here
         now = time.perf_counter()
         means = dict(zip((*shares, *figures), values, strict=True))
+        means |= {name: means[name] / size for name in shares if not is_share(name)}
         waited, broken = means.pop("waited"), means.pop("broken")
         if not all(map(_is_finite, means.values())):
             self._stop()
@@ -147,7 +149,7 @@ class TrainLog:
         record = {"step": step, **means, "lr": lr} | self._rates(step, seconds)
         record["data_wait"] = min(1.0, waited / seconds)
         if self.config.optimizer.skip_grad_norm is not None:
-            record["skipped_steps"] = int(self.trainer.skipped)
+            record["skipped_steps"] = int(self.trainer.optimizers.skipped)
         if broken:
             record["broken_images"] = int(broken)
         record |= more
@@ -237,8 +239,9 @@ class TrainLog:
             f". The newest checkpoint is {checkpoints[-1]}" if checkpoints else ". There is no checkpoint yet"
         )
         bad = set(terms) - {"loss", "grad_norm"}  # those follow from the others
-        if bad and bad <= {"adversarial", "discriminator", "discriminator_grad_norm"}:
-            return f"{text}. Lower loss.adversarial_lr or loss.adversarial_weight"
+        remedy = self.trainer.objective.remedy(bad) if bad else None
+        if remedy is not None:
+            return f"{text}. Lower {remedy}"
         clip = "lower" if self.config.optimizer.max_grad_norm else "set"
         return f"{text}. Lower optimizer.lr or {clip} optimizer.max_grad_norm"
 

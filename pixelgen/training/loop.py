@@ -25,12 +25,13 @@ from pixelgen.errors import UserError
 from pixelgen.files import write_whole
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter, clean_leftovers
+from pixelgen.training.grid import COLUMNS, sample_grid
 from pixelgen.training.log import METRICS_FILE, TrainLog, check_logging, truncate_metrics
 from pixelgen.training.optim import learning_rate
 from pixelgen.training.processes.vote import StopVote
 from pixelgen.training.processes.watchdog import Watchdog
 from pixelgen.training.processes.world import World
-from pixelgen.training.trainer import GRID_COLUMNS, Trainer
+from pixelgen.training.step import Trainer
 
 LOCK_FILE = ".lock"
 _NO_DATA = 1000  # a vote beside the numbers of signals: a process has no images for its next step
@@ -334,7 +335,7 @@ class Run:
     def _draw(self) -> None:
         self._watchdog.progress(self.trainer.step, "sampling")
         with self._log.paused():
-            self._log.image(self.trainer.step, self.trainer.sample_grid(), GRID_COLUMNS)
+            self._log.image(self.trainer.step, sample_grid(self.trainer), COLUMNS)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -1,17 +1,22 @@
-"""Optimizers by name, with their state from the start; their learning rate; clipping."""
+"""The optimizers of a run, by name and with their state from the start; learning rate; clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor.experimental import implicit_replication
 
 from pixelgen.config.train_config import TrainConfig
+from pixelgen.losses.objective import Objective
+from pixelgen.models.denoiser import Denoiser
 from pixelgen.training.options import OptimizerConfig
 from pixelgen.training.processes.shard import local, whole
+from pixelgen.training.processes.world import World
 
 Groups = list[dict[str, Any]]  # {"params": a list of parameters} with options of their own
 
@@ -105,3 +110,113 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
     if max_norm is not None:
         torch._foreach_mul_([local(grad) for grad in grads], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+class Optimizers:
+    """All optimizers of a run: those of the denoiser and what is trained with it, and one for each network
+    of a loss term that is trained alone.
+
+    Args:
+        config: of the run.
+        model: the denoiser, sharded or not.
+        objective: its gate and the networks of its terms are trained.
+        world: the processes.
+
+    Attributes:
+        main: the optimizers of the denoiser, the networks that are trained with it, and the gate.
+        alone: the optimizers of the other networks by name.
+        parameters: that ``main`` moves.
+        trained: the modules whose parameters ``main`` moves, as checkpoints name them.
+        skipped: steps left out because of a gradient above ``optimizer.skip_grad_norm``, on the device.
+    """
+
+    def __init__(self, config: TrainConfig, model: Denoiser, objective: Objective, world: World) -> None:
+        self._config, self._objective, self._world = config, objective, world
+        together = objective.trained_with_the_denoiser()
+        self.trained = nn.ModuleDict({"model": model, **together, "gate": objective.gate})
+        # Too small to be sharded: their gradients are summed one by one.
+        self._of_gate = list(objective.gate.parameters())
+        of_gate = {id(p) for p in self._of_gate}
+        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        groups: Groups = [
+            {"params": [p for p in self.parameters if id(p) not in of_gate]},
+            # Decay would pull the gate's learned weights to 1.
+            {"params": self._of_gate, "weight_decay": 0.0},
+        ]
+        of_blocks = [p for block in model.fsdp_units() for p in block.parameters()]
+        matrices = {id(p) for p in of_blocks if p.ndim == 2}
+        self.main = OPTIMIZERS[config.optimizer.name](config.optimizer, groups, matrices)
+        self._terms = objective.trained_alone()
+        self.alone = {
+            name: adamw(
+                [{"params": objective.get_submodule(name).parameters()}],
+                **term.own_optimizer(),
+                weight_decay=0.0,
+            )
+            for name, term in self._terms.items()
+        }
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        for optimizer in (*self.main, *self.alone.values()):
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self, step: int, computed: Container[str]) -> dict[str, Tensor]:
+        """Sums what is not sharded over the processes, clips and moves all parameters. No host sync.
+
+        Args:
+            step: the training step, for the learning rate.
+            computed: names of the losses that were computed, the same in all processes.
+
+        Returns:
+            ``grad_norm``, and that of each network that was trained alone.
+        """
+        options = self._config.optimizer
+        self._world.sum_gradients(self._of_gate)
+        norm = clip_gradients(self.parameters, options.max_grad_norm)
+        figures = {"grad_norm": norm}
+        lr = learning_rate(self._config, step)
+        for group in (group for optimizer in self.main for group in optimizer.param_groups):
+            group["lr"] = lr
+        if options.skip_grad_norm is not None:
+            is_spike = norm > options.skip_grad_norm
+            self.skipped += is_spike
+            for optimizer in self.main:
+                # What a gradient scaler sets: the fused step reads it on the device and then changes nothing.
+                optimizer.found_inf = is_spike.float()  # type: ignore[attr-defined]
+        with implicit_replication():
+            for optimizer in self.main:
+                optimizer.step()
+        for name, optimizer in self.alone.items():
+            own = self._terms[name].own_loss_name
+            if own in computed:
+                parameters = list(self._objective.get_submodule(name).parameters())
+                self._world.sum_gradients(parameters)
+                figures[f"{own}_grad_norm"] = clip_gradients(parameters, options.max_grad_norm)
+                optimizer.step()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all optimizers, this process's shards of it, and the number of skipped steps."""
+        state = {"optimizer": get_optimizer_state_dict(self.trained, self.main), "skipped": self.skipped}
+        for name, optimizer in self.alone.items():
+            network = self._objective.get_submodule(name)
+            state[f"{name}_optimizer"] = get_optimizer_state_dict(network, optimizer)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` gave; the options stay those of this run's configuration."""
+        set_optimizer_state_dict(self.trained, self.main, state["optimizer"])
+        for name, optimizer in self.alone.items():
+            network = self._objective.get_submodule(name)
+            set_optimizer_state_dict(network, optimizer, state[f"{name}_optimizer"])
+            for group in optimizer.param_groups:
+                group |= self._terms[name].own_optimizer()
+        options, of_gate = self._config.optimizer, {id(p) for p in self._of_gate}
+        for group in (group for optimizer in self.main for group in optimizer.param_groups):
+            if "betas" in group:
+                group["betas"] = options.betas
+            if id(group["params"][0]) not in of_gate:
+                group["weight_decay"] = options.weight_decay
+        self.skipped.copy_(state["skipped"])

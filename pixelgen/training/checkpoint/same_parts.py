@@ -1,4 +1,4 @@
-"""What a configuration must fit: the number of processes, and the checkpoint that it continues."""
+"""What must not have changed where a run goes on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from pixelgen.config.load import config_from_yaml
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
+from pixelgen.losses.term import TERMS
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.ema import average_settings
 
@@ -24,12 +25,12 @@ def check_same_parts(config: TrainConfig, checkpoint: Path) -> None:
         loss = config.loss
         yield "model", config.model_config().without_rates()
         yield "optimizer.name", config.optimizer.name
-        yield "loss.alignment_weight or its schedule", loss.uses_alignment
-        yield "loss.projector_width", loss.uses_alignment and loss.projector_width
+        for options in loss.of_terms().values():
+            yield from options.trained().items()
         yield "loss.gate", loss.gate == "learned"
         yield "loss.balance", loss.balance != "off"
-        yield "loss.adversarial_weight", loss.adversarial_weight > 0
-        yield "loss.tokens", (loss.uses_alignment or loss.adversarial_weight > 0) and loss.tokens
+        # of the tokens' width are the networks that are trained on them
+        yield "loss.tokens", any(TERMS[name].trains for name in loss.used_terms()) and loss.tokens
         yield "data.streaming", config.data.streaming
         yield "ema.decay or ema.power", list(average_settings(config.ema))
 

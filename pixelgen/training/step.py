@@ -1,5 +1,5 @@
 """One training step and everything it changes. Read aloud, ``train_step`` is the paper's algorithm box
-(arXiv 2602.02493); the loop around it is ``pixelgen.training.loop``."""
+(arXiv 2602.02493); the loop around it is ``training.loop``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from pixelgen_kernels import philox_normal, philox_uniform
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor.experimental import implicit_replication
 
 from pixelgen.conditions import Condition, dropped, part_of
 from pixelgen.config.resolve import Mode, check_batch, pick_device, resolve_mode
@@ -19,24 +17,23 @@ from pixelgen.data.loader import ImageDataset, stream_indices
 from pixelgen.data.sources.stream import HubStream
 from pixelgen.flow import logit_normal_time, shift_time, x_from_velocity
 from pixelgen.losses.build import build_objective
-from pixelgen.losses.gate import to_device
+from pixelgen.losses.objective import Outcome
+from pixelgen.losses.times import Times
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.float8 import use_float8
-from pixelgen.sampling.pipeline import Pipeline, count_parameters
+from pixelgen.sampling.pipeline import count_parameters
 from pixelgen.training.begin import begin, fit, fresh_state, read_source
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.same_parts import check_same_parts
 from pixelgen.training.ema import Averages
 from pixelgen.training.guard import FiniteGuard
-from pixelgen.training.optim import OPTIMIZERS, adamw, clip_gradients, learning_rate
+from pixelgen.training.optim import Optimizers
 from pixelgen.training.processes.shard import build_mesh, shard, sum_over_copies
 from pixelgen.training.processes.world import World
 
 # Streams of the counter-based generator: one per random draw of a step. 0 is the noise of noise_patchify, 4
 # the loader's random crops.
 TIME_STREAM, LABEL_DROP_STREAM, FLIP_STREAM = 1, 2, 3
-GRID_ROWS, GRID_COLUMNS = 10, 8
-VELOCITY_T_EPS = 1e-4  # keeps 0 / 0 away
 FEATURE_IMAGES = 4096  # that embedded features are trained on
 
 
@@ -72,27 +69,21 @@ class Trainer:
             "preparing the losses",
             lambda: build_objective(
                 config.loss,
-                self.model.config,
+                self.model,
                 run_dir=run_dir,
                 images=self._images_for_features,
-                # a predicted velocity needs no floor: what is divided by 1 - t was multiplied by it
-                t_eps=config.time.t_eps if self.model.prediction == "x" else VELOCITY_T_EPS,
+                t_eps=config.time.t_eps,
                 seed=config.seed,
+                micro_batches=config.train.micro_batches,
                 kernels=config.kernels,
             ),
         ).to(self.device)
         is_half = config.dtype == "bfloat16" and self.device.type == "cuda"
-        self.objective.speed_up_networks(half=is_half, compiled=config.loss.compile_networks)
-        if self.objective.balance is not None:
-            self.objective.balance.parts = config.train.micro_batches
+        self.objective.networks.speed_up(half=is_half, compiled=config.loss.compile_networks)
         self.mode = self._distribute()
-        self.trained = nn.ModuleDict(
-            {"model": self.model, "projector": self.objective.projector, "gate": self.objective.gate}
-        )
-        self._build_optimizers()
+        self.optimizers = Optimizers(config, self.model, self.objective, self.world)
         self.averages = Averages(self.model, config.ema)
         self.guard = FiniteGuard(self.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps left out as spikes
 
     def _images_for_features(self) -> tuple[Tensor, Tensor]:
         """Up to 4096 images of the data set, evenly spaced, for features trained on the run's own images."""
@@ -123,34 +114,13 @@ class Trainer:
             # From whole weights on the host, equal in every process: a run starts alike on any number.
             mesh = build_mesh(mode, config.parallel, world)
             half = config.dtype == "bfloat16"
-            shard(self.model, [self.objective.projector], mesh, config.parallel, half=half)
+            shard(self.model, self._other_networks, mesh, config.parallel, half=half)
         return mode
 
-    def _build_optimizers(self) -> None:
-        config = self.config
-        # Too small to be sharded: their gradients are summed one by one.
-        self.gate_parameters = list(self.objective.gate.parameters())
-        self.discriminator_parameters = list(self.objective.discriminator.parameters())
-        sharded = [*self.model.parameters(), *self.objective.projector.parameters()]
-        self.parameters = [p for p in (*sharded, *self.gate_parameters) if p.requires_grad]
-        is_gate = {id(p) for p in self.gate_parameters}
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.parameters if id(p) not in is_gate]},
-            # Decay would pull the gate's learned weights to 1.
-            {"params": self.gate_parameters, "weight_decay": 0.0},
-        ]
-        of_blocks = [p for block in self.model.fsdp_units() for p in block.parameters()]
-        matrices = {id(p) for p in of_blocks if p.ndim == 2}
-        self.optimizers = OPTIMIZERS[config.optimizer.name](config.optimizer, groups, matrices)
-        # Of its own: the discriminator works against the denoiser, and other constants suit it.
-        self.discriminator_optimizer: torch.optim.AdamW | None = None
-        if self.discriminator_parameters:
-            self.discriminator_optimizer = adamw(
-                [{"params": self.discriminator_parameters}],
-                lr=config.loss.adversarial_lr,
-                betas=(0.0, 0.99),
-                weight_decay=0.0,
-            )
+    @property
+    def _other_networks(self) -> list[nn.Module]:
+        """What is trained and sharded beside the model."""
+        return list(self.objective.trained_with_the_denoiser().values())
 
     # --- state ---
 
@@ -166,14 +136,9 @@ class Trainer:
             "tables": tables,
             "objective": self.objective.state_dict(),
             "ema": self.averages.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.trained, self.optimizers),
             "step": self.step,
-            "skipped": self.skipped,
+            **self.optimizers.state_dict(),
         }
-        if self.discriminator_optimizer is not None:
-            state["discriminator_optimizer"] = get_optimizer_state_dict(
-                self.objective.discriminator, self.discriminator_optimizer
-            )
         if self._own_balance is not None:
             state[self._own_balance] = self.objective.state_dict()["balance.weight"].clone()
         return state
@@ -212,13 +177,7 @@ class Trainer:
         if self._own_balance in state:
             self.objective.load_state_dict({"balance.weight": state[self._own_balance]}, strict=False)
         self.averages.load_state_dict(state["ema"])
-        set_optimizer_state_dict(self.trained, self.optimizers, state["optimizer"])
-        if self.discriminator_optimizer is not None:
-            set_optimizer_state_dict(
-                self.objective.discriminator, self.discriminator_optimizer, state["discriminator_optimizer"]
-            )
-        self._set_options()
-        self.skipped.copy_(state["skipped"])
+        self.optimizers.load_state_dict(state)
         self.step = state["step"]
         return state["data"]
 
@@ -237,19 +196,6 @@ class Trainer:
         begin(model, averages, beginning)
         if world.is_main:
             print(beginning.told, flush=True)
-
-    def _set_options(self) -> None:
-        """Loading an optimizer brings its old options back; those of this configuration hold."""
-        options = self.config.optimizer
-        is_gate = {id(p) for p in self.gate_parameters}
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            if "betas" in group:
-                group["betas"] = options.betas
-            if id(group["params"][0]) not in is_gate:
-                group["weight_decay"] = options.weight_decay
-        if self.discriminator_optimizer is not None:
-            for group in self.discriminator_optimizer.param_groups:
-                group["lr"] = self.config.loss.adversarial_lr
 
     # --- one step ---
 
@@ -276,8 +222,8 @@ class Trainer:
             condition: of these images, on the device.
 
         Returns:
-            Loss terms, gradient norm and the share of gated samples: scalars on the device, of which those of
-            all processes add up to the values of the batch.
+            Loss terms, gradient norms and the share of gated samples: scalars on the device. Those of all
+            processes add up to the values of the batch, or are the same in all: see ``is_share``.
         """
         step = self.step
         whole_t = self.draw_time(step)
@@ -287,24 +233,22 @@ class Trainer:
         if balances_first:  # by all parts, before the first one is weighted with it
             for part in parts:
                 self._forward(images, condition, part, whole_t)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        if self.discriminator_optimizer is not None:
-            self.discriminator_optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         terms: dict[str, Tensor] = {}
-        seen: list[tuple[int, dict[str, Tensor]]] = []
+        per_sample: list[tuple[int, dict[str, Tensor]]] = []
         for part in parts:
-            found = self._forward(images, condition, part, whole_t, update_balance=not balances_first)
-            sum_over_copies([self.model, self.objective.projector], part is parts[-1])
-            found["loss"].backward()
-            if "balance_weight" in found:  # not a share of anything, but logged as one
-                found["balance_weight"] = found["balance_weight"] / (len(parts) * self.world.size)
-            for name, value in found.items():
+            outcome = self._forward(images, condition, part, whole_t, update_balance=not balances_first)
+            sum_over_copies([self.model, *self._other_networks], part is parts[-1])
+            outcome.loss.backward()
+            for name, value in {"loss": outcome.loss.detach(), **outcome.terms}.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
-            seen.append((len(part), self.objective.per_sample))
-        self._update(terms)
+            per_sample.append((len(part), outcome.per_sample))
+        if balance is not None:
+            terms["balance_weight"] = balance.weight
+        terms |= self.optimizers.step(step, terms)
+        self.averages.update(self.model)
         self.step += 1
-        self.guard.update(self.step, terms, _joined(seen))
+        self.guard.update(self.step, terms, _joined(per_sample))
         return terms
 
     def _parts(self, count: int) -> list[range]:
@@ -320,8 +264,8 @@ class Trainer:
         whole_t: Tensor,
         *,
         update_balance: bool = True,
-    ) -> dict[str, Tensor]:
-        """The terms of some samples, as shares of the whole batch's; ``loss`` has the graph."""
+    ) -> Outcome:
+        """What the objective says of some samples, as shares of the whole batch's."""
         config, step = self.config, self.step
         first = self.world.rank * len(images) + part.start
         images, condition = images[part.start : part.stop], part_of(condition, part.start, part.stop)
@@ -335,12 +279,11 @@ class Trainer:
         if config.data.flip:
             flipped = uniform(FLIP_STREAM) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        host_t = whole_t[first : first + len(part)]
-        t = to_device(host_t, self.device)
+        times = Times.of(whole_t, range(first, first + len(part)), self.device)
         model = self.model
         tokens, clean = model.ops.noise_patchify(
             images,
-            t,
+            times.t,
             model.config.patch_size,
             seed=config.seed,
             step=step,
@@ -356,17 +299,12 @@ class Trainer:
         P = model.config.patch_size
         grid = (images.shape[2] // P, images.shape[3] // P)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            output, features = model.forward_tokens(tokens, grid, t, condition, self.feature_layer)
+            layer = self.objective.feature_layer(step)
+            output, features = model.forward_tokens(tokens, grid, times.t, condition, layer)
+            if model.prediction != "x":
+                output = self._x_pred(output, tokens, times.t)
             return self.objective(
-                output if model.prediction == "x" else self._x_pred(output, tokens, t),
-                clean,
-                t,
-                features,
-                step=step,
-                balance_parameter=model.balance_weight(),
-                host_t=host_t,
-                whole_t=whole_t,
-                update_balance=update_balance,
+                output, clean, images, times, features, step=step, update_balance=update_balance
             )
 
     def _x_pred(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
@@ -377,39 +315,6 @@ class Trainer:
             image = model.ops.unpatchify(tokens, P, (side, side), channel_order=model.input_order)
             tokens = model.ops.patchify(image, P, channel_order=model.output_order)
         return x_from_velocity(velocity.float(), tokens.float(), t)
-
-    def _update(self, terms: dict[str, Tensor]) -> None:
-        """Clips, steps the optimizers, moves the averages; adds the gradient norm to the terms."""
-        config, step = self.config, self.step
-        self.world.sum_gradients(self.gate_parameters)
-        norm = clip_gradients(self.parameters, config.optimizer.max_grad_norm)
-        terms["grad_norm"] = norm / self.world.size
-        lr = learning_rate(config, step)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = lr
-        if config.optimizer.skip_grad_norm is not None:
-            is_spike = norm > config.optimizer.skip_grad_norm
-            self.skipped += is_spike
-            for optimizer in self.optimizers:
-                # What a gradient scaler sets: the fused step reads it on the device and then changes nothing.
-                optimizer.found_inf = is_spike.float()  # type: ignore[attr-defined]
-        with implicit_replication():
-            for optimizer in self.optimizers:
-                optimizer.step()
-        if (
-            self.discriminator_optimizer is not None and "discriminator" in terms
-        ):  # in all processes or in none
-            self.world.sum_gradients(self.discriminator_parameters)
-            norm = clip_gradients(self.discriminator_parameters, config.optimizer.max_grad_norm)
-            terms["discriminator_grad_norm"] = norm / self.world.size
-            self.discriminator_optimizer.step()
-        self.averages.update(self.model)
-
-    @property
-    def feature_layer(self) -> int | None:
-        """The block whose input REPA aligns; None while its weight is zero."""
-        is_aligned = self.objective.alignment_weight(self.step) > 0
-        return self.config.loss.alignment_layer if is_aligned else None
 
     # --- what a run shows ---
 
@@ -426,30 +331,13 @@ class Trainer:
         )[place]
         return f"{place} ({self.dataset.name(int(index))}, t {t:.4g})"
 
-    def sample_grid(self) -> Tensor:
-        """Samples of the first average, (N, C, H, W) uint8: a row for each of up to ten classes.
 
-        Their noise is fixed. All processes draw a part and get the whole.
-        """
-        pipeline = Pipeline(
-            self.model,
-            self.config.sample,
-            t_eps=self.config.time.t_eps,
-            noise_scale=self.config.time.noise_scale,
-            dtype=self.config.dtype,
-        )
-        num_classes = self.model.config.num_classes
-        rows = min(GRID_ROWS, num_classes)
-        classes = [row * num_classes // rows for row in range(rows)]
-        labels = [label for label in classes for _ in range(GRID_COLUMNS)]
-        share = -(-len(labels) // self.world.size)
-        first = self.world.rank * share
-        own = [labels[place % len(labels)] for place in range(first, first + share)]
-        with self.averages.exchanged(self.model, self.averages.names[0]):
-            self.model.eval()
-            images = pipeline.sample(own, seed=self.config.seed, first_index=first)
-            self.model.train()
-        return self.world.gather_rows(images.to(self.device)).cpu()[: len(labels)]
+def is_share(name: str) -> bool:
+    """Whether a figure of ``train_step`` is a share of the batch's, so that those of all processes add up.
+
+    Of others the mean counts: each process has the whole, or one of its own.
+    """
+    return name != "balance_weight" and not name.endswith("grad_norm")
 
 
 def _joined(seen: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:

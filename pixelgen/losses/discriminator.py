@@ -1,4 +1,4 @@
-"""Experimental: a discriminator on frozen tokens that tells predicted from clean images (a projected GAN)."""
+"""The discriminator of the adversarial term: what tells predicted from clean tokens."""
 
 from __future__ import annotations
 
@@ -12,22 +12,16 @@ class Discriminator(nn.Module):
     """One logit per token of the frozen encoder, hinge loss, gradient penalty R1.
 
     The encoder projects images to features in which a small head suffices (projected GANs, arXiv 2111.01007);
-    R1 (arXiv 1801.04406) keeps the head smooth around real tokens. Off by default and experimental: PixelGen
-    (arXiv 2602.02493) leaves an adversarial term as an open question.
+    R1 (arXiv 1801.04406) keeps the head smooth around real tokens.
 
     Args:
         width: width D of the encoder's tokens.
         hidden_width: width of the head's two hidden layers.
-        r1_weight: factor of the gradient penalty; 0 for none.
-
-    Raises:
-        ValueError: a negative weight.
+        r1_weight: factor of the gradient penalty, as ``loss.adversarial_r1_weight``; 0 for none.
     """
 
     def __init__(self, width: int, hidden_width: int = 256, r1_weight: float = 1.0) -> None:
         super().__init__()
-        if not r1_weight >= 0:
-            raise ValueError(f"Discriminator: r1_weight must not be negative, got {r1_weight}")
         self.r1_weight = r1_weight
         self.head = nn.Sequential(
             nn.Linear(width, hidden_width),

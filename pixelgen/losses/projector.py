@@ -1,9 +1,8 @@
-"""REPA: features of the denoiser, projected, point where the encoder's features of the clean image point."""
+"""The network between the denoiser's features and the tokens that they are aligned with."""
 
 from __future__ import annotations
 
-from pixelgen_kernels import Ops
-from torch import Tensor, nn
+from torch import nn
 
 
 class Projector(nn.Sequential):
@@ -26,17 +25,3 @@ class Projector(nn.Sequential):
             nn.SiLU(),
             nn.Linear(hidden_width, encoder_width),
         )
-
-
-def alignment(projected: Tensor, target: Tensor, *, ops: Ops) -> Tensor:
-    """1 - cosine of projected features and encoder tokens, per sample (REPA, arXiv 2410.06940).
-
-    Args:
-        projected: (B, T, D) from ``Projector``.
-        target: (B, T, D) encoder tokens of the clean image.
-        ops: the kernels to use.
-
-    Returns:
-        (B,) fp32.
-    """
-    return ops.cosine_distance(projected, target)

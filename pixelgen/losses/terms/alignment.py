@@ -1,0 +1,107 @@
+"""REPA: features of the denoiser, projected, point where the encoder's features of the clean image point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pixelgen.errors import UserError
+from pixelgen.losses.term import Frame, Seen, Term, TermOptions, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pixelgen.config.train_config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentOptions(TermOptions):
+    """Alignment of the denoiser's features with a frozen network's tokens.
+
+    Args:
+        alignment_weight: weight of the alignment of the denoiser's features with the token network's (REPA).
+        alignment_schedule: changes of that weight, as pairs of a step and the weight from it on; for example
+            [[100000, 0.1], [200000, 0]]. Alignment helps early and can hurt late.
+        alignment_layer: number of blocks after which the denoiser's features are taken.
+        projector_width: inner width of the projector between the two.
+    """
+
+    alignment_weight: float = 0.5
+    alignment_schedule: tuple[tuple[int, float], ...] = ()
+    alignment_layer: int = 2
+    projector_width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = [step for step, _ in self.alignment_schedule]
+        is_schedule = steps == sorted(set(steps)) and all(
+            step >= 0 and weight >= 0 for step, weight in self.alignment_schedule
+        )
+        self._require("alignment_schedule", is_schedule, "have rising steps and weights of 0 or more")
+        self._require("projector_width", self.projector_width >= 1, "be at least 1")
+
+    @property
+    def schedule(self) -> tuple[tuple[int, float], ...]:
+        """``alignment_weight``, then the changes."""
+        return ((0, self.alignment_weight), *self.alignment_schedule)
+
+    def check(self, config: TrainConfig) -> None:
+        """The features must be those of a block.
+
+        Raises:
+            UserError: the layer is not inside the model.
+        """
+        depth = config.model_config().depth
+        if self.is_used and not 1 <= self.alignment_layer < depth:
+            raise UserError(
+                f"loss.alignment_layer must be at least 1 and below the model's depth {depth}, "
+                f"got {self.alignment_layer}"
+            )
+
+    def trained(self) -> dict[str, object]:
+        """The projector: whether there is one, and its width."""
+        return {
+            "loss.alignment_weight or its schedule": self.is_used,
+            "loss.projector_width": self.is_used and self.projector_width,
+        }
+
+
+@register
+class Alignment(Term):
+    """1 - cosine of projected features and tokens of the clean image (REPA, arXiv 2410.06940)."""
+
+    name = "alignment"
+    label = "alignment (REPA)"
+    Options = AlignmentOptions
+    needs = frozenset({"features", "clean_tokens"})
+    sees = "all"
+    trains = "projector"
+
+    def __init__(self, options: Any, frame: Frame) -> None:
+        from pixelgen.losses.projector import Projector
+
+        super().__init__(options, frame)
+        assert frame.token_width is not None
+        self.network = Projector(frame.feature_width, options.projector_width, frame.token_width)
+
+    @property
+    def feature_layer(self) -> int:
+        """As the options say."""
+        return self.options.alignment_layer
+
+    def forward(self, seen: Seen) -> Tensor:
+        """The term of each sample, (K,) fp32.
+
+        Raises:
+            ValueError: not one feature per token.
+        """
+        features, target = seen.features, seen.clean_tokens
+        assert self.network is not None
+        if features.ndim != 3 or features.shape[:2] != target.shape[:2]:
+            raise ValueError(
+                f"Alignment: features must have one row per token of the encoder, (B, T, C) with (B, T) = "
+                f"{tuple(target.shape[:2])}, got {tuple(features.shape)}"
+            )
+        # in the projector's dtype outside autocast too
+        projected = self.network(features.to(next(self.network.parameters()).dtype))
+        return self.frame.ops.cosine_distance(projected, target)

@@ -1,0 +1,37 @@
+"""The flow matching term: x-prediction, judged as a velocity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pixelgen.losses.term import Seen, Term, TermOptions, register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchingOptions(TermOptions):
+    """None: its weight is 1, which those of the others refer to."""
+
+    schedule = ((0, 1.0),)
+
+
+@register
+class FlowMatching(Term):
+    """Squared error of the velocity: mean of (x_pred - x)^2 / max(1 - t, t_eps)^2.
+
+    Predicted and true velocity, (x_pred - x_t) / max(1 - t, t_eps) and (x - x_t) / max(1 - t, t_eps), share
+    their denominator, so x_t cancels (JiT, arXiv 2511.13720).
+    """
+
+    name = "flow_matching"
+    label = "flow matching"
+    Options = FlowMatchingOptions
+    needs = frozenset({"patches"})
+    sees = "all"
+
+    def forward(self, seen: Seen) -> Tensor:
+        """The term of each sample, (K,) fp32."""
+        return self.frame.ops.flow_matching_loss(seen.prediction, seen.clean, seen.t, t_eps=self.frame.t_eps)
