@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 
+from pixelgen.config import TrainConfig, load_config
 from pixelgen.config.command_line import run
-from pixelgen.config.load import load_config
 from pixelgen.errors import USER_ERRORS
-from pixelgen.planning.plan import plan_report
+
+
+def _plan(config: TrainConfig, gpus: str) -> str:
+    from pixelgen.planning.plan import plan_report  # which imports torch
+
+    return plan_report(config, gpus)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, trains, returns the exit code."""
     try:
-        config, resume = load_config(argv, plan=plan_report)
+        config, resume = load_config(argv, plan=_plan)
     except USER_ERRORS:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise

@@ -17,7 +17,8 @@ from benchmarks.measure import Timing, elapsed_ms, in_turns, matmul_flops, peak_
 from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from pixelgen.config import TrainConfig, load_config
-from pixelgen.planning.flops import expected_gate_share, peak_flops, train_step_flops
+from pixelgen.planning.devices import peak_flops
+from pixelgen.planning.flops import expected_gate_share, train_step_flops
 from pixelgen.training.step import Trainer
 
 KERNELS = {"eager": "eager", "ours": "auto", "compile": "eager", "ours_compile": "auto"}

@@ -18,7 +18,7 @@ TOKEN_ENCODERS = (*dinov2.MODELS, "embedded")
 def build_stage_encoder(
     name: str,
     *,
-    weights: str | Path = "pretrained",
+    weights: str | Path | None = "pretrained",
     seed: int = 0,
     embedded: EmbeddedFeatures | None = None,
 ) -> StageEncoder:
@@ -26,7 +26,7 @@ def build_stage_encoder(
 
     Args:
         name: ``vgg16`` or ``embedded``.
-        weights: ``pretrained``, a path, or ``random``; not read for ``embedded``.
+        weights: ``pretrained``, a path, ``random``, or None; not read for ``embedded``.
         seed: seed of random weights.
         embedded: the features of the run, needed for ``embedded``.
 
@@ -43,7 +43,7 @@ def build_stage_encoder(
 def build_token_encoder(
     name: str,
     *,
-    weights: str | Path = "pretrained",
+    weights: str | Path | None = "pretrained",
     patch_size: int,
     layer: int | None = None,
     seed: int = 0,
@@ -54,7 +54,7 @@ def build_token_encoder(
     Args:
         name: ``dinov2_vits14``, ``dinov2_vitb14``, ``dinov2_vitl14``, ``dinov2_vitg14`` or
             ``embedded``.
-        weights: ``pretrained``, a path, or ``random``; not read for ``embedded``.
+        weights: ``pretrained``, a path, ``random``, or None; not read for ``embedded``.
         patch_size: the denoiser's patch size: one token per patch.
         layer: DINOv2 blocks to run, from 1; None for all; not read for ``embedded``.
         seed: seed of random weights.

@@ -32,7 +32,7 @@ class DINOv2(TokenEncoder):
     Args:
         name: ``dinov2_vits14``, ``dinov2_vitb14``, ``dinov2_vitl14`` or ``dinov2_vitg14``.
         weights: ``"pretrained"`` (the hub's file, which torch.hub downloads once), the path of a file with
-            timm's or the hub's naming, or ``"random"`` (seeded, with a warning).
+            timm's or the hub's naming, ``"random"`` (seeded, with a warning), or None: as ``VGG16``.
         patch_size: pixels of the image per token. The image is resized so that this many pixels become
             DINOv2's 14: for the published patch size 16, to 14/16 of its side.
         layer: number of blocks to run, counted from 1; the final norm is applied in any case. None: all.
@@ -50,7 +50,7 @@ class DINOv2(TokenEncoder):
     def __init__(
         self,
         name: str = "dinov2_vitb14",
-        weights: str | Path = "pretrained",
+        weights: str | Path | None = "pretrained",
         *,
         patch_size: int = 16,
         layer: int | None = None,
@@ -71,7 +71,7 @@ class DINOv2(TokenEncoder):
         elif weights == "pretrained":
             source = URL.format(name=name)
             state = download_state_dict(source, what=name, option=option, names=_NAMES)
-        else:
+        elif weights is not None:
             state = read_state_dict(weights, what=name, option=option)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

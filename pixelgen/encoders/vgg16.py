@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ class VGG16(StageEncoder):
 
     Args:
         weights: ``"pretrained"`` (torchvision's ImageNet weights, which torch.hub downloads once), the path
-            of a file with them (torchvision's naming), or ``"random"`` (seeded, with a warning).
+            of a file with them (torchvision's naming), ``"random"`` (seeded, with a warning), or None: left
+            as made on the default device, to count and measure with.
         seed: seed of the random weights.
         option: the name of the option that ``weights`` came from, for error texts.
 
@@ -38,19 +40,20 @@ class VGG16(StageEncoder):
     scale: Tensor
 
     def __init__(
-        self, weights: str | Path = "pretrained", *, seed: int = 0, option: str = "loss.stages_weights"
+        self, weights: str | Path | None = "pretrained", *, seed: int = 0, option: str = "loss.stages_weights"
     ) -> None:
         super().__init__()
         import torchvision
 
         # On the meta device: the constructor would fill a 500 MB classifier that LPIPS does not use.
-        with torch.device("meta"):
+        with torch.device("meta") if weights is not None else nullcontext():
             features = torchvision.models.vgg16(weights=None).features[: _TAPS[-1]]
-        features = features.to_empty(device="cpu")
+        if weights is not None:
+            features = features.to_empty(device="cpu")
         if weights == "random":
             warn_random(_WHAT, option)
             _init_random(features, seed)
-        else:
+        elif weights is not None:
             source = str(weights)
             if weights == "pretrained":
                 source = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
@@ -62,7 +65,9 @@ class VGG16(StageEncoder):
         # LPIPS' ScalingLayer: the ImageNet mean and deviation, moved to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.register_layer_weights(_lpips_layer_weights())
+        self.register_layer_weights(
+            [torch.ones(width) for width in self.stage_widths] if weights is None else _lpips_layer_weights()
+        )
         self.freeze()
 
     def forward(self, x: Tensor) -> list[Tensor]:

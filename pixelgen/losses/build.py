@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pixelgen_kernels import select
@@ -53,7 +53,29 @@ def build_objective(
     """
     # What the encoders draw must not move the projector's start: trained features draw more than loaded ones.
     with torch.random.fork_rng(devices=[]):
-        lpips, encoder = build_networks(loss, model.config, run_dir, images, seed, kernels)
+        networks = build_networks(
+            loss,
+            model.config,
+            lambda config: embedded_features(run_dir, config, images),
+            seed=seed,
+            kernels=kernels,
+        )
+    return _objective(loss, model, networks, t_eps=t_eps, micro_batches=micro_batches, kernels=kernels)
+
+
+def build_skeleton(loss: LossConfig, model: Denoiser) -> Objective:
+    """An objective without weights worth the name, on the default device: to count and measure with."""
+    networks = build_networks(loss, model.config, EmbeddedFeatures, has_weights=False)
+    return _objective(loss, model, networks)
+
+
+def _objective(
+    loss: LossConfig, model: Denoiser, networks: tuple[LPIPS | None, TokenEncoder | None], **options: Any
+) -> Objective:
+    lpips, encoder = networks
+    if model.prediction != "x":
+        # a predicted velocity needs no floor: what is divided by 1 - t was multiplied by it
+        options["t_eps"] = VELOCITY_T_EPS
     return Objective(
         loss,
         feature_width=model.config.width,
@@ -61,33 +83,39 @@ def build_objective(
         encoder=encoder,
         lpips=lpips,
         channel_order=model.output_order,
-        # a predicted velocity needs no floor: what is divided by 1 - t was multiplied by it
-        t_eps=t_eps if model.prediction == "x" else VELOCITY_T_EPS,
-        micro_batches=micro_batches,
         balance_parameter=model.balance_weight,
-        kernels=kernels,
+        **options,
     )
 
 
 def build_networks(
     loss: LossConfig,
     model: Architecture,
-    run_dir: str | Path,
-    images: Callable[[], tuple[Tensor, Tensor]],
-    seed: int,
-    kernels: Literal["auto", "eager"],
+    embedded: Callable[[EmbeddedConfig], EmbeddedFeatures],
+    *,
+    seed: int = 0,
+    kernels: Literal["auto", "eager"] = "auto",
+    has_weights: bool = True,
 ) -> tuple[LPIPS | None, TokenEncoder | None]:
-    """LPIPS and the token encoder; None for what no term needs. See ``build_objective``."""
+    """LPIPS and the token encoder; None for what no term needs.
+
+    Args:
+        loss, seed, kernels: as in ``build_objective``.
+        model: the denoiser's architecture.
+        embedded: gives ``embedded`` features; called only where they are needed.
+        has_weights: whether weights are loaded, or drawn.
+    """
     needs_lpips, needs_tokens = loss.needs("maps"), loss.needs("tokens", "clean_tokens")
-    embedded: EmbeddedFeatures | None = None
+    features: EmbeddedFeatures | None = None
     if (needs_lpips and loss.stages == "embedded") or (needs_tokens and loss.tokens == "embedded"):
         config = EmbeddedConfig(
             channels=model.channels, patch_size=model.patch_size, num_classes=model.num_classes, seed=seed
         )
-        embedded = embedded_features(run_dir, config, images)
+        features = embedded(config)
     lpips = None
     if needs_lpips:
-        stages = build_stage_encoder(loss.stages, weights=loss.stages_weights, seed=seed, embedded=embedded)
+        weights = loss.stages_weights if has_weights else None
+        stages = build_stage_encoder(loss.stages, weights=weights, seed=seed, embedded=features)
         # VGG16 is meant to see 16 pixels per patch; the embedded network was trained on the images as is.
         is_resized = loss.stages != "embedded" and model.patch_size != 16
         lpips = LPIPS(stages, ops=select(kernels), resize_from_patch=model.patch_size if is_resized else None)
@@ -95,10 +123,10 @@ def build_networks(
     if needs_tokens:
         encoder = build_token_encoder(
             loss.tokens,
-            weights=loss.tokens_weights,
+            weights=loss.tokens_weights if has_weights else None,
             patch_size=model.patch_size,
             layer=loss.p_dino_layer,
             seed=seed,
-            embedded=embedded,
+            embedded=features,
         )
     return lpips, encoder

@@ -165,11 +165,8 @@ class Objective(nn.Module):
 
     def feature_layer(self, step: int) -> int | None:
         """The block of the denoiser whose input is needed at a step; None for none."""
-        found = (term.feature_layer for term in self._active(step) if "features" in term.needs)
-        return next(found, None)
-
-    def _active(self, step: int) -> list[Term]:
-        return [term for term in self.terms if term.options.weight(step) > 0]
+        needing = (term for term in self.terms if "features" in term.needs and term.options.weight(step) > 0)
+        return next((term.feature_layer for term in needing), None)
 
     # --- one batch ---
 
@@ -211,10 +208,8 @@ class Objective(nn.Module):
         if times.t.shape != (batch,):
             raise ValueError(f"Objective: times must have {batch} samples at work, got {len(times.t)}")
         gated = self._gate(times)
-        # A network that is trained alone steps in all processes or in none.
-        alone = [] if gated.passes_none else list(self.trained_alone().values())
-        active = [t for t in self._active(step) if t.own_loss_name is None or t in alone]
-        seen = self._look(active, prediction, clean, images, features, times.t, gated)
+        active = self._active(step, gated)
+        seen = self._look(active, gated, prediction, clean, images, features, times.t)
         nothing = torch.zeros((), device=clean.device)
         terms: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}  # of the samples that each term sees
@@ -258,6 +253,28 @@ class Objective(nn.Module):
         terms["gated_fraction"] = torch.full((), share, device=clean.device)
         return Outcome(loss, terms, per_sample)
 
+    def look(
+        self,
+        prediction: Tensor,
+        clean: Tensor,
+        images: Tensor,
+        times: Times,
+        features: Tensor | None = None,
+        *,
+        step: int = 0,
+    ) -> dict[str, Seen]:
+        """What each term sees of a batch, by its name; arguments as of ``forward``."""
+        gated = self._gate(times)
+        return self._look(self._active(step, gated), gated, prediction, clean, images, features, times.t)
+
+    def _active(self, step: int, gated: _Gated) -> list[Term]:
+        """The terms that are computed; a network that is trained alone steps in all processes or in none."""
+        return [
+            term
+            for term in self.terms
+            if term.options.weight(step) > 0 and not (term.own_loss_name and gated.passes_none)
+        ]
+
     def _gate(self, times: Times) -> _Gated:
         passing = select_samples(times, self.gate)
         count = int(self.gate.passes(times.whole).sum())
@@ -268,12 +285,12 @@ class Objective(nn.Module):
     def _look(
         self,
         active: list[Term],
+        gated: _Gated,
         prediction: Tensor,
         clean: Tensor,
         images: Tensor,
         features: Tensor | None,
         t: Tensor,
-        gated: _Gated,
     ) -> dict[str, Seen]:
         """What each term sees; the frozen networks run on the images that some term needs, on no others."""
         rows = {term.name: gated.rows(term) for term in active}

@@ -103,7 +103,12 @@ class Seen:
     clean_maps: list[Tensor] = _NOT_NEEDED
     images: Tensor = _NOT_NEEDED
     clean_images: Tensor = _NOT_NEEDED
+
     distance: Callable[[list[Tensor], list[Tensor]], Tensor] = _NOT_NEEDED
+
+    def predicted(self) -> list[Tensor]:
+        """What frozen networks made of the predicted images."""
+        return [value for value in (self.tokens, *(self.maps or ()), self.images) if value is not None]
 
 
 class Term(ABC):

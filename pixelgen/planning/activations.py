@@ -1,10 +1,10 @@
-"""What a forward pass of a denoiser leaves behind, measured without computing it."""
+"""What a forward pass leaves behind for the backward pass, measured without computing it."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pixelgen.losses.options import LossConfig
 from pixelgen.models.families import Architecture, build_denoiser
+from pixelgen.planning.skeleton import build
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -59,15 +61,28 @@ def activation_bytes(model: Architecture, size: int, checkpointing: Checkpointin
     return two - one  # what does not grow with the batch are weights
 
 
+@lru_cache(maxsize=64)
+def objective_bytes(loss: LossConfig, model: Architecture, size: int) -> tuple[int, int]:
+    """Bytes per image that the objective keeps for its backward pass: of any, and of one that passes.
+
+    Args:
+        loss: the section of the configuration.
+        model: the denoiser's architecture.
+        size: bytes of a number: 2 under bf16 autocast, else 4.
+    """
+    skeleton = build(loss, model, half=size == 2)
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+
+    def kept(*t: float) -> int:
+        inputs = skeleton.inputs(t, dtype)
+        known = [*skeleton.tensors(), *inputs[:3], inputs[4]]
+        return _bytes_alive(known, size == 2, lambda: skeleton.objective(*inputs, update_balance=False))
+
+    passing = kept(1.0, 1.0) - kept(1.0)  # what does not grow with the batch are weights
+    return kept(1.0, 0.0) - kept(1.0), passing
+
+
 def _kept(model: Architecture, batch: int, is_half: bool, checkpointing: Checkpointing) -> int:
-    gc.freeze()  # what was there before need not be looked through
-    try:
-        return _measured(model, batch, is_half, checkpointing)
-    finally:
-        gc.unfreeze()
-
-
-def _measured(model: Architecture, batch: int, is_half: bool, checkpointing: Checkpointing) -> int:
     with FakeTensorMode():
         denoiser = build_denoiser(model)
         denoiser.checkpoint_blocks(checkpointing)
@@ -75,9 +90,21 @@ def _measured(model: Architecture, batch: int, is_half: bool, checkpointing: Che
         tokens = torch.empty(batch, model.num_tokens, model.patch_dim, dtype=dtype)
         t, condition = torch.empty(batch), denoiser.example_condition(batch)
         known = [*denoiser.parameters(), *denoiser.buffers(), tokens, t, *condition.values()]
+        tap = min(1, model.depth - 1)
+        return _bytes_alive(
+            known, is_half, lambda: denoiser.forward_tokens(tokens, model.grid, t, condition, tap=tap)
+        )
+
+
+def _bytes_alive(known: Iterable[Tensor], is_half: bool, forward: Callable[[], object]) -> int:
+    """Bytes of what a forward pass leaves behind, its results included."""
+    gc.freeze()  # what was there before need not be looked through
+    try:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_half), LiveStorages(known) as storages:
-            output = denoiser.forward_tokens(tokens, model.grid, t, condition, tap=min(1, model.depth - 1))
+            output = forward()
         gc.collect()
         total = sum(storages.alive.values())
         del output
-    return total
+        return total
+    finally:
+        gc.unfreeze()

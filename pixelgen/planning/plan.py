@@ -6,62 +6,24 @@ Formulas and what they leave out: docs/planning.md.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import get_args, get_type_hints
 
-from pixelgen.config.command_line import nearest
+from pixelgen.config.resolve import check_batch, num_shards, resolve_mode
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
-from pixelgen.planning.flops import expected_gate_share, peak_flops, train_step_flops
-from pixelgen.planning.memory import GIB, Parameters, count_parameters, step_memory
+from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine
+from pixelgen.planning.flops import expected_gate_share, schedule_edges, train_step_flops
+from pixelgen.planning.memory import Parameters, count_parameters, step_memory
 from pixelgen.training.options import LoopConfig, ParallelConfig
 
 __all__ = ["plan_report"]
 
-GPUS_PER_NODE = 8
+FEW_PARAMETERS = 10**6  # of a frozen network that is not worth a line
 FEW_TOKENS = 2048  # with fewer in a pass, a GPU has too little to do
 CHECKPOINTING = get_args(get_type_hints(LoopConfig)["activation_checkpointing"])
-
-# Name in the table of peaks, and GiB that the driver leaves, rounded down.
-DEVICES = {
-    "B200": ("B200", 178),
-    "H200": ("H200", 139),
-    "H100": ("H100", 79),
-    "H800": ("H800", 79),
-    "H20": ("H20", 95),
-    "A100": ("A100", 79),
-    "A100-40GB": ("A100", 39),
-    "A800": ("A800", 79),
-    "A40": ("A40", 44),
-    "A10": ("A10", 22),
-    "L40S": ("L40S", 44),
-    "L4": ("L4", 22),
-    "RTX5090": ("RTX 5090", 31),
-    "RTX4090": ("RTX 4090", 23),
-    "RTX3090": ("RTX 3090", 23),
-}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """So many GPUs of one kind, in nodes of eight."""
-
-    gpus: int
-    device: str
-
-    @property
-    def memory(self) -> int:
-        """Bytes of one GPU."""
-        return DEVICES[self.device][1] * GIB
-
-    def peak(self, dtype: str) -> float:
-        """FLOP/s of one GPU."""
-        peak = peak_flops(DEVICES[self.device][0], "bf16" if dtype == "bfloat16" else "fp32")
-        assert peak is not None
-        return peak
 
 
 @dataclass(frozen=True)
@@ -80,34 +42,12 @@ class Layout:
         return self.gpus // self.shards
 
 
-def parse_machine(text: str) -> Machine:
-    """``8xH100``, or ``8`` for as many H100.
-
-    Raises:
-        UserError: it is neither, the device is not known, or the nodes are not full.
-    """
-    match = re.fullmatch(r"([1-9]\d*)(?:\s*[xX*]\s*(.+))?", text.strip())
-    if match is None:
-        raise UserError(f"--plan must be N or NxDEVICE, such as 4 or 16xH100, got {text!r}")
-    gpus = int(match[1])
-    wanted = re.sub(r"[\s_]", "", match[2] or "H100").upper()
-    if wanted not in DEVICES:
-        guess = nearest(wanted, DEVICES)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise UserError(f"--plan: unknown device {match[2]}; {hint}Known are {', '.join(DEVICES)}")
-    if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
-        raise UserError(f"--plan: above 8, GPUs must come in full nodes of 8, got {gpus}")
-    return Machine(gpus, wanted)
-
-
 def resolve_layout(config: TrainConfig, machine: Machine, parameters: Parameters) -> Layout:
     """The layout that ``parallel`` and ``train`` lead to on a machine.
 
     Raises:
         UserError: the batch cannot be divided among the GPUs and micro-batches, or shards among the GPUs.
     """
-    from pixelgen.config.resolve import check_batch, num_shards, resolve_mode
-
     gpus, train = machine.gpus, config.train
     check_batch(config, gpus)
     on_node = min(gpus, GPUS_PER_NODE)
@@ -186,8 +126,7 @@ def checkpoints_kept(config: TrainConfig) -> int:
 def run_flops(config: TrainConfig) -> float:
     """Useful FLOPs of the whole run, through the schedules of its terms."""
     last = config.train.max_steps
-    starts = {0, *(step for step, _ in config.loss.alignment_schedule), config.loss.adversarial_start_step}
-    edges = [*sorted(step for step in starts if step < last), last]
+    edges = [*(step for step in schedule_edges(config.loss) if step < last), last]
     return sum(train_step_flops(config, first).total * (until - first) for first, until in pairwise(edges))
 
 
@@ -223,7 +162,7 @@ def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout
         f"{loss.tokens}, frozen": parameters.tokens,
     }
     for name, number in counts.items():
-        if number:
+        if number >= (FEW_PARAMETERS if name.endswith("frozen") else 1):
             yield _row(name, f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}")
     yield "layout"
     is_auto = config.parallel.mode == "auto" and machine.gpus > 1

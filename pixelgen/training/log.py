@@ -22,7 +22,8 @@ from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.loader import Loader
 from pixelgen.errors import UserError
 from pixelgen.files import write_whole
-from pixelgen.planning.flops import peak_flops, train_step_flops
+from pixelgen.planning.devices import peak_flops
+from pixelgen.planning.flops import train_step_flops
 from pixelgen.sampling.images import save_grid
 from pixelgen.training.checkpoint.read import list_checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter

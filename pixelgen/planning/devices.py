@@ -1,0 +1,122 @@
+"""What GPUs can do by their data sheets, and how many of them a plan is for. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pixelgen.config.command_line import nearest
+from pixelgen.errors import UserError
+
+GIB = 2**30
+GPUS_PER_NODE = 8
+
+# TFLOP/s of dense matrix products, from the vendor's data sheets: bf16 and fp16 with fp32 accumulation, then
+# fp32 through TF32. The first name that matches counts. Sparsity is left out: it doubles what is advertised.
+_PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
+    (r"GB[23]00", 2500, 1250),
+    (r"B[23]00", 2250, 1125),
+    (r"H200 NVL", 835.5, 417.5),
+    (r"H200|GH200", 989.5, 494.5),
+    (r"H[18]00 PCIe", 756, 378),
+    (r"H100 NVL", 835.5, 417.5),
+    (r"H[18]00", 989.5, 494.5),
+    (r"H20", 148, 74),
+    (r"A[18]00", 312, 156),
+    (r"A40", 149.7, 74.8),
+    (r"A30", 165, 82),
+    (r"A10", 125, 62.5),
+    (r"L40S", 362, 183),
+    (r"L40", 181, 90.5),
+    (r"L4", 121, 60),
+    (r"RTX A6000", 154.8, 77.4),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1),
+    (r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 251.9),
+    (r"RTX 5090", 209.5, 104.8),
+    (r"RTX 4090", 165.2, 82.6),
+    (r"RTX 3090", 71, 35.6),
+)
+# Parts of a name that make it another, slower device: a slice, a notebook's chip, a cut-down variant.
+_OTHER_DEVICE = re.compile(r"\b(MIG|Laptop|Max-Q|D|Ti|SUPER)\b")
+
+
+# Name in the table of peaks, and GiB that the driver leaves, rounded down.
+DEVICES = {
+    "B200": ("B200", 178),
+    "H200": ("H200", 139),
+    "H100": ("H100", 79),
+    "H800": ("H800", 79),
+    "H20": ("H20", 95),
+    "A100": ("A100", 79),
+    "A100-40GB": ("A100", 39),
+    "A800": ("A800", 79),
+    "A40": ("A40", 44),
+    "A10": ("A10", 22),
+    "L40S": ("L40S", 44),
+    "L4": ("L4", 22),
+    "RTX5090": ("RTX 5090", 31),
+    "RTX4090": ("RTX 4090", 23),
+    "RTX3090": ("RTX 3090", 23),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """So many GPUs of one kind, in nodes of eight."""
+
+    gpus: int
+    device: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one GPU."""
+        return DEVICES[self.device][1] * GIB
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of one GPU."""
+        peak = peak_flops(DEVICES[self.device][0], "bf16" if dtype == "bfloat16" else "fp32")
+        assert peak is not None
+        return peak
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """FLOP/s of dense matrix products that the vendor states, MFU's denominator.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it.
+        dtype: "bf16", "fp16", or "fp32" for TF32.
+
+    Returns:
+        None for a device that is not in the table, a slice of one (MIG) included.
+
+    Raises:
+        ValueError: unknown dtype.
+    """
+    if dtype not in ("bf16", "fp16", "fp32"):
+        raise ValueError(f"peak_flops: dtype must be bf16, fp16 or fp32, got {dtype!r}")
+    if _OTHER_DEVICE.search(device_name):
+        return None
+    for name, half, tf32 in _PEAK_TFLOPS:
+        if re.search(rf"\b(?:{name})\b", device_name):
+            return (tf32 if dtype == "fp32" else half) * 1e12
+    return None
+
+
+def parse_machine(text: str) -> Machine:
+    """``8xH100``, or ``8`` for as many H100.
+
+    Raises:
+        UserError: it is neither, the device is not known, or the nodes are not full.
+    """
+    match = re.fullmatch(r"([1-9]\d*)(?:\s*[xX*]\s*(.+))?", text.strip())
+    if match is None:
+        raise UserError(f"--plan must be N or NxDEVICE, such as 4 or 16xH100, got {text!r}")
+    gpus = int(match[1])
+    wanted = re.sub(r"[\s_]", "", match[2] or "H100").upper()
+    if wanted not in DEVICES:
+        guess = nearest(wanted, DEVICES)
+        hint = f"did you mean {guess}? " if guess else ""
+        raise UserError(f"--plan: unknown device {match[2]}; {hint}Known are {', '.join(DEVICES)}")
+    if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
+        raise UserError(f"--plan: above 8, GPUs must come in full nodes of 8, got {gpus}")
+    return Machine(gpus, wanted)
