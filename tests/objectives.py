@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixelgen.config import LossConfig
 from pixelgen.encoders.base import StageEncoder, TokenEncoder
 from pixelgen.losses.objective import Objective
+from pixelgen.losses.times import Times
 
 B, C, SIDE, P, WIDTH, D = 4, 3, 8, 4, 6, 5
 T = (SIDE // P) ** 2
@@ -47,20 +50,52 @@ class TwoStages(StageEncoder):
         return [first, self.second(first).relu()]
 
 
-def mean_absolute(x_pred: Tensor, x: Tensor) -> Tensor:
-    return (x_pred - x).abs().mean((1, 2, 3))
+class MeanAbsolute(nn.Module):
+    """A distance of the images themselves."""
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        return [x]
+
+    def distance(self, maps: list[Tensor], target: list[Tensor]) -> Tensor:
+        return (maps[0] - target[0]).abs().mean((1, 2, 3))
 
 
 def make_objective(**overrides: Any) -> Objective:
+    """An objective of stand-ins; options of the ``loss`` section and arguments of ``Objective`` by name."""
     arguments: dict[str, Any] = {
         "feature_width": WIDTH,
         "patch_size": P,
-        "image_size": (SIDE, SIDE),
         "encoder": MeanTokens(),
-        "lpips": mean_absolute,
-        "projector_width": 7,
+        "lpips": MeanAbsolute(),
+        "balance_parameter": lambda: None,
     }
-    return Objective(**(arguments | overrides))
+    options: dict[str, Any] = {"projector_width": 7}
+    names = {option.name for option in fields(LossConfig.section())}
+    for name, value in overrides.items():
+        (options if name in names else arguments)[name] = value
+    return Objective(LossConfig(**options), **arguments)
+
+
+def values_of(
+    objective: Objective, batch: dict[str, Tensor], rows: range | None = None, **arguments: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss and terms of a batch of images, or of the part of it in ``rows``; and values per sample."""
+    rows = range(len(batch["t"])) if rows is None else rows
+    own = {name: value[rows.start : rows.stop] for name, value in batch.items()}
+    outcome = objective(
+        to_tokens(own["x_pred"]),
+        to_tokens(own["x"]),
+        own["x"],
+        Times.of(batch["t"], rows),
+        own.get("features"),
+        **arguments,
+    )
+    return {"loss": outcome.loss, **outcome.terms}, outcome.per_sample
+
+
+def terms_of(objective: Objective, batch: dict[str, Tensor], **arguments: Any) -> dict[str, Tensor]:
+    """The loss and the terms alone."""
+    return values_of(objective, batch, **arguments)[0]
 
 
 def make_batch(t: tuple[float, ...] = (0.1, 0.3, 0.5, 0.98)) -> dict[str, Tensor]:

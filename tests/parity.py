@@ -20,8 +20,8 @@ from pixelgen_kernels import select
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pixelgen.config import LossConfig
 from pixelgen.encoders.base import StageEncoder, TokenEncoder
-from pixelgen.losses.gate import NoiseGate
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 from pixelgen.models.jit import JiT
@@ -205,25 +205,29 @@ def build_objective(
     arguments, sidecar = case["constructor"], vectors.sidecar
     feature_width, projector_width, _ = proj_dims(vectors)
     lpips = MeanDifference(sidecar["lpips_stand_in"]["const"], arguments["patch_size"])
-    objective = Objective(
-        feature_width=feature_width,
-        patch_size=model.config.patch_size,
-        image_size=model.config.image_height_width,
-        encoder=PatchMeans(vectors.tensors["encoder_matrix"], sidecar["encoder_stand_in"]["P"]),
-        lpips=lpips,
+    loss = LossConfig(
         alignment_weight=arguments["feat_loss_weight"],
         lpips_weight=arguments["lpips_weight"],
         p_dino_weight=arguments["dino_weight"],
         perceptual_ratio=arguments["percept_ratio"],
         projector_width=projector_width,
-        gate=NoiseGate("hard", arguments["percept_t_threshold"]),
+        gate="hard",
+        gate_t=arguments["percept_t_threshold"],
         p_dino_gate=p_dino_gate,
-        t_eps=arguments["t_eps"],
         balance="released",  # from step 400000 on, every 50 steps
+    )
+    objective = Objective(
+        loss,
+        feature_width=feature_width,
+        patch_size=model.config.patch_size,
+        encoder=PatchMeans(vectors.tensors["encoder_matrix"], sidecar["encoder_stand_in"]["P"]),
+        lpips=lpips,
+        t_eps=arguments["t_eps"],
+        balance_parameter=model.balance_weight,
         kernels=kernels,
     )
     prefix = "proj.0."
     state = {k.removeprefix(prefix): v for k, v in vectors.tensors.items() if k.startswith(prefix)}
-    if objective.uses_alignment:
-        objective.projector.load_state_dict(state, strict=True)
+    for projector in objective.trained_with_the_denoiser().values():
+        projector.load_state_dict(state, strict=True)
     return objective, lpips

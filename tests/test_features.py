@@ -8,9 +8,10 @@ from objectives import SIDE, B, C, MeanTokens, P, TwoStages, make_batch
 from pixelgen_kernels import select
 from torch import Tensor, nn
 
-from pixelgen.losses.features import FeatureNetworks
+from pixelgen.losses.features import FeatureNetworks, Wanted
 from pixelgen.losses.gate import BUCKETS, NoiseGate, select_samples
 from pixelgen.losses.lpips import LPIPS
+from pixelgen.losses.times import Times
 
 
 class LinearTokens(MeanTokens):
@@ -27,11 +28,13 @@ class LinearTokens(MeanTokens):
 
 def networks() -> FeatureNetworks:
     lpips = LPIPS(TwoStages(), ops=select("auto"))
-    return FeatureNetworks(LinearTokens(), lpips, patch_size=P, image_size=(SIDE, SIDE), ops=select("auto"))
+    return FeatureNetworks(LinearTokens(), lpips)
 
 
-def everyone(batch: int):
-    return select_samples(torch.ones(batch), NoiseGate(), device=torch.device("cpu"))
+def features_of(networks: FeatureNetworks, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    rows = select_samples(Times.of(t), NoiseGate())
+    found = networks(lambda selected: selected.rows(x), Wanted(tokens=rows, maps=rows))
+    return found.tokens(rows), found.maps(rows)
 
 
 def test_half_precision_holds_the_weights_in_bf16_and_channels_last():
@@ -45,11 +48,11 @@ def test_half_precision_holds_the_weights_in_bf16_and_channels_last():
     assert first.is_contiguous(memory_format=torch.channels_last)
     assert half.encoder.matrix.dtype == torch.float32  # neither a convolution nor a linear layer
     x = make_batch()["x"]
-    expected = plain(x, everyone(B), everyone(B))
+    expected_tokens, expected_maps = features_of(plain, x, torch.ones(B))
     with torch.autocast("cpu", torch.bfloat16):
-        features = half(x, everyone(B), everyone(B))
-    torch.testing.assert_close(features.tokens.float(), expected.tokens, rtol=2e-2, atol=2e-2)
-    for actual, wanted in zip(features.maps, expected.maps, strict=True):
+        tokens, maps = features_of(half, x, torch.ones(B))
+    torch.testing.assert_close(tokens.float(), expected_tokens, rtol=2e-2, atol=2e-2)
+    for actual, wanted in zip(maps, expected_maps, strict=True):
         torch.testing.assert_close(actual.float(), wanted, rtol=2e-2, atol=2e-2)
 
 
@@ -78,11 +81,10 @@ def test_compiled_networks_see_one_graph_for_each_size_of_a_selection():
         for count in range(1, batch + 1):
             t = torch.zeros(batch)
             t[:count] = 1
-            selection = select_samples(t, NoiseGate(), device=x.device)
             for is_grad in (False, True):
                 with torch.set_grad_enabled(is_grad):
                     x_ = x.clone().requires_grad_(is_grad)
-                    features = compiled(x_, selection, selection)
-                    expected = plain(x_, selection, selection)
-            torch.testing.assert_close(features.tokens, expected.tokens)
+                    tokens, _ = features_of(compiled, x_, t)
+                    expected, _ = features_of(plain, x_, t)
+            torch.testing.assert_close(tokens, expected)
     assert len(graphs) == 2 * 2 * BUCKETS  # two networks, with and without gradient

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from pixelgen.losses.gate import SCHEDULES, NoiseGate, select_samples
+from pixelgen.losses.gate import NoiseGate, select_samples
+from pixelgen.losses.times import Times
 
-CPU = torch.device("cpu")
+SCHEDULES = ("hard", "cosine", "sigmoid", "snr", "learned")
 
 
 def test_hard_gate_is_inclusive():
@@ -56,8 +57,8 @@ def test_learned_weights_come_to_count_every_bin_alike():
 def test_selection_is_padded_to_a_bucket_by_samples_that_pass():
     t = torch.full((16,), 0.1)
     t[[3, 7, 8]] = 0.9
-    selection = select_samples(t, NoiseGate(), device=CPU)
-    assert selection.count == 3 and selection.index is not None
+    selection = select_samples(Times.of(t), NoiseGate())
+    assert selection.index is not None
     assert selection.index.tolist() == [3, 7, 8, 3]
     assert selection.is_real.tolist() == [True, True, True, False]
     values = selection.rows(torch.arange(16.0))
@@ -68,32 +69,13 @@ def test_sizes_of_selections_are_few():
     generator = torch.Generator().manual_seed(0)
     sizes = set()
     for _ in range(200):
-        selection = select_samples(torch.rand(48, generator=generator), NoiseGate(), device=CPU)
+        selection = select_samples(Times.of(torch.rand(48, generator=generator)), NoiseGate())
         sizes.add(len(selection.is_real))
     assert all(size % 6 == 0 for size in sizes) and len(sizes) <= 8
 
 
 @pytest.mark.parametrize(("low", "count"), [(0.0, 0), (0.3, 5)])
 def test_none_and_all(low, count):
-    selection = select_samples(torch.full((5,), low), NoiseGate(), device=CPU)
-    assert selection.count == count and len(selection.is_real) == count
+    selection = select_samples(Times.of(torch.full((5,), low)), NoiseGate())
+    assert len(selection) == count
     assert selection.rows(torch.ones(5, 2)).shape == (count, 2)
-
-
-def test_times_on_another_device_are_not_counted():
-    selection = select_samples(torch.rand(6, device="meta"), NoiseGate(), device=torch.device("meta"))
-    assert selection.count is None and selection.index is None and selection.is_real.shape == (6,)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"schedule": "soft"}, "schedule must be one of hard, cosine, sigmoid, snr, learned, got 'soft'"),
-        ({"gate_t": 1.5}, r"gate_t must lie in \[0, 1\], got 1.5"),
-        ({"width": 0.0}, "width must be above 0, got 0.0"),
-        ({"bins": 0}, "bins must be at least 1, got 0"),
-    ],
-)
-def test_bad_gates_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=f"NoiseGate: {message}"):
-        NoiseGate(**arguments)

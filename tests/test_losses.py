@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from objectives import (
     B,
     C,
+    MeanAbsolute,
     MeanTokens,
     P,
     TwoStages,
     grad_of,
     make_batch,
     make_objective,
-    mean_absolute,
+    terms_of,
     to_tokens,
+    values_of,
 )
 from pixelgen_kernels import select
 from torch import Tensor
@@ -27,6 +29,9 @@ from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, Embedde
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.gate import masked_sum
 from pixelgen.losses.lpips import LPIPS
+from pixelgen.losses.times import Times
+from pixelgen.models.denoiser import Denoiser
+from pixelgen.models.families import build_denoiser
 from pixelgen.models.sizes import model_config
 
 # --- the reductions ---
@@ -50,7 +55,7 @@ def test_terms_equal_their_formulas(kernels):
     objective = make_objective(encoder=encoder, lpips=LPIPS(stages, ops=select(kernels)), kernels=kernels)
     batch = make_batch()
     x_pred, x, t, features = batch.values()
-    terms = objective(**batch)
+    terms, per_sample = values_of(objective, batch)
 
     velocity_error = (x_pred - x) / (1 - t).clamp_min(0.05)[:, None, None, None]
     flow = velocity_error.square().mean((1, 2, 3))
@@ -63,32 +68,35 @@ def test_terms_equal_their_formulas(kernels):
         lpips = lpips + (difference.square() * w[:, None, None]).sum(1).mean((1, 2))
     keep = t >= 0.3
     expected = {"flow_matching": flow, "alignment": repa, "lpips": lpips * keep, "p_dino": dino * keep}
-    assert objective.per_sample.keys() == expected.keys()
+    assert per_sample.keys() == expected.keys()
     for name, value in expected.items():
-        assert objective.per_sample[name].shape == (B,) and objective.per_sample[name].dtype == torch.float32
-        torch.testing.assert_close(objective.per_sample[name], value.detach(), rtol=1e-5, atol=1e-6)
+        assert per_sample[name].shape == (B,) and per_sample[name].dtype == torch.float32
+        torch.testing.assert_close(per_sample[name], value.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(terms["flow_matching"], flow.mean())
     torch.testing.assert_close(terms["alignment"], repa.mean())
     torch.testing.assert_close(terms["lpips"], lpips[keep].mean())
     torch.testing.assert_close(terms["p_dino"], dino[keep].mean())
     loss = flow.mean() + 0.5 * repa.mean() + 0.1 * lpips[keep].mean() + 0.01 * dino[keep].mean()
     torch.testing.assert_close(terms["loss"], loss)
-    assert float(terms["gated_fraction"]) == 0.75 and "balance_weight" not in terms
+    assert float(terms["gated_fraction"]) == 0.75
     gradients = (grad_of(value, x_pred, features) for value in (terms["loss"], loss))
     for actual, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_tokens_and_images_give_the_same_terms_and_gradients():
+def test_clean_images_may_be_bytes_and_patches_channel_first():
+    batch, first = make_batch(), lambda x: to_tokens(x).unflatten(2, (P * P, C)).transpose(2, 3).flatten(2)
+    images = torch.randint(0, 256, batch["x"].shape, dtype=torch.uint8)
+    batch["x"] = images.float() / 127.5 - 1
     objective = make_objective()
-    batch = make_batch()
-    expected = objective(**batch)
-    grad = grad_of(expected["loss"], batch["x_pred"])[0]
-    x_pred = to_tokens(batch["x_pred"]).detach().requires_grad_()
-    terms = objective(x_pred, to_tokens(batch["x"]), batch["t"], batch["features"])
-    for name in expected:
-        torch.testing.assert_close(terms[name], expected[name])
-    torch.testing.assert_close(grad_of(terms["loss"], x_pred)[0], to_tokens(grad))
+    expected = terms_of(objective, batch)
+    other = make_objective(channel_order="first")
+    other.load_state_dict(objective.state_dict())
+    outcome = other(
+        first(batch["x_pred"]), first(batch["x"]), images, Times.of(batch["t"]), batch["features"]
+    )
+    for name, value in {"loss": outcome.loss, **outcome.terms}.items():
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_lpips_resizes_to_16_pixels_per_patch():
@@ -114,12 +122,15 @@ def test_lpips_resizes_to_16_pixels_per_patch():
 
 def test_one_target_encoding_without_gradient_serves_both_terms():
     encoder = MeanTokens()
-    make_objective(encoder=encoder)(**make_batch())
+    terms_of(make_objective(encoder=encoder), make_batch())
     assert encoder.calls == [False, True]
 
 
-def refuse(*_: Tensor) -> Tensor:
-    raise AssertionError("a term of weight 0 must not be computed")
+class Refuse(MeanAbsolute):
+    """A distance that must not be asked for."""
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        raise AssertionError("a term of weight 0 must not be computed")
 
 
 @pytest.mark.parametrize(
@@ -127,8 +138,8 @@ def refuse(*_: Tensor) -> Tensor:
     [
         ({"alignment_weight": 0, "lpips_weight": 0, "p_dino_weight": 0}, set()),
         ({"alignment_weight": 0, "p_dino_weight": 0, "encoder": None}, {"lpips"}),
-        ({"lpips_weight": 0, "lpips": refuse}, {"alignment", "p_dino"}),
-        ({"perceptual_ratio": 0, "lpips": refuse}, {"alignment"}),
+        ({"lpips_weight": 0, "lpips": Refuse()}, {"alignment", "p_dino"}),
+        ({"perceptual_ratio": 0, "lpips": Refuse()}, {"alignment"}),
         ({"alignment_weight": 0, "lpips_weight": 0, "lpips": None}, {"p_dino"}),
     ],
 )
@@ -137,18 +148,18 @@ def test_a_term_of_weight_zero_is_not_computed(overrides, names):
     batch = make_batch()
     if "alignment" not in names:
         batch.pop("features")
-    terms = objective(**batch)
+    terms = terms_of(objective, batch)
     assert terms.keys() == names | {"loss", "flow_matching", "gated_fraction"}
     if not names:
         assert torch.equal(terms["loss"], terms["flow_matching"])
-        assert objective.encoder.calls == []
-    if "p_dino" not in names and objective.encoder is not None:
-        assert True not in objective.encoder.calls  # the prediction is not encoded
+        assert objective.networks.encoder.calls == []
+    if "p_dino" not in names and objective.networks.encoder is not None:
+        assert True not in objective.networks.encoder.calls  # the prediction is not encoded
 
 
 def test_weights_scale_their_terms():
     batch = make_batch()
-    base, double = (make_objective(alignment_weight=0, perceptual_ratio=r)(**batch) for r in (1, 2))
+    base, double = (terms_of(make_objective(alignment_weight=0, perceptual_ratio=r), batch) for r in (1, 2))
     perceptual = base["loss"] - base["flow_matching"]
     torch.testing.assert_close(double["loss"] - double["flow_matching"], 2 * perceptual, rtol=1e-3, atol=1e-6)
 
@@ -168,11 +179,12 @@ def test_embedded_trunk_runs_once_per_image_and_changes_nothing(monkeypatch):
     lpips = LPIPS(stages, ops=select("auto"))
     batch = make_batch()
     objective = make_objective(encoder=tokens, lpips=lpips)
-    terms = objective(**batch)
+    terms = terms_of(objective, batch)
     assert count == 2
-    plain = make_objective(encoder=tokens, lpips=lambda x_pred, x: lpips(x_pred, x))
+    apart = LPIPS(EmbeddedStages(features), ops=select("auto"), resize_from_patch=16)
+    plain = make_objective(encoder=tokens, lpips=apart)
     plain.load_state_dict(objective.state_dict())
-    expected = plain(**batch)
+    expected = terms_of(plain, batch)
     assert count == 6
     for name in expected:
         torch.testing.assert_close(terms[name], expected[name])
@@ -189,11 +201,11 @@ def test_frozen_encoders_are_neither_saved_nor_trained_but_follow_the_device():
     assert objective.state_dict().keys() == keys | {"balance.weight"}
     assert {name for name, _ in objective.named_parameters()} == keys
     objective.train()
-    assert not objective.encoder.training
+    assert not objective.networks.encoder.training
     objective.to("meta")
-    assert objective.encoder.matrix.device.type == "meta"
-    assert objective.lpips.stages.first.weight.device.type == "meta"
-    assert all(weight.device.type == "meta" for weight in objective.lpips.stages.layer_weights)
+    assert objective.networks.encoder.matrix.device.type == "meta"
+    assert objective.networks.lpips.stages.first.weight.device.type == "meta"
+    assert all(weight.device.type == "meta" for weight in objective.networks.lpips.stages.layer_weights)
 
 
 def test_without_alignment_nothing_is_trained():
@@ -204,13 +216,14 @@ def test_without_alignment_nothing_is_trained():
 def test_bfloat16_autocast_keeps_terms_in_float32():
     objective = make_objective(lpips=LPIPS(TwoStages(), ops=select("auto")))
     batch = make_batch()
-    exact = objective(**batch)
+    exact = terms_of(objective, batch)
+    half = batch | {name: batch[name].bfloat16() for name in ("x_pred", "features")}
     with torch.autocast("cpu", torch.bfloat16):
-        terms = objective(batch["x_pred"].bfloat16(), batch["x"], batch["t"], batch["features"].bfloat16())
-    assert all(value.dtype == torch.float32 for value in (*terms.values(), *objective.per_sample.values()))
+        terms, per_sample = values_of(objective, half)
+    assert all(value.dtype == torch.float32 for value in (*terms.values(), *per_sample.values()))
     for name in exact:
         torch.testing.assert_close(terms[name], exact[name], rtol=3e-2, atol=3e-2)
-    outside = objective(batch["x_pred"].bfloat16(), batch["x"], batch["t"], batch["features"].bfloat16())
+    outside = terms_of(objective, half)
     assert outside["loss"].dtype == torch.float32 and outside["loss"].isfinite()
 
 
@@ -219,9 +232,10 @@ def test_non_finite_predictions_show_in_the_loss_and_name_their_sample():
     with torch.no_grad():
         batch["x_pred"][2, 0, 0, 0] = math.nan
     objective = make_objective(lpips=LPIPS(TwoStages(), ops=select("auto")))
-    assert objective(**batch)["loss"].isnan()
+    terms, per_sample = values_of(objective, batch)
+    assert terms["loss"].isnan()
     for name in ("flow_matching", "lpips", "p_dino"):
-        assert (~objective.per_sample[name].isfinite()).tolist() == [False, False, True, False], name
+        assert (~per_sample[name].isfinite()).tolist() == [False, False, True, False], name
 
 
 def test_flat_features_have_finite_gradient():
@@ -231,70 +245,61 @@ def test_flat_features_have_finite_gradient():
         batch["x_pred"].zero_()
     stages = TwoStages()
     stages.first.bias.fill_(-10)
-    terms = make_objective(lpips=LPIPS(stages, ops=select("auto")))(**batch)
+    terms = terms_of(make_objective(lpips=LPIPS(stages, ops=select("auto"))), batch)
     assert all(grad.isfinite().all() for grad in grad_of(terms["loss"], batch["x_pred"], batch["features"]))
 
 
 # --- errors ---
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"lpips_weight": -0.1}, r"lpips_weight must not be negative, got -0.1"),
-        ({"p_dino_gate": "none"}, r"p_dino_gate must be 'paper' or 'released', got 'none'"),
-        ({"balance": "on"}, r"balance must be 'off', 'released' or 'global', got 'on'"),
-        (
-            {"alignment_schedule": [(5, 0.1), (5, 0.0)]},
-            r"alignment_schedule's steps must increase, got \[5, 5\]",
-        ),
-        ({"alignment_schedule": [(5, -1.0)]}, r"alignment_schedule's weight of step 5 must not be negative"),
-        ({"encoder": None}, r"encoder must be given"),
-        ({"lpips": None}, r"lpips must be given"),
-    ],
-)
-def test_bad_construction_is_refused(overrides, message):
-    with pytest.raises(ValueError, match=f"Objective: {message}"):
-        make_objective(**overrides)
+def test_times_of_other_samples_are_refused():
+    batch = make_batch()
+    x = to_tokens(batch["x"])
+    with pytest.raises(ValueError, match="times must have 4 samples at work, got 3"):
+        make_objective()(x, x, batch["x"], Times.of(torch.zeros(B), range(3)), batch["features"])
+
+
+@pytest.mark.parametrize("missing", ["encoder", "lpips"])
+def test_a_network_that_a_term_needs_must_be_given(missing):
+    with pytest.raises(ValueError, match=f"Objective: {missing} must be given"):
+        make_objective(**{missing: None})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda b: b.update(x=b["x"][:3]), r"x_pred and x must both be tokens"),
-        (lambda b: b.update(t=torch.zeros(B, 1)), r"t must have shape \(B,\) = \(4,\), got \(4, 1\)"),
-        (lambda b: b.pop("features"), r"features must be given"),
+        (lambda b: b.update(x=b["x"][:3]), r"Objective: prediction and clean must be tokens"),
+        (lambda b: b.update(t=torch.zeros(B, 1)), r"Times: whole must have shape \(W,\), got \(4, 1\)"),
+        (lambda b: b.pop("features"), r"Objective: features must be given"),
         (
             lambda b: b.update(features=b["features"][:, 1:]),
-            r"features must have one row per token .*\(4, 3, 6\)",
+            r"Alignment: features must have one row per token .*\(4, 3, 6\)",
         ),
     ],
 )
 def test_bad_batches_are_refused(change, message):
     batch = make_batch()
     change(batch)
-    with pytest.raises(ValueError, match=f"Objective: {message}"):
-        make_objective()(**batch)
-
-
-def test_lpips_of_another_shape_is_refused():
-    def four_dimensional(x_pred: Tensor, x: Tensor) -> Tensor:
-        return mean_absolute(x_pred, x)[:, None, None, None]
-
-    with pytest.raises(ValueError, match=r"lpips must return \(B,\) = \(3,\), got \(3, 1, 1, 1\)"):
-        make_objective(lpips=four_dimensional)(**make_batch())
+    with pytest.raises(ValueError, match=message):
+        terms_of(make_objective(), batch)
 
 
 # --- from a configuration ---
 
 
+def clean_batch(model: Denoiser, batch: int) -> tuple[Tensor, ...]:
+    tokens = torch.zeros(batch, model.config.num_tokens, model.config.patch_dim)
+    return tokens, torch.zeros(batch, model.config.channels, *model.config.image_height_width)
+
+
 def test_build_objective_from_the_configuration(tmp_path, monkeypatch):
     monkeypatch.setattr("pixelgen.encoders.embedded._PIXEL_BUDGET", 1)
     images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8), torch.arange(16) % 10
-    model = model_config("tiny/2")
+    model = build_denoiser(model_config("tiny/2"))
     objective = build_objective(LossConfig(), model, run_dir=tmp_path, images=lambda: images)
-    x = torch.randn(2, model.num_tokens, model.patch_dim)
-    terms = objective(x, x, torch.tensor([0.1, 0.9]), torch.randn(2, model.num_tokens, model.width))
+    (x, pictures), times = clean_batch(model, 2), Times.of(torch.tensor([0.1, 0.9]))
+    features = torch.randn(2, model.config.num_tokens, model.config.width)
+    terms = objective(x, x, pictures, times, features).terms
     assert {"alignment", "lpips", "p_dino"} <= terms.keys()
     assert float(terms["lpips"]) == pytest.approx(0, abs=1e-9)
     assert (tmp_path / "embedded_features.safetensors").is_file()
@@ -304,18 +309,19 @@ def test_build_objective_from_the_configuration(tmp_path, monkeypatch):
 
     bare = LossConfig(alignment_weight=0, lpips_weight=0, p_dino_weight=0)
     plain = build_objective(bare, model, run_dir=tmp_path / "none", images=never)
-    assert plain(x, x, torch.tensor([0.1, 0.9])).keys() == {"loss", "flow_matching", "gated_fraction"}
+    assert plain(x, x, pictures, times).terms.keys() == {"flow_matching", "gated_fraction"}
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
 def test_build_objective_resizes_for_vgg_only():
     loss = LossConfig(alignment_weight=0, p_dino_weight=0, stages="vgg16", stages_weights="random")
-    model = model_config("tiny/2")
+    model = build_denoiser(model_config("tiny/2"))
     objective = build_objective(
         loss, model, run_dir="unused", images=lambda: (torch.empty(0), torch.empty(0))
     )
-    assert objective.lpips.resize_from_patch == 2  # 8x8 digits are seen by VGG16 at 64x64
-    x_pred = torch.randn(1, model.num_tokens, model.patch_dim, requires_grad=True)
-    terms = objective(x_pred, torch.zeros_like(x_pred), torch.ones(1))
-    assert float(terms["lpips"]) > 0 and (grad_of(terms["lpips"], x_pred)[0] != 0).any()
+    assert objective.networks.lpips.resize_from_patch == 2  # 8x8 digits are seen by VGG16 at 64x64
+    clean, pictures = clean_batch(model, 1)
+    x_pred = torch.randn(clean.shape, requires_grad=True)
+    lpips = objective(x_pred, clean, pictures, Times.of(torch.ones(1))).terms["lpips"]
+    assert float(lpips) > 0 and (grad_of(lpips, x_pred)[0] != 0).any()

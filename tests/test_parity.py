@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from pixelgen.conditions import Condition
 from pixelgen.data.crop import center_crop
 from pixelgen.flow import interpolate, logit_normal_time, shift_time
-from pixelgen.losses.alignment import Projector
+from pixelgen.losses.projector import Projector
+from pixelgen.losses.times import Times
 from pixelgen.models.jit import JiT
 from pixelgen.models.released import (
     config_from_reference,
@@ -249,10 +250,10 @@ TERMS = {
 
 
 def noisy_inputs(tensors: dict[str, Tensor], t: Tensor, noise_scale: float, model: JiT, layout: str):
-    """(what the denoiser gets, the clean images in the layout of its prediction)."""
+    """(what the denoiser gets, the clean patches in the layout of its prediction)."""
     x, noise = tensors["x"], tensors["noise"]
     if layout == "images":
-        return interpolate(x, noise * noise_scale, t), x
+        return interpolate(x, noise * noise_scale, t), to_patches(model, x)
     return model.ops.noise_patchify(
         x,
         t,
@@ -263,6 +264,10 @@ def noisy_inputs(tensors: dict[str, Tensor], t: Tensor, noise_scale: float, mode
         return_clean=True,
         clean_channel_order="last",
     )
+
+
+def to_patches(model: JiT, images: Tensor) -> Tensor:
+    return model.ops.patchify(images, model.config.patch_size, channel_order=model.output_order)
 
 
 @pytest.mark.parametrize(("kernels", "layout"), [("auto", "tokens"), ("eager", "tokens"), ("auto", "images")])
@@ -285,13 +290,14 @@ def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
     model = denoiser(vectors, sidecar["net"]["state_file"], sidecar["net"]["config"], kernels).train()
     objective, lpips = build_objective(vectors, case, model, kernels)
     projector = nn.ModuleList(  # gives the reference's names, 0.0.weight and so on
-        [objective.projector if objective.uses_alignment else Projector(*proj_dims(vectors))]
+        [*objective.trained_with_the_denoiser().values()] or [Projector(*proj_dims(vectors))]
     )
 
     def denoise(x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         y, layer = tensors["y"], arguments["align_layer"]
         if layout == "images":
-            return model(x_t, t, y, layer)
+            x_pred, features = model(x_t, t, y, layer)
+            return to_patches(model, x_pred), features
         return model.forward_tokens(x_t, model.config.grid, t, {"label": y}, layer)
 
     x_t, clean = noisy_inputs(tensors, t, arguments["noise_scale"], model, layout)
@@ -300,10 +306,11 @@ def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
         model.zero_grad(set_to_none=True)
         projector.zero_grad(set_to_none=True)
         x_pred, features = denoise(x_t)
-        weight = model.final_layer.linear.weight
-        terms = objective(x_pred, clean, t, features, step=step, balance_parameter=weight)
-        terms["loss"].backward()
-        values = {**terms_of_weight_zero(vectors, case, model, x_pred, clean, t, features), **terms}
+        batch = (x_pred, clean, tensors["x"], Times.of(t), features)
+        loss, terms, _ = objective(*batch, step=step)
+        loss.backward()
+        values = {**terms_of_weight_zero(vectors, case, model, *batch), **terms, "loss": loss}
+        values["balance_weight"] = objective.balance.weight
         for theirs, ours in TERMS.items():
             if (key := f"{prefix}.{theirs}") in tensors:
                 assert_matches(values[ours].view(1), tensors[key], FORWARD, f"{key} ({layout})")
@@ -314,7 +321,7 @@ def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
     assert not uncompared, f"{name}: no comparison for {sorted(uncompared)}"
     if "gated" in case:
         assert terms["gated_fraction"].item() == pytest.approx(np.mean(case["gated"]))
-    if objective.uses_lpips and "lpips_input_shape" in case:
+    if objective.loss.needs("maps") and "lpips_input_shape" in case:
         # of the images; how many of them are seen is ours, since the gate skips the others
         shapes = {shape[1:] for shape in lpips.input_shapes}
         assert shapes == ({tuple(case["lpips_input_shape"][1:])} if terms["gated_fraction"] > 0 else set())
@@ -337,7 +344,9 @@ def test_objective_in_paper_mode(vectors: Vectors, name: str):
         x_pred, features = model.forward_tokens(
             x_t, model.config.grid, t, {"label": tensors["y"]}, arguments["align_layer"]
         )
-    terms = objective(x_pred, clean, t, features, step=1)  # before the balance
+    # before the balance
+    loss, terms, _ = objective(x_pred, clean, tensors["x"], Times.of(t), features, step=1)
+    terms["loss"] = loss
     same = ["fm_loss", "cos_loss", "lpips_loss"]
     same += ["dino_percept_loss", "inter_cos_0", "loss"] if passes.all() else []
     if step >= 400_000:
@@ -345,11 +354,12 @@ def test_objective_in_paper_mode(vectors: Vectors, name: str):
     for theirs in same:
         if TERMS[theirs] in terms and (key := f"{prefix}.{theirs}") in tensors:
             assert_matches(terms[TERMS[theirs]].view(1), tensors[key], FORWARD, key)
-    if objective.uses_p_dino and not passes.any():
+    if "p_dino" in terms and not passes.any():
         assert terms["p_dino"].item() == 0
-    elif objective.uses_p_dino:
+    elif "p_dino" in terms:
+        some = [value[passes] for value in (x_pred, clean, tensors["x"])]
         features = None if features is None else features[passes]
-        alone = objective(x_pred[passes], clean[passes], t[passes], features, step=1)
+        alone = objective(*some, Times.of(t[passes]), features, step=1).terms
         assert_matches(terms["p_dino"].view(1), alone["p_dino"].view(1), FORWARD, f"{name} p_dino")
 
 
@@ -357,10 +367,7 @@ def terms_of_weight_zero(
     vectors: Vectors,
     case: dict,
     model: JiT,
-    x_pred: Tensor,
-    clean: Tensor,
-    t: Tensor,
-    features: Tensor | None,
+    *batch: Any,
 ) -> dict[str, Tensor]:
     """Values of the terms that this case switches off: the reference reports them, ours leaves them out."""
     names = ("feat_loss_weight", "lpips_weight", "dino_weight", "percept_ratio")
@@ -372,8 +379,7 @@ def terms_of_weight_zero(
         vectors, {**case, "constructor": {**case["constructor"], **switched_on}}, model, "eager"
     )
     with torch.no_grad():
-        terms = objective(x_pred, clean, t, features)
-    return {name: value for name, value in terms.items() if name not in ("loss", "balance_weight")}
+        return objective(*batch).terms
 
 
 # --- data and checkpoints ---

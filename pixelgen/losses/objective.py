@@ -220,7 +220,8 @@ class Objective(nn.Module):
                 terms[term.name] = gated.reduced(term, values[term.name])
                 per_sample[term.name] = gated.scatter(term, values[term.name], batch)
             else:
-                terms[term.name] = nothing + term.if_none_passes * batch / gated.size
+                of_none = term.if_none_passes if term.sees == "batch" else 0.0
+                terms[term.name] = nothing + of_none * batch / gated.size
         loss = flow = terms["flow_matching"]
         perceptual = []
         for term in active:
