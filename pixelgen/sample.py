@@ -103,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
     import torch
     from PIL import Image
+    from tqdm import tqdm
 
     from pixelgen.sampling.images import save_grid
     from pixelgen.sampling.pipeline import load_pipeline
-    from pixelgen.sampling.progress import ImageBar
 
     torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     out = new_folder(Path(options.out or f"samples/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     started = time.perf_counter()
-    with ImageBar(total=len(labels), desc="sampling") as bar:
+    with tqdm(total=len(labels), desc="sampling", unit="img", dynamic_ncols=True) as bar:
         images = pipeline.sample(
             labels,
             guidance=options.guidance,
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             timeshift=options.timeshift,
             seed=options.seed,
             batch_size=options.batch_size,
-            progress=bar.update_to,
+            progress=lambda done: bar.update(done - bar.n),
         )
     seconds = time.perf_counter() - started
 
