@@ -194,8 +194,8 @@ def test_curves_without_data(tmp_path):
 def test_drawing_leaves_pyplot_alone(tmp_path):
     path = _write(tmp_path / "metrics.jsonl", _run(5))
     code = (
-        "import sys; from pixelgen import plots\n"
-        f"plots.save_loss_curves({str(path)!r}, {str(tmp_path / 'curves.png')!r})\n"
+        "import sys; from pixelgen.training.curves import save_loss_curves\n"
+        f"save_loss_curves({str(path)!r}, {str(tmp_path / 'curves.png')!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert Forked(["-c", code], stderr=sys.__stderr__).wait(60) == 0
