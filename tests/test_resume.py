@@ -17,8 +17,8 @@ from pixelgen.config import load_config
 from pixelgen.train import main
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.log import TrainLog, truncate_metrics
-from pixelgen.training.loop import resume_run
 from pixelgen.training.processes.world import start_world
+from pixelgen.training.start import resume_run
 from pixelgen.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -238,9 +238,9 @@ def test_options_of_the_optimizer_hold_after_a_resume(tmp_path, with_embedded):
 
 _HANGS = """
 import os, signal, sys, time
-from pixelgen import loop
 from pixelgen.train import main
-from pixelgen.trainer import Trainer
+from pixelgen.training import loop
+from pixelgen.training.trainer import Trainer
 
 def hanging(self, images, labels):
     os.kill(os.getpid(), signal.SIGINT)
@@ -262,16 +262,3 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
         assert process.wait(60) == 128 + signal.SIGINT, (tmp_path / "errors").read_text()
     assert printed[-1] == "goes on after two at once\n"
     assert not checkpoints.list_checkpoints(tmp_path / "run")
-
-
-def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "config.yaml"
-    checkpoints.write_whole(path, "seed: 1\n")
-
-    def killed(_descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.write_whole(path, "seed: 2\n")
-    assert path.read_text() == "seed: 1\n"

@@ -21,6 +21,7 @@ from pixelgen.config.command_line import describe_error, parse, run
 from pixelgen.config.load import config_from_yaml, load_config
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
+from pixelgen.files import replacing
 
 if TYPE_CHECKING:
     from pixelgen.training.loop import Run
@@ -242,8 +243,9 @@ def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
     from pixelgen.data.sources.digits import Digits
     from pixelgen.encoders.embedded import FILE_NAME
     from pixelgen.training.checkpoint import read as checkpoints
-    from pixelgen.training.loop import Run, resume_run
+    from pixelgen.training.loop import Run
     from pixelgen.training.processes.world import start_world
+    from pixelgen.training.start import resume_run
     from pixelgen.training.trainer import Trainer
 
     world = start_world(config.device, config.parallel)
@@ -260,9 +262,8 @@ def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
     trainer = Trainer(config, run_dir, Digits(), world)
     if (run_dir / FILE_NAME).exists() and not (shared / FILE_NAME).exists():
         shared.mkdir(parents=True, exist_ok=True)
-        partial = shared / f"{FILE_NAME}.tmp"
-        shutil.copy(run_dir / FILE_NAME, partial)
-        partial.replace(shared / FILE_NAME)  # whole, whenever this is stopped
+        with replacing(shared / FILE_NAME) as file:
+            file.write((run_dir / FILE_NAME).read_bytes())
     return Run(trainer, contextlib.ExitStack(), {})
 
 
@@ -305,12 +306,10 @@ def _problem(line: dict[str, str]) -> str | None:
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
     """Writes the cells of a grid; a process that is killed leaves the old file."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
+    with replacing(path, "w") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
-    partial.replace(path)
 
 
 if __name__ == "__main__":
