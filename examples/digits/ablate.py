@@ -1,9 +1,10 @@
-"""``python -m pixelgen.ablate``: what each loss term does on the digits, as in Table 5 of the paper."""
+"""``python examples/digits/ablate.py``: what each loss term does on the digits, as in the paper's Table 5."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import shutil
@@ -26,6 +27,7 @@ from pixelgen.files import replacing
 if TYPE_CHECKING:
     from pixelgen.training.loop import Run
 
+PROG = "examples/digits/ablate.py"
 KEY = ("row", "seed", "steps", "sample_steps", "options")
 COLUMNS = (*KEY, *FIGURES, "failed")  # the last is the reason, without figures then; else empty
 CELLS_FILE, TABLE_FILE, PLOT_FILE = "ablation.csv", "ablation.md", "ablation.png"
@@ -130,12 +132,22 @@ class Cell:
         argv = [*ROWS[self.row].options, "--train.max_steps", str(self.steps), "--seed", self.seed]
         argv += ["--train.log_every", str(log_every), "--train.sample_every", "0"]
         argv += ["--device", device, "--threads", str(threads), "--name", self.name]
-        return load_config(argv, prog="ablate")[0]
+        return load_config(argv, prog=PROG)[0]
+
+
+def read_options(argv: list[str] | None) -> AblateOptions:
+    """Parses the command line; its help says how a file is run, where ``parse`` says how a module is."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            return parse(AblateOptions, argv, prog=PROG)
+    finally:
+        print(told.getvalue().replace(f"python -m {PROG}", f"python {PROG}"), end="")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, runs what is missing, writes table and plot."""
-    options = parse(AblateOptions, argv, prog="ablate")
+    options = read_options(argv)
     # torch is imported only after the command line has been checked.
     import torch
 
@@ -313,4 +325,4 @@ def write_lines(path: Path, lines: Iterable[Line]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "ablate")
+    run(main, PROG)
