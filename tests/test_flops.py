@@ -17,8 +17,8 @@ from pixelgen.flow import logit_normal_time, shift_time
 from pixelgen.losses.adversarial import Discriminator
 from pixelgen.losses.alignment import Projector
 from pixelgen.losses.gate import SCHEDULES, NoiseGate
+from pixelgen.models.embeddings import TimestepEmbedder
 from pixelgen.models.jit import JiT
-from pixelgen.models.layers import TimestepEmbedder
 from pixelgen.models.sizes import SIZES, ModelConfig
 from pixelgen.planning.flops import (
     DINOV2,
