@@ -24,7 +24,6 @@ from pixelgen.planning.flops import (
 __all__ = ["Parameters", "count_parameters", "step_memory"]
 
 Checkpointing = Literal["none", "selective", "full"]
-OPTIMIZER_LABELS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 GIB = 2**30
 # An allowance for the CUDA context, NCCL's buffers, and the workspaces of cuBLAS and cuDNN.
 WORKSPACE = 2 * GIB
