@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -106,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from pixelgen.sampling.images import save_grid
+    from pixelgen.sampling.options import SampleConfig
     from pixelgen.sampling.pipeline import load_pipeline
 
     torch.set_float32_matmul_precision("high")
@@ -125,13 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     with tqdm(total=len(labels), desc="sampling", unit="img", dynamic_ncols=True) as bar:
         images = pipeline.sample(
             labels,
-            guidance=options.guidance,
-            guidance_low=options.guidance_low,
-            guidance_high=options.guidance_high,
-            guidance_rule=options.guidance_rule,
-            steps=options.steps,
-            sampler=options.sampler,
-            timeshift=options.timeshift,
+            **{field.name: getattr(options, field.name) for field in fields(SampleConfig)},
             seed=options.seed,
             batch_size=options.batch_size,
             progress=lambda done: bar.update(done - bar.n),

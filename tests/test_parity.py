@@ -21,6 +21,7 @@ from parity import (
     assert_gradients_match,
     assert_matches,
     build_objective,
+    config_from_reference,
     find,
     find_all,
     proj_dims,
@@ -33,7 +34,6 @@ from pixelgen.flow import interpolate, logit_normal_time, shift_time
 from pixelgen.losses.alignment import Projector
 from pixelgen.models.jit import JiT
 from pixelgen.models.released import (
-    config_from_reference,
     load_released_checkpoint,
     load_strictly,
     read_released_checkpoint,

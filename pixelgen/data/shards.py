@@ -50,32 +50,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, jobs: Sequence[Job], labels: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes what was decoded, as `replacing` does.
-
-    Args:
-        path: the file.
-        jobs: its images, in order.
-        labels: of all images of the source.
-        metadata: what else to note in it.
-    """
-    images = np.concatenate([job.images for job in jobs])
-    indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
-    broken = [entry for job in jobs for entry in job.broken]
-    num_rows, image_bytes = images.shape
-    schema = pa.schema(
-        [("image", pa.binary(image_bytes)), ("label", pa.int32()), ("path", pa.string())],
-        metadata={**metadata, "broken": json.dumps(broken)},
-    )
-    columns = [
-        pa.FixedSizeBinaryArray.from_buffers(schema.types[0], num_rows, [None, pa.py_buffer(images)]),
-        pa.array(labels[indices], pa.int32()),
-        pa.array([path for job in jobs for path in job.paths], pa.string()),
-    ]
-    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
 def open_shard(path: Path) -> pa.RecordBatch:
     """Maps a shard into memory.
 
@@ -192,9 +166,28 @@ class ShardFolder:
         os.close(self._lock)
 
     def write(self, number: int, jobs: Sequence[Job], labels: np.ndarray) -> None:
-        """Writes a shard; see `write_shard`."""
-        metadata = {"key": self.key, "number": str(number)}
-        write_shard(self.path / shard_name(number), jobs, labels, metadata)
+        """Writes a shard, as `replacing` does.
+
+        Args:
+            number: of the shard.
+            jobs: its images, in order.
+            labels: of all images of the source.
+        """
+        images = np.concatenate([job.images for job in jobs])
+        indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
+        broken = [entry for job in jobs for entry in job.broken]
+        num_rows, image_bytes = images.shape
+        schema = pa.schema(
+            [("image", pa.binary(image_bytes)), ("label", pa.int32()), ("path", pa.string())],
+            metadata={"key": self.key, "number": str(number), "broken": json.dumps(broken)},
+        )
+        columns = [
+            pa.FixedSizeBinaryArray.from_buffers(schema.types[0], num_rows, [None, pa.py_buffer(images)]),
+            pa.array(labels[indices], pa.int32()),
+            pa.array([path for job in jobs for path in job.paths], pa.string()),
+        ]
+        with replacing(self.path / shard_name(number)) as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
     def finished(self, number: int, size: int) -> pa.RecordBatch | None:
         """The shard of ``size`` source images, or None where it is missing, cut short or another one's."""
