@@ -204,7 +204,7 @@ def evaluate_digits(samples: ArrayLike, labels: ArrayLike) -> DigitsReport:
         got = f"{counts.min()} of {kinds[counts.argmin()]}" if len(label) else "none"
         raise UserError(f"evaluate_digits: need at least 2 samples of every class in labels, got {got}")
     # At the size of the samples, so that both go through the same averaging.
-    real = Digits(image_size=_side(samples))
+    real = Digits(image_size=int(np.shape(samples)[2]))  # rows or columns: the images are square
     real_levels = to_digit_levels(real.images)
     return {
         "num_samples": len(levels),
@@ -212,7 +212,3 @@ def evaluate_digits(samples: ArrayLike, labels: ArrayLike) -> DigitsReport:
         "variance_ratio": within_class_variance_ratio(levels, label, real_levels, real.labels),
         "svc_agreement": svc_agreement(samples, label),
     }
-
-
-def _side(images: ArrayLike) -> int:
-    return int(np.shape(images)[2])  # rows or columns: the images are square
