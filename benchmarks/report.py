@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import Timing
+from pixelgen.files import replacing
 
 Row = dict[str, str]
 
@@ -87,12 +88,10 @@ class Results:
         self.rows.append({**row, **self.setting})
         replaced = {_key(row) for row in self.rows}
         kept = [row for row in read(self.path) if _key(row) not in replaced] if self.path.exists() else []
-        partial = self.path.with_suffix(".tmp")
-        with partial.open("w", newline="") as file:
+        with replacing(self.path, "w") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(kept + self.rows)
-        partial.replace(self.path)
 
 
 def _key(row: Row) -> tuple[str, ...]:

@@ -1,5 +1,9 @@
 """Where ``python -m pixelgen.ablate`` went."""
 
-raise SystemExit(
-    "pixelgen.ablate is examples/digits/ablate.py in the sources: python examples/digits/ablate.py"
-)
+import sys
+
+if __name__ == "__main__":
+    sys.stderr.write(
+        "pixelgen.ablate: error: this is an example now, in the sources: python examples/digits/ablate.py\n"
+    )
+    sys.exit(2)

@@ -58,11 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{out} exists; choose another --out")
 
     import torch
+    from tqdm import tqdm
 
     from pixelgen.data.sources.digits import Digits
     from pixelgen.evaluation.metrics import evaluate_digits
     from pixelgen.sampling.pipeline import load_pipeline
-    from pixelgen.sampling.progress import ImageBar
 
     torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(options.model, weights=options.weights, device=options.device)
@@ -75,14 +75,16 @@ def main(argv: list[str] | None = None) -> int:
     figures = []
     for scale in scales:
         started = time.perf_counter()
-        with ImageBar(total=len(labels), desc=f"guidance {scale:g}", leave=False) as bar:
+        with tqdm(
+            total=len(labels), desc=f"guidance {scale:g}", unit="img", leave=False, dynamic_ncols=True
+        ) as bar:
             images = pipeline.sample(
                 labels,
                 guidance=scale,
                 steps=options.steps,
                 seed=options.seed,
                 batch_size=options.batch_size,
-                progress=bar.update_to,
+                progress=lambda done: bar.update(done - bar.n),
             )
         seconds = time.perf_counter() - started
         report = evaluate_digits(images, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -103,10 +103,11 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
     import torch
     from PIL import Image
+    from tqdm import tqdm
 
     from pixelgen.sampling.images import save_grid
+    from pixelgen.sampling.options import SampleConfig
     from pixelgen.sampling.pipeline import load_pipeline
-    from pixelgen.sampling.progress import ImageBar
 
     torch.set_float32_matmul_precision("high")
     pipeline = load_pipeline(
@@ -122,19 +123,13 @@ def main(argv: list[str] | None = None) -> int:
     out = new_folder(Path(options.out or f"samples/{name}-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     started = time.perf_counter()
-    with ImageBar(total=len(labels), desc="sampling") as bar:
+    with tqdm(total=len(labels), desc="sampling", unit="img", dynamic_ncols=True) as bar:
         images = pipeline.sample(
             labels,
-            guidance=options.guidance,
-            guidance_low=options.guidance_low,
-            guidance_high=options.guidance_high,
-            guidance_rule=options.guidance_rule,
-            steps=options.steps,
-            sampler=options.sampler,
-            timeshift=options.timeshift,
+            **{field.name: getattr(options, field.name) for field in fields(SampleConfig)},
             seed=options.seed,
             batch_size=options.batch_size,
-            progress=bar.update_to,
+            progress=lambda done: bar.update(done - bar.n),
         )
     seconds = time.perf_counter() - started
 

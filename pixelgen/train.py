@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     # torch is imported only after the command line has been checked.
     import torch
 
-    from pixelgen.training.loop import continue_or_start, resume_run, start_run
     from pixelgen.training.processes.world import leaving_together, start_world
+    from pixelgen.training.start import continue_or_start, resume_run, start_run
 
     torch.set_float32_matmul_precision("high")
     if config.threads:

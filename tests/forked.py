@@ -32,7 +32,7 @@ IMPORTS = [
     "torch._dynamo",  # by optimizers
     "torch.distributed.checkpoint",
     "torch.utils.tensorboard",
-    "pixelgen.training.loop",
+    "pixelgen.training.start",
 ]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(IMPORTS)

@@ -25,6 +25,7 @@ from pixelgen.encoders.base import StageEncoder, TokenEncoder
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 from pixelgen.models.jit import JiT
+from pixelgen.models.sizes import ModelConfig
 
 FOLDER = Path(os.environ.get("PIXELGEN_PARITY_DIR") or Path(__file__).parent / "data" / "parity")
 
@@ -47,6 +48,22 @@ KINDS = {
     "adm center crop": "crop",
     "forward of the tiny": "checkpoint",
 }
+
+
+def config_from_reference(config: dict[str, Any]) -> ModelConfig:
+    """The architecture that constructor arguments of the published class-conditional denoiser describe."""
+    names = {
+        "input_size": "image_size",
+        "in_channels": "channels",
+        "hidden_size": "width",
+        "num_heads": "heads",
+        "attn_drop": "attn_dropout",
+        "proj_drop": "proj_dropout",
+    }
+    fields = {names.get(key, key): value for key, value in config.items() if key != "use_bottleneck"}
+    if not config.get("use_bottleneck", True):  # the published default
+        fields["bottleneck_dim"] = 0
+    return ModelConfig(**fields)
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,8 @@ class Vectors:
 
 @cache
 def _load(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
+    with torch.inference_mode(False):  # a test in that mode may be the first to ask
+        return load_file(path)
 
 
 def find_all() -> list[Vectors]:

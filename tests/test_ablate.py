@@ -4,6 +4,8 @@ import csv
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -215,6 +217,26 @@ def test_help_lists_the_rows(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"from {', '.join(ROWS)}; null for all" in text
     assert "delete its line in ablation.csv" in text
+
+
+def test_it_is_run_as_a_file():
+    root = Path(ablate.__file__).parents[2]
+
+    def called(*command):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=root, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    name = "examples/digits/ablate.py"
+    code, told, _ = called(name, "--help")
+    assert code == 0 and told.startswith(f"usage: python {name} [OPTION VALUE ...]\n")
+    code, told, error = called(name, "--row", "flow")
+    assert (code, told, error) == (2, "", f"{name}: error: unknown option --row; did you mean --rows?\n")
+    code, told, error = called("-m", "pixelgen.ablate", "--rows", "flow")
+    assert (code, told) == (2, "")
+    assert error.startswith("pixelgen.ablate: error: ") and error.endswith(f": python {name}\n")
+    assert error.count("\n") == 1
 
 
 def test_rows_differ_in_their_terms_alone():

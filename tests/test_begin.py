@@ -43,7 +43,7 @@ def test_a_run_begins_with_weights_and_averages_of_another(tmp_path, flow_run, c
     parameters = dict(trainer.model.named_parameters())
     for values in trainer.averages.values.values():  # 0.9 is new and begins like the first
         assert_equal(values, {name: average[name] for name in parameters})
-    assert trainer.step == 0 and trainer.optimizers[0].param_groups[0]["lr"] == 0.5
+    assert trainer.step == 0 and trainer.optimizers.main[0].param_groups[0]["lr"] == 0.5
     told = capsys.readouterr().out
     assert f"step_00000005: {len(raw)} of {len(raw)} tensors as they are\n" in told
 

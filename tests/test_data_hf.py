@@ -168,7 +168,7 @@ def test_columns_can_be_named(tmp_path):
 
 _OFFLINE = """
 import sys
-from pixelgen.config_sections import DataConfig
+from pixelgen.config import DataConfig
 from pixelgen.data import build_dataset
 from pixelgen.errors import UserError
 

@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from pixelgen.losses.adversarial import Discriminator
+from pixelgen.losses.alignment import Projector
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -14,11 +16,9 @@ from pixelgen.config import LossConfig, load_config
 from pixelgen.encoders.dinov2 import MODELS as VITS
 from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures
 from pixelgen.flow import logit_normal_time, shift_time
-from pixelgen.losses.adversarial import Discriminator
-from pixelgen.losses.alignment import Projector
 from pixelgen.losses.gate import SCHEDULES, NoiseGate
+from pixelgen.models.embeddings import TimestepEmbedder
 from pixelgen.models.jit import JiT
-from pixelgen.models.layers import TimestepEmbedder
 from pixelgen.models.sizes import SIZES, ModelConfig
 from pixelgen.planning.flops import (
     DINOV2,

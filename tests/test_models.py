@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from pixelgen.errors import UserError
 from pixelgen.models import SIZES, JiT, ModelConfig, model_config
-from pixelgen.models.layers import packed_modulations, rope_table, sincos_position_table
+from pixelgen.models.embeddings import rope_table, sincos_position_table
+from pixelgen.models.layers import packed_modulations
 
 PUBLISHED_MILLIONS = {
     "JiT-B/16": 131,

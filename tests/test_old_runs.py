@@ -13,8 +13,8 @@ from training import curve
 from pixelgen import Pipeline
 from pixelgen.config import load_config
 from pixelgen.train import main
-from pixelgen.training.loop import resume_run
 from pixelgen.training.processes.world import start_world
+from pixelgen.training.start import resume_run
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 # Written by the last version without families, by python -m pixelgen.train with

@@ -17,14 +17,16 @@ MUON = ("--optimizer.name", "muon")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_is_moved_by_one_optimizer_which_has_its_state(tmp_path, name, with_embedded):
     trainer = start_trainer(options(tmp_path, "run", 1, "--optimizer.name", name, "--loss.gate", "learned"))
-    moved = [p for each in trainer.optimizers for group in each.param_groups for p in group["params"]]
-    assert len(moved) == len({id(p) for p in moved}) == len(trainer.parameters)
-    assert all(optimizer.state[p] for optimizer in trainer.optimizers for p in optimizer.state)
-    assert sum(len(optimizer.state) for optimizer in trainer.optimizers) == len(moved)
+    moved = [p for each in trainer.optimizers.main for group in each.param_groups for p in group["params"]]
+    assert len(moved) == len({id(p) for p in moved}) == len(trainer.optimizers.parameters)
+    assert all(optimizer.state[p] for optimizer in trainer.optimizers.main for p in optimizer.state)
+    assert sum(len(optimizer.state) for optimizer in trainer.optimizers.main) == len(moved)
     before = [p.detach().clone() for p in moved]
     train_steps(trainer, 4)  # what is zero at first lets gradients through one layer after the other
     still = [p for p, old in zip(moved, before, strict=True) if torch.equal(p, old)]
-    gate = {id(p) for p in trainer.gate_parameters}  # moves only where a sample is near its border
+    gate = {
+        id(p) for p in trainer.objective.gate.parameters()
+    }  # moves only where a sample is near its border
     assert all(id(p) in gate for p in still)
 
 
@@ -34,7 +36,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_steps_as_large_as_adamw(tmp_pat
         trainer = start_trainer(options(tmp_path, name, 3, *FLOW_ONLY, "--optimizer.name", name))
         matrices = {key: p for key, p in trainer.model.blocks.named_parameters() if p.ndim == 2}
         if name == "muon":
-            (group,) = trainer.optimizers[0].param_groups
+            (group,) = trainer.optimizers.main[0].param_groups
             assert {id(p) for p in group["params"]} == {id(p) for p in matrices.values()}
         train_steps(trainer, 4)
         before = {key: p.detach().clone() for key, p in matrices.items()}

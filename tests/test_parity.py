@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from parity import (
     assert_gradients_match,
     assert_matches,
     build_objective,
+    config_from_reference,
     find,
     find_all,
     proj_dims,
@@ -34,7 +35,6 @@ from pixelgen.losses.projector import Projector
 from pixelgen.losses.times import Times
 from pixelgen.models.jit import JiT
 from pixelgen.models.released import (
-    config_from_reference,
     load_released_checkpoint,
     load_strictly,
     read_released_checkpoint,

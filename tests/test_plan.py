@@ -14,28 +14,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from pixelgen.config import load_config
-from pixelgen.encoders.dinov2 import MODELS, DINOv2
-from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedTokens
-from pixelgen.encoders.vgg16 import VGG16
+from pixelgen.encoders.dinov2 import MODELS
+from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures
 from pixelgen.errors import UserError
+from pixelgen.losses.build import build_networks
 from pixelgen.losses.gate import NoiseGate, select_samples
+from pixelgen.losses.objective import Objective
+from pixelgen.losses.times import Times
+from pixelgen.models.families import build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.sizes import SIZES
-from pixelgen.planning.activations import LiveStorages
-from pixelgen.planning.flops import DINOV2
-from pixelgen.planning.memory import (
-    count_parameters,
-    denoiser_activations,
-    dinov2_parameters,
-    embedded_activations,
-    recomputed_bytes,
-    selected,
-    stage_activations,
-    step_memory,
-    token_activations,
-    vgg16_parameters,
-)
-from pixelgen.planning.plan import checkpoints_kept, communication, parse_machine, plan_report, resolve_layout
+from pixelgen.planning.activations import LiveStorages, activation_bytes, objective_bytes
+from pixelgen.planning.devices import parse_machine
+from pixelgen.planning.memory import count_parameters, recomputed_bytes, selected, step_memory
+from pixelgen.planning.plan import checkpoints_kept, communication, plan_report, resolve_layout
 
 RECIPES = ("pixelgen-xl-256", "pixelgen-l-256", "jit-l-256", "jit-b-256")
 IN_CONTEXT = replace(
@@ -88,7 +80,7 @@ def kept_by_denoiser(model, batch, is_half, checkpointing):
 def test_activations_are_what_a_forward_pass_leaves_behind(model, is_half, checkpointing):
     small, large = (kept_by_denoiser(model, batch, is_half, checkpointing) for batch in (2, 6))
     per_image = (large - small) / 4  # what does not grow with the batch are weights
-    estimate = denoiser_activations(model, 2 if is_half else 4, checkpointing)
+    estimate = activation_bytes(model, 2 if is_half else 4, checkpointing)
     assert estimate == pytest.approx(per_image, rel=0.03)
 
 
@@ -108,7 +100,7 @@ def test_what_is_alive_is_what_autograd_saved(is_half):
     adaln = sum(p.numel() for name, p in denoiser.named_parameters() if "adaLN" in name)
     rest = sum(parameter.numel() for parameter in denoiser.parameters()) - adaln
     weights = adaln * size + (rest * size if is_half else 0)
-    assert 8 * denoiser_activations(model, size) + weights == pytest.approx(saved, rel=0.05)
+    assert 8 * activation_bytes(model, size) + weights == pytest.approx(saved, rel=0.05)
 
 
 def saved_bytes(module, forward):
@@ -128,47 +120,67 @@ def saved_bytes(module, forward):
     return sum(storage.nbytes() for storage in saved.values()), returned
 
 
-def kept_by_network(network, channels, side, is_half):
-    """Bytes of one image that autograd saves in a frozen network, and bytes of what it returns."""
-    if is_half:
-        for module in network.modules():
-            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
-                module.to(torch.bfloat16)
-    found = []
-    for batch in (1, 2):
-        x = torch.rand(batch, channels, side, side, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
-            found.append(saved_bytes(network, lambda x=x: network(x)))
-    (saved, returned), (saved_of_two, returned_of_two) = found
-    return saved_of_two - saved, returned_of_two - returned
+def objective_of(run):
+    """The objective of a run with random weights, in memory."""
+    model = build_denoiser(run.model_config())
+    networks = build_networks(run.loss, model.config, EmbeddedFeatures)
+    lpips, encoder = networks
+    objective = Objective(
+        run.loss,
+        feature_width=model.config.width,
+        patch_size=model.config.patch_size,
+        encoder=encoder,
+        lpips=lpips,
+    )
+    return objective, model.config
+
+
+def kept_by_objective(run, t, is_half):
+    """Bytes alive after a forward pass for images at some times, parameters and inputs left out."""
+    objective, model = objective_of(run)
+    objective.networks.speed_up(half=is_half, compiled=False)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    shape = (len(t), model.num_tokens, model.patch_dim)
+    x_pred, clean = torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(shape, dtype=dtype)
+    images = torch.zeros(len(t), model.channels, *model.image_height_width, dtype=torch.uint8)
+    features = torch.randn(len(t), model.num_tokens, model.width, dtype=dtype, requires_grad=True)
+    modules = (objective, objective.networks.encoder, objective.networks.lpips)
+    held = [value for m in modules for value in (*m.parameters(), *m.buffers())]
+    known = [*held, x_pred, clean, images, features]
+    gc.freeze()
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_half), LiveStorages(known) as storages:
+        outcome = objective(x_pred, clean, images, Times.of(torch.tensor(t)), features)
+    gc.collect()
+    gc.unfreeze()
+    total = sum(storages.alive.values())
+    del outcome
+    return total
 
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.parametrize("is_half", [False, True], ids=["fp32", "bf16"])
-def test_activations_of_frozen_networks_are_what_autograd_saves(is_half):
-    size = 2 if is_half else 4
-    networks = {"tokens": "dinov2_vits14", "p_dino_layer": 3}
-    run = config("pixelgen-l-256", data={"image_size": 32}, loss=networks)
-    saved, maps = kept_by_network(VGG16("random"), 3, 32, is_half)
-    assert stage_activations(run, size) == pytest.approx(saved + maps, rel=0.03)  # and the target's maps
-    saved, tokens = kept_by_network(DINOv2("dinov2_vits14", "random", layer=3), 3, 32, is_half)
-    assert token_activations(run, size) == pytest.approx(saved + 2 * tokens, rel=0.05)
-
-    features = EmbeddedFeatures(EmbeddedConfig(channels=3, patch_size=4))
-    saved, _ = kept_by_network(EmbeddedTokens(features), 3, 32, is_half)
-    model = IN_CONTEXT
-    assert embedded_activations(model, size) == pytest.approx(saved, rel=0.10)
+@pytest.mark.parametrize("networks", ["embedded", "vgg16 and dinov2"])
+def test_activations_of_the_objective_are_what_a_forward_pass_leaves_behind(networks, is_half):
+    run = config("digits", loss={"adversarial_weight": 0.1})
+    if networks != "embedded":
+        loss = {"tokens": "dinov2_vits14", "p_dino_layer": 3, "stages_weights": "random"}
+        loss["tokens_weights"] = "random"
+        run = config("pixelgen-l-256", data={"image_size": 32}, loss=loss)
+    kept = {t: kept_by_objective(run, t, is_half) for t in ((1.0,), (1.0,) * 3, (1.0, 0.0, 0.0))}
+    one = kept[1.0,]
+    of_any, of_passing = objective_bytes(run.loss, run.model_config(), 2 if is_half else 4)
+    assert of_passing == pytest.approx((kept[(1.0,) * 3] - one) / 2, rel=0.03)
+    assert of_any == pytest.approx((kept[1.0, 0.0, 0.0] - one) / 2, rel=0.03)
+    assert 0 < of_any < of_passing
 
 
 def test_parameters_of_frozen_networks():
+    parameters = count_parameters(config("pixelgen-l-256"))
     with torch.device("meta"):
         vgg = torchvision.models.vgg16(weights=None).features
-        assert vgg16_parameters() == sum(parameter.numel() for parameter in vgg.parameters())
-        for name in DINOV2:
-            vit = timm.create_model(MODELS[name], num_classes=0)
-            assert dinov2_parameters(name) == sum(parameter.numel() for parameter in vit.parameters()), name
-            block = sum(parameter.numel() for parameter in vit.blocks[0].parameters())
-            assert dinov2_parameters(name) - dinov2_parameters(name, 3) == (len(vit.blocks) - 3) * block
+        vit = timm.create_model(MODELS["dinov2_vitb14"], num_classes=0)
+    for module, count in ((vgg, parameters.stages), (vit, parameters.tokens)):
+        assert count == sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_parameters_of_a_real_model():
@@ -180,17 +192,16 @@ def test_parameters_of_a_real_model():
     block = sum(parameter.numel() for parameter in denoiser.blocks[0].parameters())
     assert parameters.adaln == adaln
     assert parameters.block == block
-    assert (parameters.stages, parameters.tokens) == (0, 0)  # embedded ones are not worth a line
+    features = EmbeddedFeatures(EmbeddedConfig(channels=1, patch_size=2, num_classes=10))
+    assert parameters.stages == sum(parameter.numel() for parameter in features.parameters())
+    assert "embedded, frozen" not in plan_report(run, "1")  # not worth a line
 
 
 def test_a_selection_is_as_large_as_the_gate_makes_it():
     run, gate = config("pixelgen-l-256"), NoiseGate("hard", 0.3)
     generator, most = torch.Generator().manual_seed(0), selected(run, 32)
     normal = torch.randn(500, 32, generator=generator)
-    sizes = [
-        len(select_samples(torch.sigmoid(draw * 0.8 - 0.8), gate, device=torch.device("cpu")).is_real)
-        for draw in normal
-    ]
+    sizes = [len(select_samples(Times.of(torch.sigmoid(draw * 0.8 - 0.8)), gate)) for draw in normal]
     assert most % 4 == 0 and sum(size > most for size in sizes) <= 5
     assert most - 4 <= max(sizes)  # and not more than a bucket too large
     assert selected(config("pixelgen-l-256", loss={"gate_t": 0.0}), 32) == 32
@@ -328,7 +339,7 @@ def test_more_averages_and_fewer_shards_cost_what_they_hold():
     model = run.model_config()
     full = config("jit-l-256", train={"activation_checkpointing": "full"})
     back = recomputed_bytes(model, 2, "full")
-    assert item(full, "activations, 16 images") == 16 * (denoiser_activations(model, 2, "full") + back)
+    assert item(full, "activations, 16 images") == 16 * (activation_bytes(model, 2, "full") + back)
 
 
 def test_communication_follows_the_formula():

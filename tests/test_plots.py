@@ -173,15 +173,6 @@ def test_curves_of_a_short_run(tmp_path, count):
     assert Image.open(png).width > 500
 
 
-def test_chosen_terms(tmp_path):
-    path = _write(tmp_path / "metrics.jsonl", _run(5))
-    png = save_loss_curves(path, tmp_path / "curves.png", terms=["lr"])
-    assert Image.open(png).width < 500
-    with pytest.raises(UserError, match=r"save_loss_curves: .*metrics\.jsonl has no values of sharpness"):
-        save_loss_curves(path, tmp_path / "other.png", terms=["loss", "sharpness"])
-    assert not (tmp_path / "other.png").exists()
-
-
 def test_curves_without_data(tmp_path):
     with pytest.raises(FileNotFoundError):
         save_loss_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
@@ -194,8 +185,8 @@ def test_curves_without_data(tmp_path):
 def test_drawing_leaves_pyplot_alone(tmp_path):
     path = _write(tmp_path / "metrics.jsonl", _run(5))
     code = (
-        "import sys; from pixelgen import plots\n"
-        f"plots.save_loss_curves({str(path)!r}, {str(tmp_path / 'curves.png')!r})\n"
+        "import sys; from pixelgen.training.curves import save_loss_curves\n"
+        f"save_loss_curves({str(path)!r}, {str(tmp_path / 'curves.png')!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert Forked(["-c", code], stderr=sys.__stderr__).wait(60) == 0

@@ -300,9 +300,11 @@ def test_read_only_dst(tmp_path, src, monkeypatch, is_there):
     open_file = Path.open
     # A file system that takes no writes says so of the removal of a file that is not there, too.
     monkeypatch.setattr(Path, "unlink", refuse)
-    monkeypatch.setattr(
-        Path, "open", lambda path, mode="r", *more: (refuse if "w" in mode else open_file)(path, mode, *more)
-    )
+
+    def open_to_read(path, mode="r", *arguments, **options):
+        return (refuse if "w" in mode else open_file)(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_to_read)
     if not is_there:
         monkeypatch.setattr(Path, "mkdir", refuse)
     message = rf"^cannot write to folder {dst}: Read-only file system; choose another folder$"

@@ -17,8 +17,8 @@ from pixelgen.config import load_config
 from pixelgen.train import main
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.log import TrainLog, truncate_metrics
-from pixelgen.training.loop import resume_run
 from pixelgen.training.processes.world import start_world
+from pixelgen.training.start import resume_run
 from pixelgen.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -230,17 +230,17 @@ def test_options_of_the_optimizer_hold_after_a_resume(tmp_path, with_embedded):
     changed += ["--loss.adversarial_lr", "1e-5", "--train.max_steps", "4"]
     config, path = load_config(["--resume", str(tmp_path / "run"), *changed])
     trainer = resume_run(path, config, start_world("cpu", config.parallel)).trainer
-    weights, gate = trainer.optimizers[0].param_groups
+    weights, gate = trainer.optimizers.main[0].param_groups
     assert weights["betas"] == gate["betas"] == (0.8, 0.9)
     assert (weights["weight_decay"], gate["weight_decay"]) == (0.1, 0.0)
-    assert trainer.discriminator_optimizer.param_groups[0]["lr"] == 1e-5
+    assert trainer.optimizers.alone["discriminator"].param_groups[0]["lr"] == 1e-5
 
 
 _HANGS = """
 import os, signal, sys, time
-from pixelgen import loop
 from pixelgen.train import main
-from pixelgen.trainer import Trainer
+from pixelgen.training import loop
+from pixelgen.training.step import Trainer
 
 def hanging(self, images, labels):
     os.kill(os.getpid(), signal.SIGINT)
@@ -262,16 +262,3 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
         assert process.wait(60) == 128 + signal.SIGINT, (tmp_path / "errors").read_text()
     assert printed[-1] == "goes on after two at once\n"
     assert not checkpoints.list_checkpoints(tmp_path / "run")
-
-
-def test_small_files_are_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "config.yaml"
-    checkpoints.write_whole(path, "seed: 1\n")
-
-    def killed(_descriptor):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.write_whole(path, "seed: 2\n")
-    assert path.read_text() == "seed: 1\n"

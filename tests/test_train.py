@@ -156,10 +156,10 @@ def test_a_prediction_that_is_not_finite_names_every_term_and_the_sample(
 ):
     forward = Objective.forward
 
-    def poisoned(self, x_pred, x, t, *arguments, step, host_t, **named):
+    def poisoned(self, x_pred, x, images, times, *arguments, step, **named):
         if step == 2:
-            x_pred = x_pred + torch.where(torch.arange(16) == host_t.argmax(), value, 0)[:, None, None]
-        return forward(self, x_pred, x, t, *arguments, step=step, host_t=host_t, **named)
+            x_pred = x_pred + torch.where(torch.arange(16) == times.t.argmax(), value, 0)[:, None, None]
+        return forward(self, x_pred, x, images, times, *arguments, step=step, **named)
 
     monkeypatch.setattr(Objective, "forward", poisoned)
     sample = r"\d+ \(digit \d+, t 0\.\d+\)"

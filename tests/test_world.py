@@ -11,7 +11,7 @@ from processes import rank_environments
 
 from pixelgen.config import ParallelConfig
 from pixelgen.errors import ToldError, UserError
-from pixelgen.training.processes import shard as distributed
+from pixelgen.training.processes import world as processes
 from pixelgen.training.processes.world import World, leaving_together, start_world
 
 
@@ -27,7 +27,7 @@ from pixelgen.training.processes.world import World, leaving_together, start_wor
 )
 def test_only_an_end_that_all_come_to_waits_for_the_others(monkeypatch, raised, leaves):
     left = []
-    monkeypatch.setattr(distributed, "_leave", lambda: left.append(True))
+    monkeypatch.setattr(processes, "_leave", lambda: left.append(True))
 
     def end() -> None:
         with leaving_together():
@@ -43,7 +43,7 @@ def test_only_an_end_that_all_come_to_waits_for_the_others(monkeypatch, raised, 
 
 
 def test_who_takes_long_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "_TELL_EVERY_S", 0.1)
+    monkeypatch.setattr(processes, "_TELL_EVERY_S", 0.1)
     cpu = torch.device("cpu")
     with World(cpu)._told_if_slow("opening the data"):
         time.sleep(0.3)
@@ -60,7 +60,7 @@ import time
 from datetime import timedelta
 import torch.distributed as dist
 from pixelgen.config import ParallelConfig
-from pixelgen.distributed import start_world
+from pixelgen.training.processes.world import start_world
 
 init = dist.init_process_group
 dist.init_process_group = lambda backend, timeout: init(backend, timeout=timedelta(seconds=2))
@@ -103,11 +103,11 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch, count, launcher, expect
     if launcher == "torchrun":
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     chosen = []
-    monkeypatch.setattr(distributed, "pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(processes, "pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(distributed, "gloo_group", lambda _: None)
+    monkeypatch.setattr(processes, "gloo_group", lambda _: None)
     if expected is None:
         with pytest.raises(ToldError, match=rf"8 processes on .*, which has {count} GPUs; start fewer"):
             start_world("cuda", ParallelConfig())

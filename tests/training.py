@@ -9,8 +9,8 @@ from pixelgen.config import load_config
 from pixelgen.config.command_line import run
 from pixelgen.data import build_loader
 from pixelgen.train import main
-from pixelgen.training.loop import start_run
 from pixelgen.training.processes.world import start_world
+from pixelgen.training.start import start_run
 from pixelgen.training.step import Trainer
 
 FLOW_ONLY = ["--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0"]

@@ -23,6 +23,7 @@ from pixelgen.flow import logit_normal_time
 from pixelgen.losses.gate import NoiseGate, Selection
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
+from pixelgen.losses.times import Times
 
 BRANCH_PROVIDERS = ("masked", "ours")
 PROVIDERS = ("masked", "eager", "compile", "ours")
@@ -96,27 +97,23 @@ class Branch:
         self.names, self.size, self.device = names, size, device
         weights = {name: float(name in names) for name in TERMS["all"]}
         torch.manual_seed(0)  # the projector
+        loss = LossConfig(
+            projector_width=TINY, **{f"{name}_weight": value for name, value in weights.items()}
+        )
         self.objective = Objective(
-            feature_width=TINY,
-            projector_width=TINY,
-            patch_size=PATCH,
-            image_size=(size.side, size.side),
-            encoder=encoder,
-            lpips=lpips,
-            alignment_weight=weights["alignment"],
-            lpips_weight=weights["lpips"],
-            p_dino_weight=weights["p_dino"],
-            gate=NoiseGate("hard", LossConfig().gate_t),
+            loss, feature_width=TINY, patch_size=PATCH, encoder=encoder, lpips=lpips
         ).to(device)
-        self.objective.speed_up_networks(half=size.dtype != "fp32", compiled=False)
+        self.objective.networks.speed_up(half=size.dtype != "fp32", compiled=False)
         num_tokens = (size.side // PATCH) ** 2
         self.x = normal(size.batch, num_tokens, 3 * PATCH**2, dtype="fp32", device=device).clamp(-1, 1)
         wrong = normal(*self.x.shape, dtype="fp32", device=device, seed=1)
         features = normal(size.batch, num_tokens, TINY, dtype="fp32", device=device, seed=2)
         self.leaves = tuple(leaf.requires_grad_() for leaf in (self.x + 0.3 * wrong, features))
-        self.host_times = draw_times(size.batches, size.batch)
-        self.times = self.host_times.to(device)
-        self.seen = self.objective.gate.passes(self.host_times).sum(1).tolist()
+        sides = (size.side, size.side)
+        self.images = self.objective.ops.unpatchify(self.x, PATCH, sides, channel_order="last")
+        drawn = draw_times(size.batches, size.batch)
+        self.times = [Times.of(t, device=device) for t in drawn]
+        self.seen = self.objective.gate.passes(drawn).sum(1).tolist()
 
     def call(self, provider: str, index: int) -> tuple[Tensor, ...]:
         """The terms' sum and its gradients for one drawn batch."""
@@ -134,7 +131,7 @@ class Branch:
         return value.detach(), *torch.autograd.grad(value, self.leaves, materialize_grads=True)
 
     def _terms(self, x_pred: Tensor, features: Tensor, index: int) -> dict[str, Tensor]:
-        return self.objective(x_pred, self.x, self.times[index], features, host_t=self.host_times[index])
+        return self.objective(x_pred, self.x, self.images, self.times[index], features).terms
 
     def problems(self) -> list[str]:
         """Where gathering computes something else than masking; on the batch with most samples."""
@@ -160,9 +157,6 @@ class Branch:
     def _timed(self, provider: str, index: int, _: object) -> tuple[Tensor, ...]:
         return self.call(provider, index)
 
-    def _forget(self) -> None:
-        self.objective.per_sample = {}  # of the call before: its release would look like room made
-
     def measure(self, names: list[str], timer: ColdTimer, repeats: int) -> dict[str, tuple[Timing, int]]:
         """Provider -> mean over the batches of its times, and its peak memory in bytes."""
         of_batches = []
@@ -180,16 +174,16 @@ class Branch:
                         for column in ("median_ms", "p20_ms", "p80_ms")
                     }
                 ),
-                peak_bytes(self.device, partial(self._timed, name, self.fullest), self._forget),
+                peak_bytes(self.device, partial(self._timed, name, self.fullest)),
             )
             for name in names
         }
 
 
 # The objective gathers wherever it knows t on the host, so masking has to be put in its place.
-def _everyone(t: Tensor, gate: NoiseGate, *, device: torch.device) -> Selection:
+def _everyone(times: Times, gate: NoiseGate) -> Selection:
     """Published style: every sample goes through the networks, and the gate multiplies what comes out."""
-    return Selection(None, None, gate.passes(t).to(device, non_blocking=True))
+    return Selection(None, gate.passes(times.t))
 
 
 def branch_of(size: Size, device: torch.device, names: tuple[str, ...]) -> Branch:

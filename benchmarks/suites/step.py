@@ -153,12 +153,13 @@ class Runner:
     def peak_mb(self) -> float:
         """Weights, gradients, averages and optimizer state, and what a step needs on top of them."""
         trainer = self.trainer
-        kept = [*trainer.trained.parameters(), *trainer.trained.buffers()]
+        optimizers = trainer.optimizers
+        kept = [*optimizers.trained.parameters(), *optimizers.trained.buffers()]
         kept += [value for average in trainer.averages.values.values() for value in average.values()]
-        kept += [parameter.grad for parameter in trainer.parameters if parameter.grad is not None]
+        kept += [parameter.grad for parameter in optimizers.parameters if parameter.grad is not None]
         kept += [
             value
-            for optimizer in trainer.optimizers
+            for optimizer in optimizers.main
             for state in optimizer.state.values()
             for value in state.values()
             if isinstance(value, Tensor)
@@ -166,9 +167,7 @@ class Runner:
         resident = sum(tensor.nbytes for tensor in kept)
         # What the measured step finds and releases has to be allocated in sight of the measurement: by a step
         # before it, which finds nothing.
-        for optimizer in trainer.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        trainer.objective.per_sample = {}
+        optimizers.zero_grad()
         return (resident + peak_bytes(self.device, lambda _: self.step(), self.step)) / 1e6
 
 

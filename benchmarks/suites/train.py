@@ -31,8 +31,8 @@ from pixelgen.planning.plan import Machine, communication, resolve_layout
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter
 from pixelgen.training.log import METRICS_FILE
-from pixelgen.training.loop import start_run
 from pixelgen.training.processes.world import World
+from pixelgen.training.start import start_run
 
 MODES = {
     processes.ONE: (),

@@ -1,6 +1,6 @@
 // The part of DLPack 1.x (dmlc/dlpack, include/dlpack/dlpack.h) that bindings.cpp uses: the table
 // of functions by which a framework shows its tensors, `torch.Tensor.__dlpack_c_exchange_api__`.
-// The layout is fixed by DLPack's major version; tests/test_seam.py compares it with Torch's
+// The layout is fixed by DLPack's major version; tests/ops/test_seam.py compares it with Torch's
 // header.
 #pragma once
 

@@ -1,9 +1,10 @@
-"""``python -m pixelgen.ablate``: what each loss term does on the digits, as in Table 5 of the paper."""
+"""``python examples/digits/ablate.py``: what each loss term does on the digits, as in the paper's Table 5."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import shutil
@@ -21,10 +22,12 @@ from pixelgen.config.command_line import describe_error, parse, run
 from pixelgen.config.load import config_from_yaml, load_config
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
+from pixelgen.files import replacing
 
 if TYPE_CHECKING:
     from pixelgen.training.loop import Run
 
+PROG = "examples/digits/ablate.py"
 KEY = ("row", "seed", "steps", "sample_steps", "options")
 COLUMNS = (*KEY, *FIGURES, "failed")  # the last is the reason, without figures then; else empty
 CELLS_FILE, TABLE_FILE, PLOT_FILE = "ablation.csv", "ablation.md", "ablation.png"
@@ -129,12 +132,22 @@ class Cell:
         argv = [*ROWS[self.row].options, "--train.max_steps", str(self.steps), "--seed", self.seed]
         argv += ["--train.log_every", str(log_every), "--train.sample_every", "0"]
         argv += ["--device", device, "--threads", str(threads), "--name", self.name]
-        return load_config(argv, prog="ablate")[0]
+        return load_config(argv, prog=PROG)[0]
+
+
+def read_options(argv: list[str] | None) -> AblateOptions:
+    """Parses the command line; its help says how a file is run, where ``parse`` says how a module is."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            return parse(AblateOptions, argv, prog=PROG)
+    finally:
+        print(told.getvalue().replace(f"python -m {PROG}", f"python {PROG}"), end="")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, runs what is missing, writes table and plot."""
-    options = parse(AblateOptions, argv, prog="ablate")
+    options = read_options(argv)
     # torch is imported only after the command line has been checked.
     import torch
 
@@ -242,8 +255,9 @@ def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
     from pixelgen.data.sources.digits import Digits
     from pixelgen.encoders.embedded import FILE_NAME
     from pixelgen.training.checkpoint import read as checkpoints
-    from pixelgen.training.loop import Run, resume_run
+    from pixelgen.training.loop import Run
     from pixelgen.training.processes.world import start_world
+    from pixelgen.training.start import resume_run
     from pixelgen.training.step import Trainer
 
     world = start_world(config.device, config.parallel)
@@ -260,9 +274,8 @@ def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
     trainer = Trainer(config, run_dir, Digits(), world)
     if (run_dir / FILE_NAME).exists() and not (shared / FILE_NAME).exists():
         shared.mkdir(parents=True, exist_ok=True)
-        partial = shared / f"{FILE_NAME}.tmp"
-        shutil.copy(run_dir / FILE_NAME, partial)
-        partial.replace(shared / FILE_NAME)  # whole, whenever this is stopped
+        with replacing(shared / FILE_NAME) as file:
+            file.write((run_dir / FILE_NAME).read_bytes())
     return Run(trainer, contextlib.ExitStack(), {})
 
 
@@ -305,13 +318,11 @@ def _problem(line: dict[str, str]) -> str | None:
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
     """Writes the cells of a grid; a process that is killed leaves the old file."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as file:
+    with replacing(path, "w") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
-    partial.replace(path)
 
 
 if __name__ == "__main__":
-    run(main, "ablate")
+    run(main, PROG)

@@ -10,18 +10,18 @@ complete.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from pixelgen import files
 from pixelgen.errors import UserError
 
 FORMAT = 1
@@ -50,32 +50,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, jobs: Sequence[Job], labels: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes what was decoded, as `replacing` does.
-
-    Args:
-        path: the file.
-        jobs: its images, in order.
-        labels: of all images of the source.
-        metadata: what else to note in it.
-    """
-    images = np.concatenate([job.images for job in jobs])
-    indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
-    broken = [entry for job in jobs for entry in job.broken]
-    num_rows, image_bytes = images.shape
-    schema = pa.schema(
-        [("image", pa.binary(image_bytes)), ("label", pa.int32()), ("path", pa.string())],
-        metadata={**metadata, "broken": json.dumps(broken)},
-    )
-    columns = [
-        pa.FixedSizeBinaryArray.from_buffers(schema.types[0], num_rows, [None, pa.py_buffer(images)]),
-        pa.array(labels[indices], pa.int32()),
-        pa.array([path for job in jobs for path in job.paths], pa.string()),
-    ]
-    with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
-
-
 def open_shard(path: Path) -> pa.RecordBatch:
     """Maps a shard into memory.
 
@@ -91,35 +65,22 @@ def open_shard(path: Path) -> pa.RecordBatch:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes the place of ``path`` once all of it is on the disk; after an error nothing does.
+def replacing(path: Path) -> Iterator[IO[Any]]:
+    """As `pixelgen.files.replacing`, with errors for a user.
 
     Raises:
         UserError: it cannot be written, most often because the disk is full or the folder is read-only.
     """
-    partial = path.with_name(f"{path.name}.tmp")
     try:
-        with partial.open("wb") as file:
+        with files.replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with suppress(OSError):  # a file system that takes no writes
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            if error.errno in _NOT_WRITABLE:
-                raise UserError(_cannot_write(path.parent, error)) from error
-            raise UserError(
-                f"cannot write {path}: {error.strerror or error}; what was finished before is intact: make "
-                "room and give the command again to continue"
-            ) from error
-        raise
+    except OSError as error:
+        if error.errno in _NOT_WRITABLE:
+            raise UserError(_cannot_write(path.parent, error)) from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was finished before is intact: make room "
+            "and give the command again to continue"
+        ) from error
 
 
 def _cannot_write(folder: Path, error: OSError) -> str:
@@ -183,12 +144,10 @@ class ShardFolder:
             raise
 
     def _claim(self, settings: dict[str, object]) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.path} is being written by another process") from error
+        if not files.lock(self._lock):
+            raise UserError(f"{self.path} is being written by another process")
         if not (self.path / SETTINGS).exists():
-            if any(entry.name != f"{SETTINGS}.tmp" for entry in self.path.iterdir()):
+            if any(entry != files.partial(self.path / SETTINGS) for entry in self.path.iterdir()):
                 raise UserError(
                     f"{self.path} is not empty and was not made by this command; choose another folder"
                 )
@@ -207,9 +166,28 @@ class ShardFolder:
         os.close(self._lock)
 
     def write(self, number: int, jobs: Sequence[Job], labels: np.ndarray) -> None:
-        """Writes a shard; see `write_shard`."""
-        metadata = {"key": self.key, "number": str(number)}
-        write_shard(self.path / shard_name(number), jobs, labels, metadata)
+        """Writes a shard, as `replacing` does.
+
+        Args:
+            number: of the shard.
+            jobs: its images, in order.
+            labels: of all images of the source.
+        """
+        images = np.concatenate([job.images for job in jobs])
+        indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
+        broken = [entry for job in jobs for entry in job.broken]
+        num_rows, image_bytes = images.shape
+        schema = pa.schema(
+            [("image", pa.binary(image_bytes)), ("label", pa.int32()), ("path", pa.string())],
+            metadata={"key": self.key, "number": str(number), "broken": json.dumps(broken)},
+        )
+        columns = [
+            pa.FixedSizeBinaryArray.from_buffers(schema.types[0], num_rows, [None, pa.py_buffer(images)]),
+            pa.array(labels[indices], pa.int32()),
+            pa.array([path for job in jobs for path in job.paths], pa.string()),
+        ]
+        with replacing(self.path / shard_name(number)) as file, pa.ipc.new_file(file, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
     def finished(self, number: int, size: int) -> pa.RecordBatch | None:
         """The shard of ``size`` source images, or None where it is missing, cut short or another one's."""

@@ -11,7 +11,6 @@ resumed run uses the same ones.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import FrozenEncoder, StageEncoder, TokenEncoder, check_dtype
 from pixelgen.encoders.weights import load_strictly, read_state_dict
 from pixelgen.errors import UserError
+from pixelgen.files import replacing
 
 FILE_NAME = "embedded_features.safetensors"
 
@@ -171,11 +171,9 @@ def embedded_features(
         return load_embedded(path, config)
     features = train_embedded(config, *images())
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved into place: an interrupted run leaves no half file for the next one.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     state = {key: value.contiguous() for key, value in features.state_dict().items()}
-    save_file(state, temporary, metadata={"config": json.dumps(asdict(config))})
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(save(state, metadata={"config": json.dumps(asdict(config))}))
     return features
 
 

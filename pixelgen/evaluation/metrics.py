@@ -88,21 +88,6 @@ def to_digit_levels(images: ArrayLike) -> np.ndarray:
     return pixels.reshape(len(pixels), NATIVE_SIZE**2) * (MAX_LEVEL / 255)
 
 
-def pixel_frechet(images: ArrayLike, reference: ArrayLike) -> float:
-    """Frechet distance on the 64 raw pixels of digits, on the 0..16 scale (``to_digit_levels``).
-
-    For scale: class means against all 1,797 digits 451, one half of the digits against the other 15 to 25, a
-    bootstrap 5.
-
-    Args:
-        images, reference: uint8 images as ``to_digit_levels`` takes them, two or more each.
-
-    Returns:
-        The distance, at least 0.
-    """
-    return frechet_distance(to_digit_levels(images), to_digit_levels(reference))
-
-
 def within_class_variance_ratio(
     samples: ArrayLike, labels: ArrayLike, real: ArrayLike, real_labels: ArrayLike
 ) -> float:
@@ -185,7 +170,7 @@ class DigitsReport(TypedDict):
     """What ``evaluate_digits`` returns."""
 
     num_samples: int
-    frechet_distance: float  # to all real digits: a bootstrap of them has 5, their class means 451
+    frechet_distance: float  # to all real ones: a bootstrap of them has 5, one half 15 to 25, class means 451
     variance_ratio: float  # within a class, relative to the real digits
     svc_agreement: float  # share of labels that the classifier confirms
 
@@ -199,7 +184,7 @@ def evaluate_digits(samples: ArrayLike, labels: ArrayLike) -> DigitsReport:
         labels: (N,) integers 0..9.
 
     Returns:
-        ``num_samples``, ``frechet_distance`` (``pixel_frechet``), ``svc_agreement`` and
+        ``num_samples``, ``frechet_distance`` on the 64 raw pixels, 0..16 scale, ``svc_agreement`` and
         ``variance_ratio`` (``within_class_variance_ratio``).
 
     Raises:
@@ -219,7 +204,7 @@ def evaluate_digits(samples: ArrayLike, labels: ArrayLike) -> DigitsReport:
         got = f"{counts.min()} of {kinds[counts.argmin()]}" if len(label) else "none"
         raise UserError(f"evaluate_digits: need at least 2 samples of every class in labels, got {got}")
     # At the size of the samples, so that both go through the same averaging.
-    real = Digits(image_size=_side(samples))
+    real = Digits(image_size=int(np.shape(samples)[2]))  # rows or columns: the images are square
     real_levels = to_digit_levels(real.images)
     return {
         "num_samples": len(levels),
@@ -227,7 +212,3 @@ def evaluate_digits(samples: ArrayLike, labels: ArrayLike) -> DigitsReport:
         "variance_ratio": within_class_variance_ratio(levels, label, real_levels, real.labels),
         "svc_agreement": svc_agreement(samples, label),
     }
-
-
-def _side(images: ArrayLike) -> int:
-    return int(np.shape(images)[2])  # rows or columns: the images are square

@@ -10,19 +10,14 @@ from torch import Tensor, nn
 
 from pixelgen.conditions import Condition
 from pixelgen.models.denoiser import Denoiser, Kernels
-from pixelgen.models.layers import (
-    Block,
-    FinalLayer,
+from pixelgen.models.embeddings import (
     LabelEmbedder,
     PatchEmbed,
-    Pending,
     PositionTable,
-    RMSNorm,
     TimestepEmbedder,
-    add_pending,
-    packed_modulations,
     sincos_position_table,
 )
+from pixelgen.models.layers import Block, FinalLayer, Pending, RMSNorm, add_pending, packed_modulations
 from pixelgen.models.sizes import ModelConfig
 
 

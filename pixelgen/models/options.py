@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from pixelgen.data.options import DataConfig
 from pixelgen.models.families import DATA_FIELDS, FAMILIES, Architecture, Family
 from pixelgen.options import OpenSection, Option, added_options
+
+if TYPE_CHECKING:
+    from pixelgen.data.options import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,32 +17,6 @@ from pixelgen.models.sizes import ModelConfig
 PREFIX = {"raw": "denoiser.", "ema": "ema_denoiser."}
 
 
-def config_from_reference(config: dict) -> ModelConfig:
-    """Translates the constructor arguments of the published class-conditional denoiser.
-
-    Args:
-        config: ``input_size``, ``hidden_size``, ``num_heads`` and so on, as in the published YAML files.
-
-    Raises:
-        UserError: an argument this model does not have.
-    """
-    names = {
-        "input_size": "image_size",
-        "in_channels": "channels",
-        "hidden_size": "width",
-        "num_heads": "heads",
-    }
-    names |= {"attn_drop": "attn_dropout", "proj_drop": "proj_dropout"}
-    use_bottleneck = config.get("use_bottleneck", True)  # the published default
-    fields = {names.get(key, key): value for key, value in config.items() if key != "use_bottleneck"}
-    if not use_bottleneck:
-        fields["bottleneck_dim"] = 0
-    unknown = sorted(set(fields) - set(ModelConfig.__dataclass_fields__))
-    if unknown:
-        raise UserError(f"config_from_reference: unknown arguments {', '.join(unknown)}")
-    return ModelConfig(**fields)
-
-
 def load_strictly(model: Denoiser, state: dict[str, Tensor], source: str) -> None:
     """Copies ``state`` into ``model`` and accepts no difference in names or shapes.
 

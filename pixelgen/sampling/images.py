@@ -1,24 +1,17 @@
-"""Pictures of a run: grids of samples and loss curves."""
+"""Images as bytes, and many of them in one picture."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
-
 MIN_CELL = 48  # smaller images are enlarged to this many pixels: an 8x8 digit is a speck on a screen
-
 PADDING = 2  # pixels between cells
-
 BACKGROUND = 96  # grey level: neither black nor white images run into it
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of samples and loss curves."""
+"""What a run has logged, as arrays and as a picture of the loss curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,31 +68,27 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def save_loss_curves(
-    metrics: str | os.PathLike[str], path: str | os.PathLike[str], *, terms: Sequence[str] | None = None
-) -> Path:
+def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """Draws the curves of a metrics.jsonl as one PNG: a panel per term, raw values thin, a running mean bold.
 
-    A panel whose mean is positive and spans more than a factor of 10 gets a logarithmic axis.
+    Drawn are the terms of ``CURVES`` that the file has. A panel whose mean is positive and spans more than a
+    factor of 10 gets a logarithmic axis.
 
     Args:
         metrics: file that ``read_metrics`` reads.
         path: file to write; its folder is made if missing.
-        terms: names of the terms to draw; None draws those of ``CURVES`` that the file has.
 
     Returns:
         The path.
 
     Raises:
         FileNotFoundError: there is no metrics file.
-        UserError: the file has no value of a term.
+        UserError: the file has no value of any.
     """
     curves = read_metrics(metrics)
-    names = [name for name in CURVES if name in curves] if terms is None else list(terms)
-    missing = [name for name in names if name not in curves]
-    if missing or not names:
-        wanted = ", ".join(missing or CURVES)
-        raise UserError(f"save_loss_curves: {metrics} has no values of {wanted}")
+    names = [name for name in CURVES if name in curves]
+    if not names:
+        raise UserError(f"save_loss_curves: {metrics} has no values of {', '.join(CURVES)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _draw({name: curves[name] for name in names}).savefig(path, format="png", dpi=110)

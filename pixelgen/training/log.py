@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import resource
 import sys
 import time
@@ -142,7 +143,7 @@ class TrainLog:
         means = dict(zip((*shares, *figures), values, strict=True))
         means |= {name: means[name] / size for name in shares if not is_share(name)}
         waited, broken = means.pop("waited"), means.pop("broken")
-        if not all(map(_is_finite, means.values())):
+        if not all(map(math.isfinite, means.values())):
             self._stop()
         self._terms = [name for name in means if name != "gated_fraction"]
         seconds = max(now - self._since - self._paused, 1e-9)
@@ -330,10 +331,6 @@ def _start_wandb(trainer: Trainer) -> Any:
 def _peak_of(device: torch.device, dtype: str) -> float | None:
     """FLOP/s that the vendor states for a device; None where that is not known, as for a CPU."""
     return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -1,153 +1,44 @@
-"""The loop around ``Trainer.train_step``: data, log, pictures, checkpoints, signals; start and resume."""
+"""The loop around ``Trainer.train_step``: data, log, pictures, checkpoints, signals."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pixelgen.conditions import moved
 from pixelgen.config.load import config_to_yaml
 from pixelgen.config.train_config import TrainConfig
-from pixelgen.data.identity import compare, identify
-from pixelgen.data.loader import Batch, build_dataset, build_loader
+from pixelgen.data.identity import identify
+from pixelgen.data.loader import Batch, build_loader
 from pixelgen.data.sources.stream import HubStream
 from pixelgen.errors import UserError
 from pixelgen.files import write_whole
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter, clean_leftovers
 from pixelgen.training.grid import COLUMNS, sample_grid
-from pixelgen.training.log import METRICS_FILE, TrainLog, check_logging, truncate_metrics
+from pixelgen.training.log import METRICS_FILE, TrainLog, truncate_metrics
 from pixelgen.training.optim import learning_rate
 from pixelgen.training.processes.vote import StopVote
 from pixelgen.training.processes.watchdog import Watchdog
-from pixelgen.training.processes.world import World
 from pixelgen.training.step import Trainer
 
-LOCK_FILE = ".lock"
 _NO_DATA = 1000  # a vote beside the numbers of signals: a process has no images for its next step
 _ONCE_S = 2.0
 
 
-def start_run(config: TrainConfig, world: World) -> Run:
-    """A new run in a new folder; an existing folder is never reused.
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """Notes what a run is trained with in its folder.
 
     Raises:
-        UserError: the folder exists, cannot be written to, or the data cannot be used.
+        UserError: it cannot be written to.
     """
-    run_dir = Path(config.out_dir) / str(config.name)
-    # Before the folder is made: a wrong path must not leave an empty run.
-    dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
-    check_logging(config)
-    folder = ExitStack()
-
-    def make() -> None:
-        if run_dir.exists():
-            raise UserError(
-                f"{run_dir} exists already; continue it with --resume {run_dir} or choose another --name"
-            )
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{run_dir} cannot be made: {error.strerror}") from error
-        folder.enter_context(locked(run_dir))
-        _write_config(run_dir, config)  # before anything that takes time: by this a job queued again knows it
-
-    world.on_main(make)
-    try:
-        trainer = Trainer(config, run_dir, dataset, world)
-        if config.init is not None:
-            trainer.begin_from(config.init)
-        return Run(trainer, folder, {})
-    except BaseException:  # whatever it was, also Ctrl-C: a folder without a run would block its name
-        folder.close()
-        if world.is_main:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
-
-
-def resume_run(path: str, config: TrainConfig, world: World) -> Run:
-    """Continues a run from its newest checkpoint, or the checkpoint given, bit for bit.
-
-    Args:
-        path: ``runs/NAME`` or one of its checkpoints.
-        config: the run's configuration, with or without changes such as a larger ``train.max_steps``.
-        world: the processes; their number may have changed.
-
-    Raises:
-        FileNotFoundError: nothing at ``path``.
-        UserError: no checkpoint there, or not the newest one of its run; or another process trains there.
-    """
-    folder = ExitStack()
-
-    def find() -> Path:
-        checkpoint = checkpoints.find_checkpoint(path)
-        run_dir = checkpoint.resolve().parent.parent
-        found = checkpoints.list_checkpoints(run_dir)
-        if checkpoint.resolve() not in found:
-            raise UserError(f"{checkpoint} is not inside a run (runs/NAME/checkpoints); put it into one")
-        if checkpoint.resolve() != found[-1]:
-            raise UserError(
-                f"{checkpoint} is not the newest checkpoint of its run, {found[-1].name} is: remove the "
-                f"later ones first, or work on a copy of the run's folder"
-            )
-        folder.enter_context(locked(run_dir))
-        return checkpoint
-
-    # One process looks: others may still see an older state of a disk that they share.
-    checkpoint = world.on_main(find)
-    check_logging(config)
-    try:
-        dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
-        world.on_main(lambda: compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset)))
-        trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
-        position = trainer.load(checkpoint)
-    except BaseException:
-        folder.close()
-        raise
-    return Run(trainer, folder, position)
-
-
-def continue_or_start(config: TrainConfig, world: World) -> Run:
-    """``--resume auto``: continues the run that has this name, or starts it if it has no checkpoint yet.
-
-    The folder of a run that stopped before its first checkpoint is kept under another name.
-
-    Raises:
-        UserError: the folder is there but not that of a run, or its checkpoints are not complete.
-    """
-    run_dir = Path(config.out_dir) / str(config.name)
-
-    def look() -> bool:
-        if not run_dir.exists():
-            return False
-        if any((run_dir / "checkpoints").glob("step_*")):
-            checkpoints.find_checkpoint(run_dir)
-            return True
-        if not (run_dir / checkpoints.CONFIG_FILE).is_file():
-            raise UserError(f"--resume auto: {run_dir} is not the folder of a run: it has no config.yaml")
-        names = (run_dir.with_name(f"{run_dir.name}.stopped-{number}") for number in count(1))
-        aside = next(path for path in names if not path.exists())
-        with locked(run_dir):
-            run_dir.rename(aside)
-        print(f"{run_dir} stopped before its first checkpoint: now {aside}, and the run starts anew")
-        return False
-
-    if world.on_main(look):
-        return resume_run(str(run_dir), config, world)
-    return start_run(config, world)
-
-
-def _write_config(run_dir: Path, config: TrainConfig) -> None:
     try:
         write_whole(run_dir / checkpoints.CONFIG_FILE, config_to_yaml(config))
     except OSError as error:
@@ -246,7 +137,7 @@ class Run:
         """Clears what a killed run left, and writes down the changes of this one, for the next to read."""
         clean_leftovers(self.run_dir)
         truncate_metrics(self.run_dir / METRICS_FILE, self.trainer.step)
-        _write_config(self.run_dir, self.config)
+        write_config(self.run_dir, self.config)
 
     def _loop(self) -> int:
         """Steps until the end or a vote to stop; the signal that stopped all processes, or 0."""
@@ -378,24 +269,3 @@ def _end_at_once(reader: int) -> None:
                 first = time.monotonic()
             elif time.monotonic() - first > _ONCE_S:
                 os._exit(128 + got[0])
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[IO[str]]:
-    """Keeps a run's folder to this process; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: another process trains there.
-    """
-    try:
-        lock = (run_dir / LOCK_FILE).open("w")
-    except OSError as error:
-        raise UserError(f"{run_dir} cannot be written to: {error.strerror}") from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process is training this run") from None
-        except OSError as error:  # a disk that knows no locks
-            print(f"warning: {run_dir} cannot be locked: {error.strerror}", file=sys.stderr)
-        yield file

@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tqdm import tqdm
+
 from pixelgen.config.command_line import parse
 from pixelgen.data.prepare.decoder import Decoder, stored_path
 from pixelgen.data.shards import (
@@ -29,7 +31,6 @@ from pixelgen.data.shards import (
     write_json,
 )
 from pixelgen.errors import UserError
-from pixelgen.sampling.progress import ImageBar
 
 if TYPE_CHECKING:
     from pixelgen.data.encoded import EncodedImages
@@ -172,7 +173,7 @@ def prepare(options: PrepareOptions) -> str:
     stretches = [(begin, min(begin + size, total)) for begin in range(0, total, size)]
     with (
         closing(ShardFolder(Path(options.dst), settings)) as folder,
-        ImageBar(total=total, desc="preparing") as bar,
+        tqdm(total=total, desc="preparing", unit="img", dynamic_ncols=True) as bar,
     ):
         shards = [folder.finished(number, end - begin) for number, (begin, end) in enumerate(stretches)]
         missing = [number for number, shard in enumerate(shards) if shard is None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
+from pixelgen.files import flush
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.processes.world import World, gloo_group
 
@@ -187,11 +187,11 @@ class CheckpointWriter:
         }
         (partial / checkpoints.META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         final = self._root / f"step_{step:08d}"
         _remove(final)  # without meta.json, or it would have been resumed from
         partial.rename(final)
-        _flush(self._root)
+        flush(self._root)
         self._remove_old()
 
     def _remove_old(self) -> None:
@@ -217,14 +217,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def clean_leftovers(run_dir: Path) -> None:

@@ -1,0 +1,154 @@
+"""Starting a run, continuing one, and keeping its folder to one process."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+
+from pixelgen.config.train_config import TrainConfig
+from pixelgen.data.identity import compare, identify
+from pixelgen.data.loader import build_dataset
+from pixelgen.errors import UserError
+from pixelgen.files import lock
+from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.log import check_logging
+from pixelgen.training.loop import Run, write_config
+from pixelgen.training.processes.world import World
+from pixelgen.training.step import Trainer
+
+LOCK_FILE = ".lock"
+
+
+def start_run(config: TrainConfig, world: World) -> Run:
+    """A new run in a new folder; an existing folder is never reused.
+
+    Raises:
+        UserError: the folder exists, cannot be written to, or the data cannot be used.
+    """
+    run_dir = Path(config.out_dir) / str(config.name)
+    # Before the folder is made: a wrong path must not leave an empty run.
+    dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
+    check_logging(config)
+    folder = ExitStack()
+
+    def make() -> None:
+        if run_dir.exists():
+            raise UserError(
+                f"{run_dir} exists already; continue it with --resume {run_dir} or choose another --name"
+            )
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{run_dir} cannot be made: {error.strerror}") from error
+        folder.enter_context(locked(run_dir))
+        write_config(run_dir, config)  # before anything that takes time: by this a job queued again knows it
+
+    world.on_main(make)
+    try:
+        trainer = Trainer(config, run_dir, dataset, world)
+        if config.init is not None:
+            trainer.begin_from(config.init)
+        return Run(trainer, folder, {})
+    except BaseException:  # whatever it was, also Ctrl-C: a folder without a run would block its name
+        folder.close()
+        if world.is_main:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def resume_run(path: str, config: TrainConfig, world: World) -> Run:
+    """Continues a run from its newest checkpoint, or the checkpoint given, bit for bit.
+
+    Args:
+        path: ``runs/NAME`` or one of its checkpoints.
+        config: the run's configuration, with or without changes such as a larger ``train.max_steps``.
+        world: the processes; their number may have changed.
+
+    Raises:
+        FileNotFoundError: nothing at ``path``.
+        UserError: no checkpoint there, or not the newest one of its run; or another process trains there.
+    """
+    folder = ExitStack()
+
+    def find() -> Path:
+        checkpoint = checkpoints.find_checkpoint(path)
+        run_dir = checkpoint.resolve().parent.parent
+        found = checkpoints.list_checkpoints(run_dir)
+        if checkpoint.resolve() not in found:
+            raise UserError(f"{checkpoint} is not inside a run (runs/NAME/checkpoints); put it into one")
+        if checkpoint.resolve() != found[-1]:
+            raise UserError(
+                f"{checkpoint} is not the newest checkpoint of its run, {found[-1].name} is: remove the "
+                f"later ones first, or work on a copy of the run's folder"
+            )
+        folder.enter_context(locked(run_dir))
+        return checkpoint
+
+    # One process looks: others may still see an older state of a disk that they share.
+    checkpoint = world.on_main(find)
+    check_logging(config)
+    try:
+        dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
+        world.on_main(lambda: compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset)))
+        trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
+        position = trainer.load(checkpoint)
+    except BaseException:
+        folder.close()
+        raise
+    return Run(trainer, folder, position)
+
+
+def continue_or_start(config: TrainConfig, world: World) -> Run:
+    """``--resume auto``: continues the run that has this name, or starts it if it has no checkpoint yet.
+
+    The folder of a run that stopped before its first checkpoint is kept under another name.
+
+    Raises:
+        UserError: the folder is there but not that of a run, or its checkpoints are not complete.
+    """
+    run_dir = Path(config.out_dir) / str(config.name)
+
+    def look() -> bool:
+        if not run_dir.exists():
+            return False
+        if any((run_dir / "checkpoints").glob("step_*")):
+            checkpoints.find_checkpoint(run_dir)
+            return True
+        if not (run_dir / checkpoints.CONFIG_FILE).is_file():
+            raise UserError(f"--resume auto: {run_dir} is not the folder of a run: it has no config.yaml")
+        names = (run_dir.with_name(f"{run_dir.name}.stopped-{number}") for number in count(1))
+        aside = next(path for path in names if not path.exists())
+        with locked(run_dir):
+            run_dir.rename(aside)
+        print(f"{run_dir} stopped before its first checkpoint: now {aside}, and the run starts anew")
+        return False
+
+    if world.on_main(look):
+        return resume_run(str(run_dir), config, world)
+    return start_run(config, world)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a run's folder to this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    try:
+        file = (run_dir / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be written to: {error.strerror}") from error
+    with file:
+        try:
+            is_free = lock(file)
+        except OSError as error:  # a disk that knows no locks
+            print(f"warning: {run_dir} cannot be locked: {error.strerror}", file=sys.stderr)
+            is_free = True
+        if not is_free:
+            raise UserError(f"{run_dir}: another process is training this run")
+        yield
