@@ -1,4 +1,4 @@
-"""Image datasets and the loader that feeds them to the trainer as uint8 batches."""
+"""Sources of images and the loader that feeds them to the trainer as uint8 batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pixelgen.data.crop import center_crop
-    from pixelgen.data.loader import Batch, ImageDataset, Loader, build_dataset, build_loader, stream_indices
+    from pixelgen.data.loader import Batch, Loader, build_loader
+    from pixelgen.data.order import stream_indices
+    from pixelgen.data.source import ReadBatch, Source, build_dataset, register
     from pixelgen.data.sources.digits import Digits
     from pixelgen.data.sources.folder import ClassFolder
     from pixelgen.data.sources.hf import HubImages
@@ -20,13 +22,15 @@ __all__ = [
     "Digits",
     "HubImages",
     "HubStream",
-    "ImageDataset",
     "Loader",
     "PreparedImages",
+    "ReadBatch",
+    "Source",
     "SyntheticImages",
     "build_dataset",
     "build_loader",
     "center_crop",
+    "register",
     "stream_indices",
 ]
 
@@ -36,11 +40,13 @@ _HOME = {
     "ClassFolder": "sources.folder",
     "HubImages": "sources.hf",
     "Batch": "loader",
-    "ImageDataset": "loader",
     "Loader": "loader",
-    "build_dataset": "loader",
     "build_loader": "loader",
-    "stream_indices": "loader",
+    "stream_indices": "order",
+    "ReadBatch": "source",
+    "Source": "source",
+    "build_dataset": "source",
+    "register": "source",
     "PreparedImages": "sources.prepared",
     "HubStream": "sources.stream",
     "SyntheticImages": "sources.synthetic",
@@ -48,7 +54,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    # The datasets need torch and Pillow; importing the package needs neither.
+    # The loader needs torch, the crops need Pillow; importing the package needs neither.
     if name in _HOME:
         from importlib import import_module
 

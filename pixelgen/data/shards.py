@@ -17,12 +17,14 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from pixelgen.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORMAT = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
@@ -59,6 +61,8 @@ def write_shard(path: Path, jobs: Sequence[Job], labels: np.ndarray, metadata: d
         labels: of all images of the source.
         metadata: what else to note in it.
     """
+    import pyarrow as pa
+
     images = np.concatenate([job.images for job in jobs])
     indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
     broken = [entry for job in jobs for entry in job.broken]
@@ -82,6 +86,8 @@ def open_shard(path: Path) -> pa.RecordBatch:
     Raises:
         UserError: it is not there, cut short, or no shard.
     """
+    import pyarrow as pa
+
     try:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).get_batch(0)

@@ -19,8 +19,8 @@ from pixelgen.conditions import moved
 from pixelgen.config.load import config_to_yaml
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.identity import compare, identify
-from pixelgen.data.loader import Batch, build_dataset, build_loader
-from pixelgen.data.sources.stream import HubStream
+from pixelgen.data.loader import Batch, build_loader
+from pixelgen.data.source import build_dataset
 from pixelgen.errors import UserError
 from pixelgen.files import write_whole
 from pixelgen.training.checkpoint import read as checkpoints
@@ -237,7 +237,8 @@ class Run:
         where = str(trainer.device.type)
         if world.size > 1:
             where = f"{world.size} processes ({trainer.mode}, {where})"
-        images = "" if isinstance(trainer.dataset, HubStream) else f"{len(trainer.dataset):,} images, "
+        num_images = trainer.dataset.num_images
+        images = "" if num_images is None else f"{num_images:,} images, "
         print(f"{self.run_dir}: {trainer.num_parameters:,} parameters on {where}, {images}", end="")
         print(f"step {trainer.step} of {config.train.max_steps}", flush=True)
 
