@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from pixelgen.data.crop import center_crop
     from pixelgen.data.loader import Batch, Loader, build_loader
     from pixelgen.data.order import stream_indices
-    from pixelgen.data.source import ReadBatch, Source, build_dataset, register
+    from pixelgen.data.source import ReadBatch, Source, SourceOptions, build_dataset, register
     from pixelgen.data.sources.digits import Digits
     from pixelgen.data.sources.folder import ClassFolder
     from pixelgen.data.sources.hf import HubImages
@@ -26,6 +26,7 @@ __all__ = [
     "PreparedImages",
     "ReadBatch",
     "Source",
+    "SourceOptions",
     "SyntheticImages",
     "build_dataset",
     "build_loader",
@@ -45,6 +46,7 @@ _HOME = {
     "stream_indices": "order",
     "ReadBatch": "source",
     "Source": "source",
+    "SourceOptions": "source",
     "build_dataset": "source",
     "register": "source",
     "PreparedImages": "sources.prepared",
