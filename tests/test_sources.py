@@ -1,8 +1,10 @@
 """Sources from outside: one file is all that training, resuming and reading in other processes need."""
 
+import ast
 import pickle
 import re
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import toy_source
 from images import assert_same, pair, united
 from training import FLOW_ONLY, curve, fails_with, options, start_trainer
 
+import pixelgen
 from pixelgen.config import DataConfig, TrainConfig, config_from_yaml, config_to_yaml, load_config
 from pixelgen.data import Source, build_dataset, build_loader, register, stream_indices
 from pixelgen.data.source import SOURCES
@@ -145,6 +148,35 @@ def test_samples_are_called_by_their_names(tmp_path):
 
 
 # --- reading
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file of it imports, also late; but not for types alone."""
+    found = set()
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{item.name}" for item in node.names)}
+        if isinstance(node, ast.Import):
+            found |= {item.name for item in node.names}
+        todo += ast.iter_child_nodes(node)
+    return found
+
+
+def test_no_module_of_the_data_imports_itself_through_others():
+    root = Path(pixelgen.__file__).parent
+    modules = {
+        ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / "data").rglob("*.py")
+    }
+    sources = {name for name in modules if name.startswith("pixelgen.data.sources.")}
+    arrows = {name: imported(path) & modules.keys() for name, path in modules.items()}
+    arrows["pixelgen.data.sources"] |= sources  # found by name
+    assert "pixelgen.data.sources" in arrows["pixelgen.data.options"] and len(sources) >= 6
+    tuple(TopologicalSorter(arrows).static_order())  # raises CycleError
 
 
 def take(source: Source, steps: int, **more):

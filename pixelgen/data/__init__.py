@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,29 +37,22 @@ __all__ = [
 ]
 
 _HOME = {
-    "center_crop": "crop",
-    "Digits": "sources.digits",
-    "ClassFolder": "sources.folder",
-    "HubImages": "sources.hf",
-    "Batch": "loader",
-    "Loader": "loader",
-    "build_loader": "loader",
-    "stream_indices": "order",
-    "ReadBatch": "source",
-    "Source": "source",
-    "SourceOptions": "source",
-    "build_dataset": "source",
-    "register": "source",
-    "PreparedImages": "sources.prepared",
-    "HubStream": "sources.stream",
-    "SyntheticImages": "sources.synthetic",
+    "crop": ("center_crop",),
+    "loader": ("Batch", "Loader", "build_loader"),
+    "order": ("stream_indices",),
+    "source": ("ReadBatch", "Source", "SourceOptions", "build_dataset", "register"),
+    "sources.digits": ("Digits",),
+    "sources.folder": ("ClassFolder",),
+    "sources.hf": ("HubImages",),
+    "sources.prepared": ("PreparedImages",),
+    "sources.stream": ("HubStream",),
+    "sources.synthetic": ("SyntheticImages",),
 }
 
 
 def __getattr__(name: str) -> object:
     # The loader needs torch, the crops need Pillow; importing the package needs neither.
-    if name in _HOME:
-        from importlib import import_module
-
-        return getattr(import_module(f"pixelgen.data.{_HOME[name]}"), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"pixelgen.data.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

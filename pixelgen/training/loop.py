@@ -237,8 +237,7 @@ class Run:
         where = str(trainer.device.type)
         if world.size > 1:
             where = f"{world.size} processes ({trainer.mode}, {where})"
-        num_images = trainer.dataset.num_images
-        images = "" if num_images is None else f"{num_images:,} images, "
+        images = "" if trainer.dataset.num_images is None else f"{trainer.dataset.num_images:,} images, "
         print(f"{self.run_dir}: {trainer.num_parameters:,} parameters on {where}, {images}", end="")
         print(f"step {trainer.step} of {config.train.max_steps}", flush=True)
 

@@ -53,16 +53,11 @@ class Block(NamedTuple):
     rows: list[Row]
 
 
+_Batch = list[tuple[list[Row], int]]  # for each image the rows of its block, and its place among them
+
+
 class HubRows:
     """The rows of a data set, opened as a stream, in blocks and in stored order.
-
-    Args:
-        options: of the data set.
-        num_classes: number of classes where the label column does not name them.
-
-    Attributes:
-        num_shards: number of files that are visited in random order.
-        class_names: names of the classes.
 
     Raises:
         FileNotFoundError: data.path is no hub id and does not exist.
@@ -79,7 +74,7 @@ class HubRows:
         self.class_names = self._columns.class_names
         rows = rows.select_columns([self._columns.image, self._columns.label])
         self._rows = only_images(rows, self._columns.image)
-        self.num_shards: int = self._rows.num_shards
+        self.num_shards: int = self._rows.num_shards  # files, which are visited in random order
 
     def blocks(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
         """The blocks from a position on, endless.
@@ -148,19 +143,11 @@ class HubStream(Source):
         """Opens the stream and reads which columns it has; raises what `HubRows` does."""
         self._rows = HubRows(options, data.num_classes)
         super().__init__(data.image_size, data.channels, self._rows.class_names, crop=options.crop)
-        self._place(Share(1, seed=0), _Position(), threads=1)
-
-    def _place(self, share: Share, position: _Position, threads: int) -> None:
-        self._share, self._position, self._threads = share, position, threads
-        self._batches: Iterator[tuple[list[tuple[list[Row], int]], _Position]] | None = None
+        self._share, self._position, self._threads = Share(1, seed=0), _Position(), 1
+        self._batches: Iterator[tuple[_Batch, _Position]] | None = None
 
     def begin(self, share: Share, state: Mapping[str, int] | None, threads: int) -> HubStream:
-        """The same stream at a position, to read from; see `Source.begin`.
-
-        Args:
-            share: which part of every batch.
-            state: what came with the batch before ``share.start_step``; none at step 0.
-            threads: that decode; 0 is one, too.
+        """The same stream at a position, to read from with one thread or more; see `Source.begin`.
 
         Raises:
             ValueError: the state is of another step.
@@ -172,7 +159,8 @@ class HubStream(Source):
                 f"not streamed; set --data.streaming false"
             )
         placed = copy(self)
-        placed._place(share, _Position(), max(1, threads))
+        placed._share, placed._position, placed._threads = share, _Position(), max(1, threads)
+        placed._batches = None
         if state:
             position = {name: state[name] for name in vars(_Position())}
             for name, now in placed.state_dict().items():
@@ -223,10 +211,8 @@ class HubStream(Source):
         return image, rows[found].label, broken
 
 
-def _batches(
-    rows: HubRows, share: Share, at: _Position
-) -> Iterator[tuple[list[tuple[list[Row], int]], _Position]]:
-    """Whole batches, each image a block's rows and its place among them, and where the next batch begins."""
+def _batches(rows: HubRows, share: Share, at: _Position) -> Iterator[tuple[_Batch, _Position]]:
+    """Whole batches from a position on, and where the next one begins."""
     step, offset = at.step, at.offset
     with ThreadPoolExecutor(1) as reader:
         blocks = _read_ahead(rows.blocks(share.seed, at.epoch, at.shard, at.row), reader)
@@ -234,7 +220,7 @@ def _batches(
         if offset > len(order):
             raise UserError(f"data: {rows.path} has changed: fewer rows than when the checkpoint was saved")
         while True:
-            batch: list[tuple[list[Row], int]] = []
+            batch: _Batch = []
             while len(batch) < share.batch_size:
                 if offset == len(order):
                     (block, order), offset = _next_block(blocks, share.seed), 0
