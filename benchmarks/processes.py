@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import elapsed_ms, in_turns
 from pixelgen.config import TrainConfig, load_config
-from pixelgen.data.loader import build_dataset, stream_indices
+from pixelgen.data.order import Share
+from pixelgen.data.source import build_dataset
 from pixelgen.errors import UserError
 from pixelgen.training.processes.world import World, leaving_together, start_world
 from pixelgen.training.step import Trainer
@@ -93,13 +94,9 @@ class Runner:
 
     def step(self) -> dict[str, Tensor]:
         """One training step with the images that are due."""
-        batch = self.config.train.batch_size
-        order = stream_indices(
-            self.trainer.step, dataset_size=len(self.images), batch_size=batch, seed=self.config.seed
-        )
-        share = batch // self.world.size
-        own = order[self.world.rank * share : (self.world.rank + 1) * share]
-        images, labels = self.images.batch(own)
+        config, step, world = self.config, self.trainer.step, self.world
+        share = Share(config.train.batch_size, config.seed, step, world.rank, world.size)
+        images, labels = self.images.batch(self.images.order(step, share))
         return self.trainer.train_step(images.to(self.device), {"label": labels.to(self.device)})
 
     def losses(self, steps: int) -> tuple[list[float], float]:

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"{options.model} was not trained on the 8x8 digits, the only images that can be evaluated"
         )
-    labels = Digits().labels
+    labels = Digits().labels.tolist()
     figures = []
     for scale in scales:
         started = time.perf_counter()

@@ -79,6 +79,8 @@ def added_options(parts: Mapping[str, type]) -> list[Option]:
 class OpenSection(Section):
     """A section that has, besides its own options, those of everything that is registered by now.
 
+    In its docstring ``{parts}`` stands for the names and first lines of what is registered.
+
     ``DataConfig(name="hf", streaming=True)`` gives an instance of a class with the options of all sources,
     though it was declared with none of them.
     """
@@ -158,5 +160,7 @@ def _grown(cls: type[OpenSection], options: tuple[Option, ...], names: Iterable[
     made.__module__ = cls.__module__
     of_parts = "for {}: {}" if cls.CHOOSES is not None else "{1}"
     lines = [f"        {o.name}: {of_parts.format(' and '.join(o.owners), o.text)}" for o in options]
-    made.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), *lines])
+    first = {name: (part.__doc__ or "").partition("\n")[0].rstrip(".") for name, part in cls.parts().items()}
+    about = "; ".join(f"{name} is {line[:1].lower()}{line[1:]}" for name, line in first.items())
+    made.__doc__ = "\n".join([(cls.__doc__ or "").replace("{parts}", about).rstrip(), *lines])
     return made

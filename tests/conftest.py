@@ -77,7 +77,7 @@ def embedded_file(made_once) -> Path:
     def make(folder: Path) -> None:
         digits = Digits()
         config = EmbeddedConfig(channels=1, patch_size=2, num_classes=10, seed=0)
-        embedded_features(folder, config, lambda: (digits.images, digits.labels))
+        embedded_features(folder, config, lambda: digits.batch(range(len(digits))))
 
     return made_once("embedded", make) / FILE_NAME
 

@@ -66,13 +66,13 @@ def test_a_crop_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
 
 
 def test_shards_that_are_wrong_are_not_timed(tmp_path, monkeypatch):
-    batch = data.PreparedImages.batch
+    read = data.PreparedImages.read
 
-    def wrong(self, indices):
-        images, labels = batch(self, indices)
-        return images.flip(-1), labels
+    def wrong(self, order, draws):
+        found = read(self, order, draws)
+        return found._replace(images=found.images[..., ::-1].copy())
 
-    monkeypatch.setattr(data.PreparedImages, "batch", wrong)
+    monkeypatch.setattr(data.PreparedImages, "read", wrong)
     code, rows = run(tmp_path, "prepared")
     assert code == 1
     assert named(rows, "provider") == {("pil",), ("folder",)}

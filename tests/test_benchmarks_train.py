@@ -91,13 +91,13 @@ def test_processes_are_held_against_one_and_against_the_formula(tmp_path, monkey
 
 
 def test_shards_that_are_wrong_are_not_written(tmp_path, monkeypatch):
-    batch = PreparedImages.batch
+    read = PreparedImages.read
 
-    def mirrored(self, indices):
-        images, labels = batch(self, indices)
-        return images.flip(-1), labels
+    def mirrored(self, order, draws):
+        found = read(self, order, draws)
+        return found._replace(images=found.images[..., ::-1].copy())
 
-    monkeypatch.setattr(PreparedImages, "batch", mirrored)
+    monkeypatch.setattr(PreparedImages, "read", mirrored)
     code, rows = run(tmp_path, "step")
     assert code == 1
     assert set(rows) == {("step", "synthetic"), ("step", "folder")}

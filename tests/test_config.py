@@ -120,7 +120,9 @@ def test_resume_takes_the_runs_configuration_and_overrides(tmp_path):
 
 @pytest.mark.parametrize("text", ["null", "~", "true", "1e3", "7", "off", "", "[a", "a: b #c", "x\ny", " x "])
 def test_any_text_survives_yaml(text):
-    config = TrainConfig(out_dir=text, data=DataConfig(path=text), loss=LossConfig(tokens_weights=text))
+    config = TrainConfig(
+        out_dir=text, data=DataConfig(name="folder", path=text), loss=LossConfig(tokens_weights=text)
+    )
     assert config_from_yaml(config_to_yaml(config)) == config
 
 

@@ -76,8 +76,8 @@ def test_loader_yields_the_stream(batch_size):
         assert images.shape == (batch_size, 1, 8, 8)
         assert images.dtype == torch.uint8
         assert labels.dtype == torch.int64
-        assert torch.equal(images, digits.images[index])
-        assert torch.equal(labels, digits.labels[index])
+        np.testing.assert_array_equal(images, digits.images[index])
+        np.testing.assert_array_equal(labels, digits.labels[index])
 
 
 def test_loader_resumes_at_any_step():

@@ -190,7 +190,7 @@ def test_state_before_the_first_batch(root):
 
 def test_first_images(root):
     stream = _stream(root)
-    images, labels = stream.first(9, seed=0)
+    images, labels = stream.examples(9, seed=0)
     expected, _ = _take(stream, 1, batch_size=9)
     assert_same([(images, labels)], expected)
 

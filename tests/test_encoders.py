@@ -53,7 +53,7 @@ def dino() -> DINOv2:
 @pytest.fixture(scope="module")
 def digits() -> tuple[Tensor, Tensor]:
     data = Digits()
-    return data.images, data.labels
+    return data.batch(range(len(data)))
 
 
 CONFIG = EmbeddedConfig(channels=1, patch_size=2, num_classes=10, seed=0)

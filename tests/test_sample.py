@@ -103,7 +103,7 @@ def test_sixty_seconds_of_training_already_give_digits(tmp_path):
     # The full figures are those of the default run (docs/digits.md); these bars are for 400 steps.
     trained(tmp_path, 400)
     pipeline = Pipeline.from_run(tmp_path / "short")
-    labels = Digits().labels
+    labels = Digits().labels.tolist()
     report = evaluate_digits(pipeline.sample(labels, guidance=1.0, steps=10), labels)
     assert report["frechet_distance"] < 150  # one picture per class: 451
     assert 0.5 < report["variance_ratio"] < 1.5

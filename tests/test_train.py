@@ -13,7 +13,7 @@ from processes import stored
 from training import FLOW_ONLY, curve, fails_with, options, start_trainer, train_steps
 
 from pixelgen.config import load_config
-from pixelgen.data.loader import stream_indices
+from pixelgen.data.order import stream_indices
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
 from pixelgen.losses.objective import Objective

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import tempfile
 import time
 import warnings
@@ -21,8 +20,10 @@ from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from pixelgen.data.crop import center_crop, halve, near_center_crop
 from pixelgen.data.decode import read_image
-from pixelgen.data.loader import ImageDataset, build_loader, stream_indices
-from pixelgen.data.prepare.command import PrepareOptions, prepare
+from pixelgen.data.loader import build_loader
+from pixelgen.data.order import stream_indices
+from pixelgen.data.prepare.command import PrepareOptions, prepare, usable_cpus
+from pixelgen.data.source import Source
 from pixelgen.data.sources.folder import ClassFolder
 from pixelgen.data.sources.prepared import PreparedImages
 
@@ -204,7 +205,7 @@ def _read_all(data: PreparedImages, order: np.ndarray) -> float:
 
 def worker_counts() -> list[int]:
     """Numbers of workers to time: none, and powers of two up to the number of CPUs."""
-    return [count for count in WORKERS if count <= len(os.sched_getaffinity(0))]
+    return [count for count in WORKERS if count <= usable_cpus()]
 
 
 def loader_rows(
@@ -213,7 +214,7 @@ def loader_rows(
     """Rows of the case `loader`: wall time per image with some number of workers."""
     size, folder, prepared = files().size, files().folder, files().prepared
     side = size.image_size
-    datasets: dict[str, ImageDataset] = {
+    datasets: dict[str, Source] = {
         "folder": ClassFolder(folder, side),
         "folder_fast": ClassFolder(folder, side, crop="fast"),
         "prepared": PreparedImages(prepared, side),

@@ -4,8 +4,7 @@ import contextlib
 import gc
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from benchmarks.measure import Timing, elapsed_ms, in_turns, matmul_flops, peak_
 from benchmarks.report import Row, row
 from benchmarks.suite import Part, Run, Suite
 from pixelgen.config import TrainConfig, load_config
+from pixelgen.data.source import ReadBatch, Source
 from pixelgen.planning.devices import peak_flops
 from pixelgen.planning.flops import expected_gate_share, train_step_flops
 from pixelgen.training.step import Trainer
@@ -52,31 +52,14 @@ DTYPES = {"float32": ("fp32", torch.float32), "bfloat16": ("bf16", torch.bfloat1
 WARM_UP, SECONDS, FEWEST = 2, 10.0, 5
 
 
-@dataclass
-class RandomImages:
-    """Images that are noise: what the trainer asks of a data set, without one."""
+class RandomImages(Source):
+    """Images that are noise: what the trainer asks of a source, without one."""
 
-    image_size: int
-    channels: int
-    num_classes: int
-    labels: Tensor
-    class_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels = self.batch([index])
-        return images[0], int(labels[0])
-
-    def name(self, index: int) -> str:
-        return f"noise {index}"
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+    def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
         generator = torch.Generator().manual_seed(1)
-        shape = (len(indices), self.channels, self.image_size, self.image_size)
+        shape = (len(order), self.channels, self.image_size, self.image_size)
         images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return images, self.labels[torch.as_tensor(np.asarray(indices))]
+        return ReadBatch(images.numpy(), order % self.num_classes)
 
 
 def step_config(device: torch.device, case: str, provider: str, batch: int) -> TrainConfig:
@@ -131,8 +114,8 @@ class Runner:
     def __init__(self, device: torch.device, case: str, provider: str, batch: int) -> None:
         self.device, self.config = device, step_config(device, case, provider, batch)
         data = self.config.data
-        labels = torch.arange(batch) % data.num_classes
-        images = RandomImages(data.image_size, data.channels, data.num_classes, labels)
+        names = [str(label) for label in range(data.num_classes)]
+        images = RandomImages(data.image_size, data.channels, names)
         # the folder is not used: only features trained on the run's own images would be kept in it
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # random weights

@@ -113,7 +113,7 @@ def options(device: torch.device, batch: int, *more: str) -> list[str]:
 
 def make_images(size: Size, root: Path) -> dict[str, tuple[str, ...]]:
     """Sources of the same images, and their options."""
-    image_size = load_config([*size.options, *FLOW_MATCHING, "--data.path", "."])[0].data.image_size
+    image_size = load_config([*size.options, *FLOW_MATCHING])[0].data.image_size
     pictures = [natural(500, 375, seed) for seed in range(size.pictures)]
     make_folder(root / "folder", pictures, size.copies)
     target = str(root / "prepared")

@@ -135,7 +135,8 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     loss = replace(
         loss, stages_weights=absolute(loss.stages_weights), tokens_weights=absolute(loss.tokens_weights)
     )
-    data = replace(data, path=absolute(data.path))
+    of_source = {"path": absolute(data.path)}
+    data = replace(data, **of_source)
     return replace(config, init=absolute(config.init), loss=loss, data=data)
 
 

@@ -1,12 +1,15 @@
-"""Image datasets and the loader that feeds them to the trainer as uint8 batches."""
+"""Sources of images and the loader that feeds them to the trainer as uint8 batches."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pixelgen.data.crop import center_crop
-    from pixelgen.data.loader import Batch, ImageDataset, Loader, build_dataset, build_loader, stream_indices
+    from pixelgen.data.loader import Batch, Loader, build_loader
+    from pixelgen.data.order import stream_indices
+    from pixelgen.data.source import ReadBatch, Source, SourceOptions, build_dataset, register
     from pixelgen.data.sources.digits import Digits
     from pixelgen.data.sources.folder import ClassFolder
     from pixelgen.data.sources.hf import HubImages
@@ -20,37 +23,36 @@ __all__ = [
     "Digits",
     "HubImages",
     "HubStream",
-    "ImageDataset",
     "Loader",
     "PreparedImages",
+    "ReadBatch",
+    "Source",
+    "SourceOptions",
     "SyntheticImages",
     "build_dataset",
     "build_loader",
     "center_crop",
+    "register",
     "stream_indices",
 ]
 
 _HOME = {
-    "center_crop": "crop",
-    "Digits": "sources.digits",
-    "ClassFolder": "sources.folder",
-    "HubImages": "sources.hf",
-    "Batch": "loader",
-    "ImageDataset": "loader",
-    "Loader": "loader",
-    "build_dataset": "loader",
-    "build_loader": "loader",
-    "stream_indices": "loader",
-    "PreparedImages": "sources.prepared",
-    "HubStream": "sources.stream",
-    "SyntheticImages": "sources.synthetic",
+    "crop": ("center_crop",),
+    "loader": ("Batch", "Loader", "build_loader"),
+    "order": ("stream_indices",),
+    "source": ("ReadBatch", "Source", "SourceOptions", "build_dataset", "register"),
+    "sources.digits": ("Digits",),
+    "sources.folder": ("ClassFolder",),
+    "sources.hf": ("HubImages",),
+    "sources.prepared": ("PreparedImages",),
+    "sources.stream": ("HubStream",),
+    "sources.synthetic": ("SyntheticImages",),
 }
 
 
 def __getattr__(name: str) -> object:
-    # The datasets need torch and Pillow; importing the package needs neither.
-    if name in _HOME:
-        from importlib import import_module
-
-        return getattr(import_module(f"pixelgen.data.{_HOME[name]}"), name)
+    # The loader needs torch, the crops need Pillow; importing the package needs neither.
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"pixelgen.data.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

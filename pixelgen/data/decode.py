@@ -8,12 +8,12 @@ import struct
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pixelgen.data.crop import center_crop, halve, near_center_crop, random_crop
+from pixelgen.data.source import Crop, ImageError
 
 # Pixels of an image whose short side is scaled to the target. A crop may make all of them: without a bound a
 # file of 200 bytes, of 1 x 60,000 pixels, takes 16 GB. At 256 px this is a long side of 1,024 short ones.
@@ -33,15 +33,11 @@ _UNREADABLE = (
 )
 
 
-class ImageError(Exception):
-    """A file that cannot be read as an image; the message is the reason, one line without the path."""
-
-
 def read_image(
     source: bytes | str | os.PathLike[str],
     image_size: int,
     channels: int,
-    crop: Literal["center", "fast", "random"] = "center",
+    crop: Crop = "center",
     draws: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes an image and cuts a square from it.

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pixelgen.data.decode import ImageError, read_image
+from pixelgen.data.source import Broken, ImageError, ReadBatch, Source
 from pixelgen.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MAX_BROKEN_RUN = 1000  # unreadable images in a row after which it is the data that is broken
-
-Crop = Literal["center", "fast", "random"]
-
-
-class Broken(NamedTuple):
-    """An image that could not be read."""
-
-    path: str
-    reason: str
-
-
-class ReadBatch(NamedTuple):
-    """Images (B, C, H, W) uint8, labels (B,) int64, and what went wrong while they were read.
-
-    ``num_replaced`` counts the rows that hold another image than was asked for; ``broken`` names the images
-    that could not be read, of which one row may have met several.
-    """
-
-    images: Tensor
-    labels: Tensor
-    broken: list[Broken]
-    num_replaced: int
 
 
 def read_or_next(
@@ -68,31 +46,13 @@ def read_or_next(
     raise UserError(f"data: {len(broken):,} images in a row cannot be read, beginning with {path}: {reason}")
 
 
-class EncodedImages(ABC):
+class EncodedImages(Source):
     """Images that are decoded when they are read: subclasses say where the bytes of each one are.
 
-    Attributes:
-        image_size, channels: every image is (channels, image_size, image_size).
-        crop: as ``data.crop``; "random" needs draws.
-        labels: (len,) int64, one per image.
-        num_classes, class_names: number and names of the classes.
+    In place of one that cannot be read comes the next readable one. Labels are known.
     """
 
-    num_classes: int
-    class_names: tuple[str, ...]
-
-    def __init__(self, image_size: int, channels: int, crop: Crop) -> None:
-        what = type(self).__name__
-        if image_size < 1:
-            raise UserError(f"{what}: image_size must be at least 1, got {image_size}")
-        if channels not in (1, 3):
-            raise UserError(f"{what}: channels must be 1 or 3, got {channels}")
-        if crop not in ("center", "fast", "random"):
-            raise UserError(f"{what}: crop must be center, fast or random, got {crop}")
-        self.image_size = image_size
-        self.channels = channels
-        self.crop: Crop = crop
-        self.labels: Tensor = torch.empty(0, dtype=torch.int64)
+    labels: np.ndarray
 
     @abstractmethod
     def source(self, index: int) -> bytes | Path:
@@ -106,8 +66,17 @@ class EncodedImages(ABC):
     def name(self, index: int) -> str:
         """Returns what to call image ``index`` in a message."""
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
+        """Reads images, and the next readable one in place of one that cannot be read; see `Source.read`."""
+        images = np.empty((len(order), self.channels, self.image_size, self.image_size), dtype=np.uint8)
+        used, broken, num_replaced = [], [], 0
+        for row, index in enumerate(order):
+            read = partial(self._decode, draws=None if draws is None else draws[row])
+            images[row], found, unreadable = read_or_next(read, int(index), len(self), self.name)
+            used.append(found)
+            broken += unreadable
+            num_replaced += bool(unreadable)
+        return ReadBatch(images, self.labels[np.array(used, dtype=np.int64)], broken, num_replaced)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Returns image ``index`` as uint8 (C, H, W) and its label; a random crop is the middle one.
@@ -115,64 +84,18 @@ class EncodedImages(ABC):
         Raises:
             UserError: it cannot be read as an image; the message names it.
         """
+        import torch
+
         try:
-            image = self._read(index, None)
+            image = self._decode(index, None)
         except ImageError as error:
             raise UserError(
                 f"data: cannot read image {self.name(index)}: {error}; repair or remove the file"
             ) from error
         return torch.tensor(image), int(self.labels[index])
 
-    def batch(
-        self, indices: Sequence[int] | np.ndarray, draws: np.ndarray | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `read_batch`, but what cannot be read is reported on stderr, each image once per process.
+    def _decode(self, index: int, draws: np.ndarray | None) -> np.ndarray:
+        from pixelgen.data.decode import read_image
 
-        Returns:
-            Images (B, C, H, W) uint8 and labels (B,) int64.
-        """
-        read = self.read_batch(indices, draws)
-        for path, reason in read.broken:
-            report_broken(path, reason)
-        return read.images, read.labels
-
-    def read_batch(self, indices: Sequence[int] | np.ndarray, draws: np.ndarray | None = None) -> ReadBatch:
-        """Reads the images of ``indices``, and the next readable one in place of one that cannot be read.
-
-        Args:
-            indices: (B,) integers.
-            draws: (B, 3) uniform in [0, 1), which place a random crop; None for the middle one.
-
-        Raises:
-            UserError: no image can be read in place of one.
-        """
-
-        images = np.empty((len(indices), self.channels, self.image_size, self.image_size), dtype=np.uint8)
-        used, broken, num_replaced = [], [], 0
-        for row, index in enumerate(indices):
-            read = partial(self._read, draws=None if draws is None else draws[row])
-            images[row], found, unreadable = read_or_next(read, int(index), len(self), self.name)
-            used.append(found)
-            broken += unreadable
-            num_replaced += bool(unreadable)
-        labels = self.labels[torch.tensor(used, dtype=torch.int64)]
-        return ReadBatch(torch.from_numpy(images), labels, broken, num_replaced)
-
-    def _read(self, index: int, draws: np.ndarray | None) -> np.ndarray:
         crop = "center" if self.crop == "random" and draws is None else self.crop
         return read_image(self.source(index), self.image_size, self.channels, crop, draws)
-
-
-def report_broken(path: str, reason: str) -> None:
-    """One line on stderr, the first time in this process."""
-    print_once(f"data: cannot read image {path}: {reason}; another one takes its place")
-
-
-_printed: set[str] = set()
-
-
-def print_once(line: str) -> None:
-    """One line on stderr, the first time in this process."""
-    if line not in _printed:
-        _printed.add(line)
-        print(line, file=sys.stderr, flush=True)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import sys
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pixelgen.data.source import Source
 from pixelgen.errors import UserError
 
-if TYPE_CHECKING:
-    from pixelgen.data.loader import ImageDataset
-    from pixelgen.data.sources.stream import HubStream
 
-
-def identify(dataset: ImageDataset | HubStream) -> dict[str, Any]:
-    """What tells data sets apart, as JSON: names of classes, and a checksum of all labels but a stream's."""
-    identity: dict[str, Any] = {"class_names": list(dataset.class_names)}
-    labels = getattr(dataset, "labels", None)
-    if labels is not None:
-        identity |= {"images": len(labels), "labels": zlib.crc32(labels.contiguous().numpy())}
+def identify(source: Source) -> dict[str, Any]:
+    """What tells data apart, as JSON: names of classes, and a checksum of all labels where they are known."""
+    identity: dict[str, Any] = {"class_names": list(source.class_names)}
+    if source.labels is not None:
+        labels = zlib.crc32(source.labels.tobytes())
+        identity |= {"images": len(source.labels), "labels": labels}
     return identity
 
 

@@ -1,10 +1,7 @@
-"""Batches whose content is a function of (seed, step) alone.
+"""Batches of a source: what it gives for (seed, step), whatever the number of processes that read it.
 
-Position ``p = step * batch_size + i`` of an endless stream holds image ``permutation(seed, p // n)[p % n]``
-of the ``n`` images: a fresh shuffle per epoch, batches that run across epoch ends, any batch size. Nothing is
-stored to resume, so PyTorch's plain DataLoader is enough: start it at the step to continue from. Only data
-that is streamed has a state beyond that (`pixelgen.data.sources.stream`); every
-batch carries the one after it.
+Nothing is stored to resume, so PyTorch's plain DataLoader is enough: start it at the step to continue from.
+Only a stream has a state beyond that; every batch carries the one after it.
 """
 
 from __future__ import annotations
@@ -13,169 +10,22 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pixelgen_kernels import philox_uniform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixelgen.conditions import Condition
-from pixelgen.data.encoded import Broken, EncodedImages, ReadBatch, report_broken
-from pixelgen.data.options import DataConfig
-from pixelgen.data.sources.digits import Digits
-from pixelgen.data.sources.folder import ClassFolder
-from pixelgen.data.sources.hf import HubImages
-from pixelgen.data.sources.synthetic import SyntheticImages
+from pixelgen.data.order import Share
+from pixelgen.data.source import Broken, Source, report_broken
 from pixelgen.errors import UserError
 
-if TYPE_CHECKING:
-    from pixelgen.data.sources.stream import HubStream
-
-# Stream of the counter-based generator that places random crops; the trainer's own are 0 to 3.
-CROP_STREAM = 4
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MIN_JUDGED = 1000  # images of all processes: over fewer, a single unreadable one would be a large share
-
-
-class ImageDataset(Protocol):
-    """What the loader and the trainer need of a data set."""
-
-    image_size: int
-    channels: int
-    num_classes: int
-    class_names: tuple[str, ...]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """Returns the number of images."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Returns one image, uint8 (C, H, W), and its label."""
-
-    def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Returns images, uint8 (B, C, H, W), and labels, int64 (B,)."""
-
-
-def build_dataset(data: DataConfig) -> ImageDataset | HubStream:
-    """Builds the data set that the ``data`` section of a config describes; a stream for ``data.streaming``.
-
-    Raises:
-        FileNotFoundError: data.path does not exist.
-        UserError: an option does not fit the data; the message names the option to change.
-    """
-    dataset = _open(data)
-    if dataset.num_classes != data.num_classes:
-        where = "the digits have" if data.name == "digits" else f"{data.path} holds"
-        raise UserError(
-            f"data: {where} {dataset.num_classes} classes but num_classes is {data.num_classes}; "
-            f"set --data.num_classes {dataset.num_classes}"
-        )
-    return dataset
-
-
-def _open(data: DataConfig) -> ImageDataset | HubStream:
-    size, channels = data.image_size, data.channels
-    holds = {
-        "folder": "a folder that holds one sub-folder of images per class",
-        "prepared": "a folder that pixelgen.data.prepare wrote",
-        "hf": "a hub id, or a folder or pattern of parquet files, webdataset tars or images",
-    }
-    if data.name in holds and not data.path:
-        raise UserError(f"data: {data.name} needs --data.path, {holds[data.name]}")
-    if data.name not in holds and data.path is not None:
-        raise UserError(f"data: {data.name} takes no path, got {data.path}; did you mean --data.name folder?")
-    if data.name == "digits":
-        return Digits(size, channels)
-    if data.name == "synthetic":
-        return SyntheticImages(size, channels, data.num_classes)
-    if data.name == "folder":
-        return ClassFolder(str(data.path), size, channels, data.crop)
-    if data.name == "prepared":
-        from pixelgen.data.sources.prepared import PreparedImages
-
-        return PreparedImages(str(data.path), size, channels)
-    if not data.streaming:
-        return HubImages(data)
-    from pixelgen.data.sources.stream import HubStream
-
-    return HubStream(data)
-
-
-def stream_indices(
-    step: int, *, dataset_size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-) -> np.ndarray:
-    """Indices of the images that ``rank`` sees at ``step``: a pure function of its arguments.
-
-    Ranks take consecutive parts of the global batch, so the global batch does not depend on ``world_size``.
-
-    Args:
-        step: training step, from 0.
-        dataset_size: number of images n, at least 1.
-        batch_size: images per step over all ranks; world_size divides it.
-        seed: seed of the shuffles, any integer.
-        rank: which part, 0 <= rank < world_size.
-        world_size: number of parts.
-
-    Returns:
-        (batch_size // world_size,) int64.
-    """
-    local = batch_size // world_size
-    first = step * batch_size + rank * local
-    parts = []
-    while local > 0:
-        epoch, offset = divmod(first, dataset_size)
-        part = permutation(seed, epoch, dataset_size)[offset : offset + local]
-        parts.append(part)
-        first, local = first + len(part), local - len(part)
-    return np.concatenate(parts)
-
-
-@lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, size: int, block: tuple[int, int] | None = None) -> np.ndarray:
-    """Random order (size,) int64 of an epoch, or of the block of it that begins at a (shard, row).
-
-    Sorts raw Philox words instead of calling ``Generator.permutation``, which may change with NumPy.
-    """
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, 0, 0] if block is None else [0, *block, 1], dtype=np.uint64)
-    words = np.random.Philox(key=key, counter=counter).random_raw(size)
-    order = np.argsort(words, kind="stable").astype(np.int64)
-    order.setflags(write=False)  # shared by all callers through the cache
-    return order
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which batches a rank reads: parts of ``batch_size`` images, from ``start_step`` on."""
-
-    batch_size: int
-    seed: int
-    start_step: int
-    rank: int
-    world_size: int
-
-    @property
-    def first(self) -> int:
-        """Place of the rank's first image in the global batch."""
-        return self.rank * self.size
-
-    @property
-    def size(self) -> int:
-        """Images per step of the rank."""
-        return self.batch_size // self.world_size
-
-    def crop_draws(self, step: int) -> np.ndarray:
-        """Uniform draws (size, 3) float32 that place the random crops of the rank's images."""
-        places = torch.arange(self.first, self.first + self.size)
-        return philox_uniform(self.seed, step, places, 3, stream=CROP_STREAM).numpy()
 
 
 class Batch(NamedTuple):
@@ -183,6 +33,15 @@ class Batch(NamedTuple):
 
     images: Tensor
     condition: Condition
+
+
+class _Read(NamedTuple):
+    """A batch as it comes from the process that read it, and the state of the source after it."""
+
+    batch: Batch
+    broken: list[Broken]
+    num_replaced: int
+    state: dict[str, int]
 
 
 class Loader:
@@ -215,16 +74,17 @@ class Loader:
             StopIteration: the loader was closed.
         """
         try:
-            read, self._state = self._fetch()
-            self.num_drawn += len(read.labels)
+            read = self._fetch()
+            self._state = read.state
+            self.num_drawn += len(read.batch.images)
             self.num_broken += read.num_replaced
             self._note(read.broken)
         except UserError:
             self.close()
             raise
-        return Batch(read.images, {"label": read.labels})
+        return read.batch
 
-    def _fetch(self) -> tuple[ReadBatch, dict[str, int]]:
+    def _fetch(self) -> _Read:
         if self._loader is None:
             raise StopIteration
         if self._batches is None:
@@ -266,7 +126,7 @@ class Loader:
 
 
 def build_loader(
-    dataset: ImageDataset | HubStream,
+    source: Source,
     batch_size: int,
     *,
     seed: int,
@@ -286,11 +146,11 @@ def build_loader(
     can, by index: the same on any number of ranks and workers.
 
     Args:
-        dataset: images and labels.
+        source: images and labels.
         batch_size: images per step over all ranks, at least 1; world_size divides it.
         seed: seed of the shuffles, and of random crops.
         start_step: step of the first batch, from 0.
-        num_workers: processes that read images, 0 for this one; for a stream, threads of one that does.
+        num_workers: processes that read images, 0 for this one; of a stream, threads of one that does.
         rank, world_size: which part of every global batch to yield, images (B, C, H, W) uint8 and labels (B,)
             int64 with B = batch_size // world_size.
         pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
@@ -315,32 +175,22 @@ def build_loader(
         raise UserError(f"build_loader: num_workers must be at least 0, got {num_workers}")
     if not 0 <= max_broken <= 1:
         raise UserError(f"build_loader: max_broken must lie in [0, 1], got {max_broken}")
-    from pixelgen.data.sources.stream import HubStream, StreamBatches
-
+    if source.num_images == 0:
+        raise ValueError("build_loader: source must hold at least one image, got 0")
     share = Share(batch_size, seed, start_step, rank, world_size)
-    source: Dataset[Any]
-    sampler = None
-    if isinstance(dataset, HubStream):
-        source = StreamBatches(dataset, share, state, threads=num_workers)
-        state = source.state
-        num_workers = min(1, num_workers)
-    else:
-        if len(dataset) == 0:
-            raise ValueError("build_loader: dataset must hold at least one image, got 0")
-        if state:
-            raise UserError("data: the checkpoint is of a stream; set --data.streaming true")
-        source, sampler, state = _Batches(dataset), _Stream(dataset, share), {}
+    source = source.begin(share, state, threads=num_workers)
+    first_state = source.state_dict()
     loader: DataLoader[Any] = DataLoader(
-        source,
+        _Batches(source),
         batch_size=None,  # an element is a whole batch
-        sampler=sampler,
-        num_workers=num_workers,
+        sampler=_Requests(source, share),
+        num_workers=min(1, num_workers) if first_state else num_workers,
         collate_fn=_as_is,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # without one, starting the loader draws from the global generator
     )
-    return Loader(loader, max_broken, MIN_JUDGED // world_size, state)
+    return Loader(loader, max_broken, MIN_JUDGED // world_size, first_state)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -358,46 +208,33 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Stream(Sampler[tuple[np.ndarray, np.ndarray | None]]):
+class _Requests(Sampler[tuple[np.ndarray, np.ndarray | None]]):
     """What to read at step ``start_step``, ``start_step + 1``, and so on for ever."""
 
-    def __init__(self, dataset: ImageDataset, share: Share) -> None:
-        self.dataset_size = len(dataset)
-        self.is_random = getattr(dataset, "crop", "center") == "random"
-        self.share = share
+    def __init__(self, source: Source, share: Share) -> None:
+        self.source, self.share = source, share
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        share, step = self.share, self.share.start_step
-        while True:
-            indices = stream_indices(
-                step,
-                dataset_size=self.dataset_size,
-                batch_size=share.batch_size,
-                seed=share.seed,
-                rank=share.rank,
-                world_size=share.world_size,
-            )
-            yield indices, share.crop_draws(step) if self.is_random else None
-            step += 1
+        source, share = self.source, self.share
+        for step in count(share.start_step):
+            yield source.order(step, share), share.crop_draws(step) if source.crop == "random" else None
 
 
 class _Batches(Dataset[Any]):
-    """Looks up whole batches: in-memory data is indexed once instead of collated image by image."""
+    """Reads whole batches: in-memory data is indexed once instead of collated image by image."""
 
-    def __init__(self, dataset: ImageDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
-    def __getitem__(
-        self, request: tuple[np.ndarray, np.ndarray | None]
-    ) -> tuple[ReadBatch, dict[str, int]] | UserError:
-        indices, draws = request
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray | None]) -> _Read | UserError:
         try:
-            if isinstance(self.dataset, EncodedImages):
-                return self.dataset.read_batch(indices, draws), {}
-            return ReadBatch(*self.dataset.batch(indices), [], 0), {}
+            read = self.source.read(*request)
         except UserError as error:
             # Handed over, not raised: the DataLoader would make a worker's traceback the message.
             return error
+        images, labels = read.tensors()  # sent through shared memory, unlike arrays
+        batch = Batch(images, {"label": labels})
+        return _Read(batch, list(read.broken), read.num_replaced, self.source.state_dict())
 
 
 def _as_is(batch: Any) -> Any:

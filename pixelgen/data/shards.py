@@ -16,13 +16,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
 from pixelgen import files
 from pixelgen.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORMAT = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
@@ -56,6 +58,8 @@ def open_shard(path: Path) -> pa.RecordBatch:
     Raises:
         UserError: it is not there, cut short, or no shard.
     """
+    import pyarrow as pa
+
     try:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_file(file).get_batch(0)
@@ -173,6 +177,8 @@ class ShardFolder:
             jobs: its images, in order.
             labels: of all images of the source.
         """
+        import pyarrow as pa
+
         images = np.concatenate([job.images for job in jobs])
         indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
         broken = [entry for job in jobs for entry in job.broken]

@@ -163,7 +163,7 @@ def _digit_classifier() -> Any:
 
     real = Digits()
     # Rounded, the levels are the data set's own again.
-    return SVC(gamma=0.001).fit(np.round(to_digit_levels(real.images)), real.labels.numpy())
+    return SVC(gamma=0.001).fit(np.round(to_digit_levels(real.images)), real.labels)
 
 
 class DigitsReport(TypedDict):

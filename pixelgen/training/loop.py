@@ -17,7 +17,6 @@ from pixelgen.config.load import config_to_yaml
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.identity import identify
 from pixelgen.data.loader import Batch, build_loader
-from pixelgen.data.sources.stream import HubStream
 from pixelgen.errors import UserError
 from pixelgen.files import write_whole
 from pixelgen.training.checkpoint import read as checkpoints
@@ -129,7 +128,7 @@ class Run:
         where = str(trainer.device.type)
         if world.size > 1:
             where = f"{world.size} processes ({trainer.mode}, {where})"
-        images = "" if isinstance(trainer.dataset, HubStream) else f"{len(trainer.dataset):,} images, "
+        images = "" if trainer.dataset.num_images is None else f"{trainer.dataset.num_images:,} images, "
         print(f"{self.run_dir}: {trainer.num_parameters:,} parameters on {where}, {images}", end="")
         print(f"step {trainer.step} of {config.train.max_steps}", flush=True)
 

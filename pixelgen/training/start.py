@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.identity import compare, identify
-from pixelgen.data.loader import build_dataset
+from pixelgen.data.source import build_dataset
 from pixelgen.errors import UserError
 from pixelgen.files import lock
 from pixelgen.training.checkpoint import read as checkpoints

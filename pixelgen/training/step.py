@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pixelgen.conditions import Condition, dropped, part_of
 from pixelgen.config.resolve import Mode, check_batch, pick_device, resolve_mode
 from pixelgen.config.train_config import TrainConfig
-from pixelgen.data.loader import ImageDataset, stream_indices
-from pixelgen.data.sources.stream import HubStream
+from pixelgen.data.order import Share
+from pixelgen.data.source import Source
 from pixelgen.flow import logit_normal_time, shift_time, x_from_velocity
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.objective import Outcome
@@ -54,7 +54,7 @@ class Trainer:
         self,
         config: TrainConfig,
         run_dir: Path,
-        dataset: ImageDataset | HubStream,
+        dataset: Source,
         world: World | None = None,
     ) -> None:
         self.config, self.run_dir, self.dataset = config, run_dir, dataset
@@ -86,13 +86,11 @@ class Trainer:
         self.guard = FiniteGuard(self.device)
 
     def _images_for_features(self) -> tuple[Tensor, Tensor]:
-        """Up to 4096 images of the data set, evenly spaced, for features trained on the run's own images."""
-        if isinstance(self.dataset, HubStream):
-            print("training embedded features on the stream's first images", flush=True)
-            return self.dataset.first(FEATURE_IMAGES, self.config.seed)
-        count = min(len(self.dataset), FEATURE_IMAGES)
-        print(f"training embedded features on {count:,} images", flush=True)
-        return self.dataset.batch([i * len(self.dataset) // count for i in range(count)])
+        """Up to 4096 images of the source, for features trained on the run's own images."""
+        num_images = self.dataset.num_images
+        some = "the stream's first" if num_images is None else f"{min(num_images, FEATURE_IMAGES):,}"
+        print(f"training embedded features on {some} images", flush=True)
+        return self.dataset.examples(FEATURE_IMAGES, self.config.seed)
 
     def _distribute(self) -> Mode:
         """Checkpointing, float8, compilation and sharding, in the order in which they go together."""
@@ -167,7 +165,7 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
         checkpoints.read_meta(checkpoint)
-        check_same_parts(self.config, checkpoint)
+        check_same_parts(self.config, checkpoint, is_stream=bool(self.dataset.state_dict()))
         state = self.state_dict() | {"data": checkpoints.stored_values(checkpoint, "data")}
         if self._own_balance is not None and self._own_balance not in checkpoints.stored_names(checkpoint):
             del state[self._own_balance]  # saved by fewer processes: another one's will do
@@ -321,15 +319,9 @@ class Trainer:
     def describe_sample(self, step: int, place: int) -> str:
         """A sample of the batch of a step, from 0: its place, its image and its t."""
         t = float(self.draw_time(step)[place])
-        if isinstance(self.dataset, HubStream):  # its images cannot be looked up
-            return f"{place} (t {t:.4g})"
-        index = stream_indices(
-            step,
-            dataset_size=len(self.dataset),
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-        )[place]
-        return f"{place} ({self.dataset.name(int(index))}, t {t:.4g})"
+        share = Share(self.config.train.batch_size, self.config.seed)
+        name = self.dataset.name(int(self.dataset.order(step, share)[place]))
+        return f"{place} (t {t:.4g})" if name is None else f"{place} ({name}, t {t:.4g})"
 
 
 def is_share(name: str) -> bool:

@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from tqdm import tqdm
 
 from pixelgen.config.command_line import parse
+from pixelgen.data.options import DataConfig
 from pixelgen.data.prepare.decoder import Decoder, stored_path
 from pixelgen.data.shards import (
     FORMAT,
@@ -30,6 +31,7 @@ from pixelgen.data.shards import (
     shard_name,
     write_json,
 )
+from pixelgen.data.source import SOURCES
 from pixelgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +101,12 @@ class PrepareOptions:
     @property
     def num_workers(self) -> int:
         """Processes that decode."""
-        return len(os.sched_getaffinity(0)) if self.workers is None else self.workers
+        return usable_cpus() if self.workers is None else self.workers
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use, where the system tells; else all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_source(options: PrepareOptions) -> EncodedImages:
@@ -109,30 +116,18 @@ def open_source(options: PrepareOptions) -> EncodedImages:
         FileNotFoundError: src does not exist.
         UserError: it cannot be read.
     """
-    from pixelgen.data.sources.folder import ClassFolder
-
-    if options.name == "folder":
-        if not Path(options.src).exists():
-            raise FileNotFoundError(
-                f"folder {options.src} does not exist; a data set of the hub needs --name hf"
-            )
-        return ClassFolder(options.src, options.resolution, options.channels, options.crop)
-    from pixelgen.data.options import DataConfig
-    from pixelgen.data.sources.hf import HubImages
-
-    shared = {field.name for field in fields(DataConfig)} & {field.name for field in fields(options)}
-    return HubImages(
-        DataConfig(
-            path=options.src,
-            image_size=options.resolution,
-            **{name: getattr(options, name) for name in shared - {"workers", "max_broken"}},
-        )
-    )
+    if options.name == "folder" and not Path(options.src).exists():
+        raise FileNotFoundError(f"folder {options.src} does not exist; a data set of the hub needs --name hf")
+    chosen = SOURCES[options.name]
+    shared = ("name", "channels", "num_classes", *chosen.options.__dataclass_fields__)
+    given = {name: value for name, value in vars(options).items() if name in shared} | {"path": options.src}
+    data = DataConfig(image_size=options.resolution, **given)
+    return cast("EncodedImages", chosen.open(data, data.part(chosen.options)))
 
 
 def describe(source: EncodedImages, options: PrepareOptions) -> dict[str, object]:
     """What the shards of a source depend on, as JSON. A folder that was moved is the same source."""
-    listing = hashlib.sha256(source.labels.numpy().tobytes())
+    listing = hashlib.sha256(source.labels.tobytes())
     if options.name == "folder":
         for index in range(len(source)):
             listing.update(stored_path(source, index).encode() + b"\0")
@@ -186,7 +181,7 @@ def prepare(options: PrepareOptions) -> str:
         )
         with closing(decoded):
             for number, jobs in zip(missing, decoded, strict=True):
-                folder.write(number, jobs, source.labels.numpy())
+                folder.write(number, jobs, source.labels)
                 broken += [entry for job in jobs for entry in job.broken]
                 _judge(broken, total, folder.path, options)
         _finish(folder, settings, stretches)

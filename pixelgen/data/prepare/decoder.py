@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pixelgen.data.decode import ImageError, read_image
+from pixelgen.data.decode import read_image
 from pixelgen.data.shards import Job
+from pixelgen.data.source import ImageError
 from pixelgen.errors import UserError
 
 if TYPE_CHECKING:

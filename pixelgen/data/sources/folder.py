@@ -5,16 +5,34 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
-import torch
 
-from pixelgen.data.encoded import Crop, EncodedImages, print_once
+from pixelgen.data.encoded import EncodedImages
+from pixelgen.data.source import Crop, SourceOptions, needed_path, print_once, register
 from pixelgen.errors import UserError
 
+if TYPE_CHECKING:
+    from pixelgen.data.options import DataConfig
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(SourceOptions):
+    """One sub-folder of images per class.
+
+    Args:
+        path: a folder of class folders
+        crop: center cuts the middle square exactly as ADM does; fast is within 2 grey levels of it; random
+            cuts a square at random, of 80 % of the short side or more.
+    """
+
+    path: str | None = None
+    crop: Crop = "center"
 
 
 class ClassFolder(EncodedImages):
@@ -22,9 +40,6 @@ class ClassFolder(EncodedImages):
 
     Hidden files and folders (a leading dot) are skipped, and so are links to a folder that holds the link.
     Files of other kinds are counted on stderr. See `read_image` for how files become pixels.
-
-    Attributes:
-        num_classes, class_names: number and sorted names of the class folders.
     """
 
     def __init__(
@@ -43,14 +58,12 @@ class ClassFolder(EncodedImages):
             UserError: root is a file, has no class folder, or a class folder has no image; a folder cannot be
                 listed; or a bad size, channel count or crop.
         """
-        super().__init__(image_size, channels, crop)
         self.root = Path(root)
-        self.class_names = _find_classes(self.root)
-        self.num_classes = len(self.class_names)
-        paths, labels = _find_images(self.root, self.class_names)
+        class_names = _find_classes(self.root)
+        paths, labels = _find_images(self.root, class_names)
+        super().__init__(image_size, channels, class_names, np.array(labels, dtype=np.int64), crop)
         # One array of bytes, not a million str: by counting references to those, a worker copies them.
         self._paths = np.array([os.fsencode(path) for path in paths])
-        self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def path(self, index: int) -> Path:
         """Returns the file that holds image ``index``."""
@@ -63,6 +76,13 @@ class ClassFolder(EncodedImages):
     def name(self, index: int) -> str:
         """Returns the path of image ``index``."""
         return str(self.path(index))
+
+
+@register("folder", FolderOptions)
+def open_folder(data: DataConfig, options: FolderOptions) -> ClassFolder:
+    """Lists the folder."""
+    path = needed_path("folder", options.path, "a folder that holds one sub-folder of images per class")
+    return ClassFolder(path, data.image_size, data.channels, options.crop)
 
 
 def _find_classes(root: Path) -> tuple[str, ...]:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import torch
-from torch import Tensor
 
 from pixelgen.data.shards import FORMAT, MANIFEST, SETTINGS, open_shard, read_json
+from pixelgen.data.source import ReadBatch, Source, SourceOptions, needed_path, register
 from pixelgen.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-class PreparedImages:
+    from pixelgen.data.options import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedOptions(SourceOptions):
+    """What pixelgen.data.prepare wrote.
+
+    Args:
+        path: the folder that pixelgen.data.prepare wrote
+    """
+
+    path: str | None = None
+
+
+class PreparedImages(Source):
     """The images of a folder that ``python -m pixelgen.data.prepare`` wrote, in the order of its source.
 
     Nothing is decoded or held in memory: a batch is copied out of the mapped files, one copy an image.
-
-    Attributes:
-        image_size, channels: every image is (channels, image_size, image_size).
-        labels: (len,) int64, one per image.
-        num_classes, class_names: number and names of the classes.
     """
+
+    labels: np.ndarray
 
     def __init__(self, path: str | os.PathLike[str], image_size: int, channels: int = 3) -> None:
         """Opens the shards.
@@ -50,21 +61,20 @@ class PreparedImages:
                     f"data: {path} holds images of {name} {manifest[name]} but {option} is {asked}; set "
                     f"--data.{option} {manifest[name]} or prepare it again"
                 )
-        self.image_size = image_size
-        self.channels = channels
-        self.class_names: tuple[str, ...] = tuple(manifest["class_names"])
-        self.num_classes = len(self.class_names)
+        self._shape = (channels, image_size, image_size)
         self._shards = manifest["shards"]
         # First image of every shard, and the number of all.
         self._starts = np.cumsum([0, *(shard["num_images"] for shard in self._shards)])
         self._open()
-        labels = [batch.column(1).to_numpy() for batch in self._batches]
-        self.labels: Tensor = torch.from_numpy(np.concatenate(labels).astype(np.int64))
+        labels = np.concatenate([batch.column(1).to_numpy() for batch in self._batches])
+        super().__init__(image_size, channels, manifest["class_names"], labels.astype(np.int64))
 
     def _open(self) -> None:
+        import pyarrow as pa
+
         self._batches: list[pa.RecordBatch] = []
         self._images: list[np.ndarray] = []  # (n, C, H, W) uint8 views of the files
-        shape = (self.channels, self.image_size, self.image_size)
+        num_bytes = int(np.prod(self._shape))
         for shard in self._shards:
             file = self.path / shard["name"]
             if not file.exists():
@@ -74,13 +84,12 @@ class PreparedImages:
                     f"data: {file} must have {shard['bytes']} bytes, got {file.stat().st_size}; {_AGAIN}"
                 )
             batch = open_shard(file)
-            if len(batch) != shard["num_images"] or batch.schema.types[0] != pa.binary(int(np.prod(shape))):
+            if len(batch) != shard["num_images"] or batch.schema.types[0] != pa.binary(num_bytes):
                 raise UserError(f"data: {file} does not hold what {MANIFEST} says; {_AGAIN}")
-            pixels = np.frombuffer(
-                batch.column(0).buffers()[1], dtype=np.uint8, count=len(batch) * np.prod(shape)
-            )
+            buffer = batch.column(0).buffers()[1]
+            pixels = np.frombuffer(buffer, dtype=np.uint8, count=len(batch) * num_bytes)
             self._batches.append(batch)
-            self._images.append(pixels.reshape(-1, *shape))
+            self._images.append(pixels.reshape(-1, *self._shape))
 
     # Sent to a spawned worker, the files are mapped again there; their bytes are not.
     def __getstate__(self) -> dict[str, Any]:
@@ -90,34 +99,32 @@ class PreparedImages:
         self.__dict__.update(state)
         self._open()
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def name(self, index: int) -> str:
         """Returns the path below its source of image ``index``."""
-        shards, rows = self._find([index])
+        shards, rows = self._find(np.array([index]))
         return self._batches[shards[0]].column(2)[int(rows[0])].as_py()
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Returns image ``index`` as uint8 (C, H, W) and its label."""
-        images, labels = self.batch([index])
-        return images[0], int(labels[0])
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Returns the images (B, C, H, W) uint8 and labels (B,) int64 of ``indices`` (B,)."""
-        shards, rows = self._find(indices)
-        images = np.empty((len(rows), self.channels, self.image_size, self.image_size), dtype=np.uint8)
+    def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
+        """Copies images out of the files; see `Source.read`."""
+        shards, rows = self._find(order)
+        images = np.empty((len(rows), *self._shape), dtype=np.uint8)
         for image, shard, row in zip(images, shards.tolist(), rows.tolist(), strict=True):
             image[...] = self._images[shard][row]
-        return torch.from_numpy(images), self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+        return ReadBatch(images, self.labels[order])
 
-    def _find(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _find(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row (B,) of images."""
-        index = np.asarray(indices, dtype=np.int64)
-        if ((index < 0) | (index >= len(self))).any():
-            raise IndexError(f"PreparedImages: indices must lie in [0, {len(self)}), got {indices}")
-        shards = np.searchsorted(self._starts, index, side="right") - 1
-        return shards, index - self._starts[shards]
+        if ((order < 0) | (order >= len(self))).any():
+            raise IndexError(f"PreparedImages: indices must lie in [0, {len(self)}), got {order}")
+        shards = np.searchsorted(self._starts, order, side="right") - 1
+        return shards, order - self._starts[shards]
+
+
+@register("prepared", PreparedOptions)
+def open_prepared(data: DataConfig, options: PreparedOptions) -> PreparedImages:
+    """Maps the folder's files."""
+    path = needed_path("prepared", options.path, "a folder that pixelgen.data.prepare wrote")
+    return PreparedImages(path, data.image_size, data.channels)
 
 
 _AGAIN = "give the command pixelgen.data.prepare again, which writes what is missing"

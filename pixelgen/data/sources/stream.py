@@ -9,21 +9,17 @@ the whole stream and decodes its own part of each batch: batches do not depend o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset
 
-from pixelgen.data.decode import read_image
-from pixelgen.data.encoded import Broken, Crop, ReadBatch, read_or_next
-from pixelgen.data.loader import Share, permutation
-from pixelgen.data.options import DataConfig
-from pixelgen.data.sources.hf import (
+from pixelgen.data.encoded import read_or_next
+from pixelgen.data.hub import (
+    HubOptions,
     cell_name,
     encoded,
     find_columns,
@@ -32,7 +28,12 @@ from pixelgen.data.sources.hf import (
     open_rows,
     readable_errors,
 )
+from pixelgen.data.order import Share, permutation
+from pixelgen.data.source import Broken, ReadBatch, Source
 from pixelgen.errors import UserError
+
+if TYPE_CHECKING:
+    from pixelgen.data.options import DataConfig
 
 
 class Row(NamedTuple):
@@ -52,54 +53,31 @@ class Block(NamedTuple):
     rows: list[Row]
 
 
-class HubStream:
-    """A data set that is read from beginning to end, over and over; `build_loader` makes batches of it.
+_Batch = list[tuple[list[Row], int]]  # for each image the rows of its block, and its place among them
 
-    It has no length and no list of labels. Every process that reads it holds two blocks of encoded images:
-    one that is being used up and the next one.
 
-    Attributes:
-        image_size, channels, crop: as in the config.
-        num_classes, class_names: as of `HubImages`.
-        num_shards: number of files that are visited in random order.
-        shuffle_block: rows that are shuffled among each other.
+class HubRows:
+    """The rows of a data set, opened as a stream, in blocks and in stored order.
+
+    Raises:
+        FileNotFoundError: data.path is no hub id and does not exist.
+        UserError: it cannot be read or streamed, or its columns do not fit.
     """
 
-    def __init__(self, data: DataConfig) -> None:
-        """Opens the stream and reads which columns it has.
-
-        Args:
-            data: as for `HubImages`, and shuffle_block.
-
-        Raises:
-            FileNotFoundError: data.path is no hub id and does not exist.
-            UserError: it cannot be read or streamed, or its columns do not fit.
-        """
-        rows = open_rows(data)
+    def __init__(self, options: HubOptions, num_classes: int) -> None:
+        rows = open_rows(options)
         if rows.info.builder_name == "imagefolder":
             # One shard, sorted by class: blocks of it would hold a few classes each.
-            raise UserError(f"data: {data.path} is a folder of images; set --data.streaming false")
-        self.path = str(data.path)
-        self.image_size, self.channels = data.image_size, data.channels
-        self.crop: Crop = data.crop
-        self.shuffle_block = data.shuffle_block
-        self._columns = find_columns(rows, data)
+            raise UserError(f"data: {options.path} is a folder of images; set --data.streaming false")
+        self.path, self.block_size = str(options.path), options.shuffle_block
+        self._columns = find_columns(rows, options, num_classes)
         self.class_names = self._columns.class_names
-        self.num_classes = len(self.class_names)
         rows = rows.select_columns([self._columns.image, self._columns.label])
         self._rows = only_images(rows, self._columns.image)
-        self.num_shards: int = self._rows.num_shards
-
-    def first(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Returns the first images of the stream, (count, C, H, W) uint8, and labels (count,) int64."""
-        share = Share(batch_size=count, seed=seed, start_step=0, rank=0, world_size=1)
-        got = next(iter(StreamBatches(self, share)))
-        if isinstance(got, UserError):
-            raise got
-        return got[0].images, got[0].labels
+        self.num_shards: int = self._rows.num_shards  # files, which are visited in random order
 
     def blocks(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
-        """The blocks from a position on, endless; rows are in stored order.
+        """The blocks from a position on, endless.
 
         Raises:
             UserError: the stream cannot be read, a label is not the number of a class, or it has no rows.
@@ -121,7 +99,7 @@ class HubStream:
             for number, found in enumerate(self._read_shard(int(order[place]), first), start=first):
                 block = block if block.rows else Block(epoch, place, number, [])
                 block.rows.append(found)
-                if len(block.rows) == self.shuffle_block:
+                if len(block.rows) == self.block_size:
                     yield block
                     block = Block(epoch, shard, row, [])
         if block.rows:
@@ -143,136 +121,119 @@ class HubStream:
             raise UserError(f"data: cannot read shard {shard} of {self.path}: {one_line(error)}") from error
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Position:
     """Where a batch begins; saved as it is."""
 
-    step: int
+    step: int = 0
     epoch: int = 0
     shard: int = 0
     row: int = 0
     offset: int = 0
 
 
-class StreamBatches(IterableDataset[Any]):
-    """Batches of one rank, each with the state after it, for a DataLoader with at most one worker.
+class HubStream(Source):
+    """A data set that is read from beginning to end, over and over.
 
-    Attributes:
-        state: where the first batch begins.
+    It has no length and no list of labels. Every process that reads it holds two blocks of encoded images:
+    one that is being used up and the next one.
     """
 
-    def __init__(
-        self, stream: HubStream, share: Share, state: dict[str, int] | None = None, *, threads: int = 0
-    ) -> None:
-        """Takes up a stream where a state left it.
+    def __init__(self, data: DataConfig, options: HubOptions) -> None:
+        """Opens the stream and reads which columns it has; raises what `HubRows` does."""
+        self._rows = HubRows(options, data.num_classes)
+        super().__init__(data.image_size, data.channels, self._rows.class_names, crop=options.crop)
+        self._share, self._position, self._threads = Share(1, seed=0), _Position(), 1
+        self._batches: Iterator[tuple[_Batch, _Position]] | None = None
 
-        Args:
-            stream: what to read.
-            share: which part of every batch.
-            state: what came with the batch before ``share.start_step``; None at step 0.
-            threads: that decode; 0 is one, too.
+    def begin(self, share: Share, state: Mapping[str, int] | None, threads: int) -> HubStream:
+        """The same stream at a position, to read from with one thread or more; see `Source.begin`.
 
         Raises:
             ValueError: the state is of another step.
             UserError: the stream is not the one that the state was saved with, or the state is missing.
         """
-        self.stream, self.share, self.threads = stream, share, max(1, threads)
-        self._fixed = {
-            "seed": share.seed,
-            "num_shards": stream.num_shards,
-            "shuffle_block": stream.shuffle_block,
-        }
-        self._position = _Position(0)
         if not state and share.start_step > 0:
             raise UserError(
                 f"data: a stream cannot begin at step {share.start_step}: the checkpoint is of data that was "
                 f"not streamed; set --data.streaming false"
             )
+        placed = copy(self)
+        placed._share, placed._position, placed._threads = share, _Position(), max(1, threads)
+        placed._batches = None
         if state:
-            for name, now in self._fixed.items():
-                if state[name] != now:
+            position = {name: state[name] for name in vars(_Position())}
+            for name, now in placed.state_dict().items():
+                if name not in position and state[name] != now:
                     raise UserError(
                         f"data: a stream continues only with the same {name}: it was {state[name]}, now it "
                         f"is {now}"
                     )
-            self._position = _Position(**{name: state[name] for name in vars(self._position)})
-        if self._position.step != share.start_step:
+            placed._position = _Position(**position)
+        if placed._position.step != share.start_step:
             raise ValueError(
-                f"build_loader: state must be that of step {share.start_step}, got {self._position.step}"
+                f"build_loader: state must be that of step {share.start_step}, got {placed._position.step}"
             )
-        self.state = self._state(self._position)
+        return placed
 
-    def __iter__(self) -> Iterator[tuple[ReadBatch, dict[str, int]] | UserError]:
-        start = self._position
-        blocks = self.stream.blocks(self.share.seed, start.epoch, start.shard, start.row)
-        try:
-            with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self.threads) as pool:
-                yield from self._read(_read_ahead(blocks, reader), pool)
-        except UserError as error:
-            yield error  # handed over, not raised: the DataLoader would make a traceback the message
+    def state_dict(self) -> dict[str, int]:
+        """The position, and what it depends on."""
+        rows = self._rows
+        fixed = {"seed": self._share.seed, "num_shards": rows.num_shards, "shuffle_block": rows.block_size}
+        return {**vars(self._position), **fixed}
 
-    def _state(self, position: _Position) -> dict[str, int]:
-        return {**vars(position), **self._fixed}
-
-    def _read(
-        self, blocks: Iterator[Block], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[ReadBatch, dict[str, int]]]:
-        share, step, offset = self.share, self._position.step, self._position.offset
-        block, order = self._next(blocks)
-        if offset > len(order):
-            raise UserError(
-                f"data: {self.stream.path} has changed: fewer rows than when the checkpoint was saved"
-            )
-        while True:
-            parts, place = [], 0
-            while place < share.batch_size:
-                if offset == len(order):
-                    (block, order), offset = self._next(blocks), 0
-                count = min(share.batch_size - place, len(order) - offset)
-                # What of these is the rank's own.
-                low = max(share.first, place) - place
-                high = min(share.first + share.size, place + count) - place
-                if low < high:
-                    parts.append((block.rows, order[offset + low : offset + high]))
-                place, offset = place + count, offset + count
-            draws = share.crop_draws(step) if self.stream.crop == "random" else None
-            step += 1
-            position = _Position(step, block.epoch, block.shard, block.row, offset)
-            yield self._decode(parts, draws, pool), self._state(position)
-
-    def _next(self, blocks: Iterator[Block]) -> tuple[Block, np.ndarray]:
-        block = next(blocks)
-        start = (block.shard, block.row)
-        return block, permutation(self.share.seed, block.epoch, len(block.rows), start)
-
-    def _decode(
-        self,
-        parts: list[tuple[list[Row], np.ndarray]],
-        draws: np.ndarray | None,
-        pool: ThreadPoolExecutor,
-    ) -> ReadBatch:
-        rows = [rows for rows, indices in parts for _ in indices]
-        indices = [int(index) for _, indices in parts for index in indices]
-        each = draws if draws is not None else [None] * len(indices)
-        done = list(pool.map(self._read_one, rows, indices, each))
+    def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
+        """Reads the places ``order`` of the next batch; see `Source.read`."""
+        if self._batches is None:
+            self._batches = _batches(self._rows, self._share, self._position)
+            self._pool = ThreadPoolExecutor(self._threads)
+        batch, self._position = next(self._batches)
+        own = [batch[place] for place in order]
+        done = list(self._pool.map(self._read_one, own, [None] * len(own) if draws is None else draws))
         return ReadBatch(
-            torch.from_numpy(np.stack([image for image, _, _ in done])),
-            torch.tensor([row.label for _, row, _ in done]),
+            np.stack([image for image, _, _ in done]),
+            np.array([label for _, label, _ in done], dtype=np.int64),
             [image for _, _, broken in done for image in broken],
             sum(bool(broken) for _, _, broken in done),
         )
 
     def _read_one(
-        self, rows: list[Row], index: int, draws: np.ndarray | None
-    ) -> tuple[np.ndarray, Row, list[Broken]]:
-        stream = self.stream
+        self, asked: tuple[list[Row], int], draws: np.ndarray | None
+    ) -> tuple[np.ndarray, int, list[Broken]]:
+        from pixelgen.data.decode import read_image
+
+        rows, index = asked
 
         def read(index: int) -> np.ndarray:
-            cell = rows[index].cell
-            return read_image(encoded(cell), stream.image_size, stream.channels, stream.crop, draws)
+            return read_image(encoded(rows[index].cell), self.image_size, self.channels, self.crop, draws)
 
         image, found, broken = read_or_next(read, index, len(rows), lambda index: rows[index].name)
-        return image, rows[found], broken
+        return image, rows[found].label, broken
+
+
+def _batches(rows: HubRows, share: Share, at: _Position) -> Iterator[tuple[_Batch, _Position]]:
+    """Whole batches from a position on, and where the next one begins."""
+    step, offset = at.step, at.offset
+    with ThreadPoolExecutor(1) as reader:
+        blocks = _read_ahead(rows.blocks(share.seed, at.epoch, at.shard, at.row), reader)
+        block, order = _next_block(blocks, share.seed)
+        if offset > len(order):
+            raise UserError(f"data: {rows.path} has changed: fewer rows than when the checkpoint was saved")
+        while True:
+            batch: _Batch = []
+            while len(batch) < share.batch_size:
+                if offset == len(order):
+                    (block, order), offset = _next_block(blocks, share.seed), 0
+                part = order[offset : offset + share.batch_size - len(batch)]
+                batch += [(block.rows, int(index)) for index in part]
+                offset += len(part)
+            step += 1
+            yield batch, _Position(step, block.epoch, block.shard, block.row, offset)
+
+
+def _next_block(blocks: Iterator[Block], seed: int) -> tuple[Block, np.ndarray]:
+    block = next(blocks)
+    return block, permutation(seed, block.epoch, len(block.rows), (block.shard, block.row))
 
 
 def _read_ahead(blocks: Iterator[Block], reader: ThreadPoolExecutor) -> Iterator[Block]:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pixelgen.errors import UserError
+from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
+
+if TYPE_CHECKING:
+    from pixelgen.data.options import DataConfig
 
 NUM_IMAGES = 100_000
 POOL_SIZE = 64  # different images; 12.6 MB at 256 pixels, which a batch only copies from
 
 
-class SyntheticImages:
+@dataclass(frozen=True, kw_only=True)
+class SyntheticOptions(SourceOptions):
+    """Noise that costs no reading, to measure the rest."""
+
+
+class SyntheticImages(Source):
     """``NUM_IMAGES`` images of uniform noise, of which ``POOL_SIZE`` are different, made once.
 
     Attributes:
-        labels: (NUM_IMAGES,) int64, every class equally often.
-        num_classes, class_names: the classes asked for, named "0", "1" and so on.
+        labels: (NUM_IMAGES,) int64, every class equally often; the classes are named "0", "1" and so on.
     """
+
+    labels: np.ndarray
 
     def __init__(self, image_size: int, channels: int = 3, num_classes: int = 1000):
         """Makes the noise.
@@ -33,33 +41,22 @@ class SyntheticImages:
         Raises:
             UserError: an argument is out of range.
         """
-        if image_size < 1:
-            raise UserError(f"SyntheticImages: image_size must be at least 1, got {image_size}")
-        if channels not in (1, 3):
-            raise UserError(f"SyntheticImages: channels must be 1 or 3, got {channels}")
-        if num_classes < 1:
-            raise UserError(f"SyntheticImages: num_classes must be at least 1, got {num_classes}")
-        self.image_size = image_size
-        self.channels = channels
-        self.num_classes = num_classes
-        self.class_names: tuple[str, ...] = tuple(str(label) for label in range(num_classes))
-        self.labels: Tensor = torch.arange(NUM_IMAGES) % num_classes
+        names = [str(label) for label in range(num_classes)]
+        super().__init__(image_size, channels, names, np.arange(NUM_IMAGES) % max(1, num_classes))
         shape = (POOL_SIZE, channels, image_size, image_size)
         self._pool = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
-    def __len__(self) -> int:
-        return NUM_IMAGES
+    def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
+        """Copies images of the pool; see `Source.read`."""
+        # NumPy gathers whole images; PyTorch's indexing goes pixel by pixel and took 18 times as long.
+        return ReadBatch(self._pool[order % POOL_SIZE], self.labels[order])
 
     def name(self, index: int) -> str:
         """Returns what to call image ``index`` in a message."""
         return f"synthetic image {index}"
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Returns image ``index`` as uint8 (C, H, W) and its label."""
-        return torch.tensor(self._pool[index % POOL_SIZE]), int(self.labels[index])
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-        """Returns the images (B, C, H, W) uint8 and labels (B,) int64 of ``indices`` (B,)."""
-        index = np.asarray(indices, dtype=np.int64)
-        # NumPy gathers whole images; PyTorch's indexing goes pixel by pixel and took 18 times as long.
-        return torch.from_numpy(self._pool[index % POOL_SIZE]), self.labels[torch.from_numpy(index)]
+@register("synthetic", SyntheticOptions)
+def open_synthetic(data: DataConfig, options: SyntheticOptions) -> SyntheticImages:
+    """Noise of the shape that is asked for."""
+    return SyntheticImages(data.image_size, data.channels, data.num_classes)
