@@ -122,9 +122,9 @@ def test_without_ours_nothing_is_checked(tmp_path, monkeypatch):
 
 
 def test_a_gathering_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
-    def one_too_few(t, gate, *, device):
-        rows = gate.passes(t).nonzero()[1:, 0]
-        return Selection(len(rows), rows, torch.ones(len(rows), dtype=torch.bool))
+    def one_too_few(times, gate):
+        rows = gate.passes(times.host).nonzero()[1:, 0]
+        return Selection(rows, torch.ones(len(rows), dtype=torch.bool))
 
     monkeypatch.setattr("pixelgen.losses.objective.select_samples", one_too_few)
     code, rows = bench("perceptual", tmp_path, "--only", "branch")
@@ -151,7 +151,7 @@ def test_gradients_are_compared_too():
 def test_masking_sees_every_sample_and_gathering_only_those_above_the_gate():
     branch = branch_of_all()
     seen = []
-    stages = branch.objective.lpips.stages
+    stages = branch.objective.networks.lpips.stages
     stages.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     for index in range(branch.size.batches):
         branch.call("masked", index)

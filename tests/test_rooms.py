@@ -194,7 +194,7 @@ def test_imports_are_found_wherever_they_stand():
         ("data.prepare.command", "config.load", True),
         ("config.load", "training.options", True),
         ("config.load", "training.optim", False),
-        ("models.options", "data.options", True),
+        ("models.options", "data.options", False),
         ("options", "models.options", False),
         ("errors", "files", False),
     ],
