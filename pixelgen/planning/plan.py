@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import get_args, get_type_hints
 
-from pixelgen.config.command_line import nearest
 from pixelgen.config.train_config import TrainConfig
+from pixelgen.config.values import nearest
 from pixelgen.errors import UserError
 from pixelgen.planning.flops import expected_gate_share, peak_flops, train_step_flops
 from pixelgen.planning.memory import GIB, Parameters, count_parameters, step_memory
