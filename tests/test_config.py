@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from training import refused
 
 import pixelgen
 from pixelgen.config import (
@@ -149,16 +150,15 @@ def test_yaml_as_people_write_it():
         ("losss: {}", "x.yaml: unknown key losss; did you mean loss?"),
         ("traim:\n  max_steps: 3", "x.yaml: unknown key traim; did you mean train?"),
         ("resume: runs/a", "x.yaml: unknown key resume"),
-        ("train: {batch_size: many}", "x.yaml: train.batch_size must be an integer, got 'many'"),
-        ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be an integer, got 2.5"),
-        ("train: {batch_size: null}", "x.yaml: train.batch_size must be an integer, got null"),
+        ("train: {batch_size: many}", "x.yaml: train.batch_size must be integer, got 'many'"),
+        ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be integer, got 2.5"),
+        ("train: {batch_size: null}", "x.yaml: train.batch_size must be integer, got null"),
         (
             "loss: {alignment_schedule: {5: 0.1}}",
-            "x.yaml: loss.alignment_schedule must be a list of pairs, [[A, B], ...], "
-            "A an integer and B a number, got {5: 0.1}",
+            "x.yaml: loss.alignment_schedule must be [[integer, number], ...], got {5: 0.1}",
         ),
-        ("data: {flip: often}", "x.yaml: data.flip must be true or false, got 'often'"),
-        ("loss: {p_dino_gate: both}", "x.yaml: loss.p_dino_gate must be one of paper, released, got 'both'"),
+        ("data: {flip: often}", "x.yaml: data.flip must be true|false, got 'often'"),
+        ("loss: {p_dino_gate: both}", "x.yaml: loss.p_dino_gate must be paper|released, got 'both'"),
         ("train: 3", "x.yaml: train is a section and must hold 'key: value' lines, got 3"),
         ("- a", "x.yaml: must hold 'key: value' lines"),
         ("a: b: c", "x.yaml: not valid YAML in line 1"),
@@ -182,9 +182,7 @@ def test_mistakes_in_yaml(text, message, tmp_path):
     [
         (["--config", "pixelgen-xxl-256"], "unknown preset pixelgen-xxl-256; did you mean pixelgen-xl-256?"),
         (["--config", "zzz"], f"unknown preset zzz; Presets: {', '.join(PRESETS)}"),
-        (["--config"], "--config"),
         (["--config", "digits", "--resume", "runs/a"], "leave out --config"),
-        (["--conf", "digits"], "did you mean --config?"),
         (["--model.size", "JiT-Q/16"], "model.size must be one of JiT-B/16, "),
         (["--model.patch_size", "3"], "image_size must be a multiple of patch_size 3, got 8"),
         (
@@ -198,6 +196,12 @@ def test_mistakes_on_the_command_line(argv, message):
         load_config(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_the_option_of_presets(capsys):
+    assert "Missing value for argument '--config'" in refused(capsys, load_config, ["--config"])
+    error = refused(capsys, load_config, ["--conf", "digits"])
+    assert "Unrecognized options: --conf, digits Perhaps you meant: --config digits|" in error
 
 
 def test_missing_files_are_said_to_be_missing(tmp_path):

@@ -25,6 +25,9 @@ PRESET_DIR = Path(__file__).parent / "presets"
 
 DEFAULT_PLAN = "8xH100"
 
+# What --resume takes from the run, by the option that would say otherwise.
+_OF_THE_RUN = {"config": "configuration", "name": "folder", "out_dir": "folder", "init": "weights"}
+
 
 def preset_names() -> list[str]:
     """Names that ``--config`` takes besides paths."""
@@ -104,11 +107,9 @@ def load_config(
     known, _ = first.parse_known_args(argv)
     # A job that is queued again has one command line: with auto it says what the run is, whether new or not.
     run = None if known.resume == "auto" else known.resume
-    for option in ("config", "name", "out_dir", "init"):
+    for option, own in _OF_THE_RUN.items():
         if run and getattr(known, option):
-            raise UserError(
-                f"--resume goes on with the run's own configuration, folder and weights; leave out --{option}"
-            )
+            raise UserError(f"--resume continues with the run's own {own}; leave out --{option}")
     values: dict[str, Any] = {}
     paths = [_run_config(run)] if run else [_find_config(name) for name in known.config if name]
     for path in paths:
