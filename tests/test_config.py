@@ -219,7 +219,8 @@ WRONG = """
     name=a/b name=.. name="" device=tpu dtype=float16 kernels=fast seed=-1 threads=-1
     data.name=cifar data.image_size=0 data.channels=2 data.num_classes=0 data.workers=-1
     model.size=JiT
-    time.distribution=normal time.std=0.0 time.std=.nan time.timeshift=0.0 time.t_eps=0.0 time.t_eps=1.0
+    time.distribution=normal time.std=0.0 time.std=.nan time.std=-1.0 time.timeshift=0.0 time.timeshift=-1.0
+    time.timeshift=.nan time.timeshift=.inf time.t_eps=0.0 time.t_eps=.nan time.t_eps=1.0
     time.noise_scale=0.0
     loss.alignment_weight=-1.0 loss.alignment_layer=0 loss.alignment_layer=3 loss.projector_width=0
     loss.lpips_weight=-1.0 loss.p_dino_weight=-1.0 loss.gate_t=-0.1 loss.gate_t=1.1 loss.p_dino_gate=both
@@ -232,7 +233,9 @@ WRONG = """
     train.batch_size=0 train.max_steps=0 train.log_every=0 train.sample_every=-1 train.checkpoint_every=-1
     train.keep_checkpoints=-1
     sample.sampler=rk4 sample.steps=0 sample.guidance=-1.0 sample.guidance_low=-0.1 sample.guidance_low=1.0
-    sample.guidance_high=0.0 sample.guidance_high=1.1 sample.guidance_rule=both sample.timeshift=0.0
+    sample.guidance_high=0.0 sample.guidance_high=1.1 sample.guidance_rule=both
+    sample.timeshift=0.0 sample.timeshift=-1.0 sample.timeshift=.nan sample.timeshift=.inf
+    sample.steps=-1 sample.guidance=.nan sample.guidance=.inf
 """
 
 
@@ -247,6 +250,12 @@ def test_a_value_out_of_range_is_refused_by_name(wrong):
         if section:
             change = {section: dataclasses.replace(getattr(config, section), **change)}
         dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 0.1), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_of_guidance_must_be_one(low, high):
+    with pytest.raises(UserError, match=r"^sample\.guidance_(low|high) must "):
+        SampleConfig(guidance_low=low, guidance_high=high)
 
 
 def test_the_model_takes_shapes_from_the_data_and_the_rest_from_its_options():
