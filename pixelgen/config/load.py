@@ -34,20 +34,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
-_Configs = Annotated[
-    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="|".join([*preset_names(), "FILE"]))
-]
+_NAMES = tyro.conf.arg(metavar="|".join([*preset_names(), "FILE"]))
 
-_Plan = Annotated[
-    str | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[GPUS]",
-        instance_from_str=lambda given: [*given, DEFAULT_PLAN][0],
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: ["null"],
-    ),
-]
+# With a value or without. In order: how many, its name in the help, its value, which defaults will do, shown so.
+_GPUS = tyro.constructors.PrimitiveConstructorSpec[str | None](
+    (0, 1), "[GPUS]", lambda given: [*given, DEFAULT_PLAN][0], lambda value: True, lambda value: ["null"]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +56,10 @@ class TrainCommand(TrainConfig):
             not said.
     """
 
-    config: _Configs = ()
+    config: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _NAMES] = ()
     resume: str | None = None
     print_config: bool = False
-    plan: _Plan = None
+    plan: Annotated[str | None, _GPUS] = None
 
 
 def load_config(
@@ -188,31 +180,28 @@ def _read_yaml(content: bytes, into: dict[str, Any], source: str) -> None:
 
 
 def _find_config(name: str) -> Path:
-    presets = preset_names()
+    presets, path = preset_names(), Path(name)
     if name in presets:
         return PRESET_DIR / f"{name}.yaml"
-    path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
-        raise UserError(
-            f"--config: {name} is a folder; give a preset or a YAML file, such as {path / 'config.yaml'}"
-        )
+        example = path / "config.yaml"
+        raise UserError(f"--config: {name} is a folder; give a preset or a YAML file, such as {example}")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise FileNotFoundError(f"--config: no such file: {name}")
     guess = nearest(name, presets)
-    hint = f"did you mean {guess}? " if guess else ""
-    raise UserError(
-        f"--config: unknown preset {name}; {hint}Presets: {', '.join(presets)}. A YAML file will do too"
-    )
+    meant = f"did you mean {guess}? " if guess else ""
+    known = f"Presets: {', '.join(presets)}. A YAML file will do too"
+    raise UserError(f"--config: unknown preset {name}; {meant}{known}")
 
 
 def _run_config(run: str) -> Path:
-    path = Path(run)
-    if not path.exists():
+    path = Path(run) / "config.yaml"
+    if not path.parent.exists():
         raise FileNotFoundError(f"--resume: no run at {run}")
-    if not (path / "config.yaml").is_file():
+    if not path.is_file():
         raise UserError(
             f"--resume: {run} is not the folder of a run, such as runs/NAME: it has no config.yaml"
         )
-    return path / "config.yaml"
+    return path

@@ -6,7 +6,6 @@ Fields that are dataclasses in turn are sections: ``train: {batch_size: 8}``. Im
 from __future__ import annotations
 
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,21 +19,17 @@ from pixelgen.errors import UserError
 
 T = TypeVar("T")
 
-NULL = ("null", "~")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 WORDS = {int: "integer", float: "number", bool: "true|false", str: "text", type(None): "null"}
 
 
 class Loader(yaml.SafeLoader):
-    """Reads only true and false as booleans, as YAML 1.2 does, so that ``balance: off`` is the word."""
+    """Reads booleans as text, so that ``balance: off`` is the word; ``convert`` knows what is to be one."""
 
-
-_BOOL = "tag:yaml.org,2002:bool"
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def option_types(cls: type) -> dict[str, Any]:
@@ -72,9 +67,8 @@ def convert(value: Any, hint: Any) -> Any:
     try:
         return _convert(value, hint)
     except (ValueError, OverflowError, yaml.YAMLError):
-        raise ValueError(
-            f"must be {describe_type(hint)}, got {'null' if value is None else repr(value)}"
-        ) from None
+        got = "null" if value is None else repr(value)
+        raise ValueError(f"must be {describe_type(hint)}, got {got}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -112,47 +106,38 @@ def read_values(cls: type, mapping: Any, into: dict[str, Any], source: str) -> N
         source: begins the error message; a file's name.
 
     Raises:
-        UserError: a key that ``cls`` does not have (the nearest one is named), a value of the wrong type, or
-            what is no mapping.
+        UserError: an unknown key (the nearest one is named), a value of the wrong type, or no mapping.
     """
 
     def walk(section: Any, node: Any, into: dict[str, Any], prefix: str) -> None:
-        node = {} if node is None else node
         if not isinstance(node, Mapping):
             where = f"{prefix[:-1]} is a section and " if prefix else ""
             raise UserError(f"{source}: {where}must hold 'key: value' lines, got {node!r}")
         hints = option_types(section)
         for key, value in node.items():
             name, dot, rest = str(key).partition(".")
-            if name not in hints or (dot and not is_dataclass(hints[name])):
+            hint = hints.get(name)
+            if is_dataclass(hint):
+                inside = {rest: value} if dot else {} if value is None else value
+                walk(hint, inside, into.setdefault(name, {}), f"{prefix}{name}.")
+            elif hint is None or dot:
                 guess = nearest(f"{prefix}{key}", option_names(cls))
-                hint = f"; did you mean {guess}?" if guess else "; --help lists all options"
-                raise UserError(f"{source}: unknown key {prefix}{key}{hint}")
-            if is_dataclass(hints[name]):
-                walk(
-                    hints[name],
-                    {rest: value} if dot else value,
-                    into.setdefault(name, {}),
-                    f"{prefix}{name}.",
-                )
-                continue
-            try:
-                into[name] = convert(value, hints[name])
-            except ValueError as error:
-                raise UserError(f"{source}: {prefix}{name} {error}") from None
+                meant = f"did you mean {guess}?" if guess else "--help lists all options"
+                raise UserError(f"{source}: unknown key {prefix}{key}; {meant}")
+            else:
+                try:
+                    into[name] = convert(value, hint)
+                except ValueError as error:
+                    raise UserError(f"{source}: {prefix}{name} {error}") from None
 
-    walk(cls, mapping, into, "")
+    walk(cls, {} if mapping is None else mapping, into, "")
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
+def build(cls: type[T], values: dict[str, Any]) -> T:
     """A dataclass and its sections from values of their types; what is not named keeps its default."""
     hints = option_types(cls)
-    return cls(
-        **{
-            name: build(hints[name], value) if is_dataclass(hints[name]) else value
-            for name, value in values.items()
-        }
-    )
+    sections: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    return cls(**values | {name: build(hint, values.get(name, {})) for name, hint in sections.items()})
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
