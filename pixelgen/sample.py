@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from pixelgen.config.command_line import parse, run
 from pixelgen.errors import UserError
+from pixelgen.sampling.options import SampleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     with ImageBar(total=len(labels), desc="sampling") as bar:
         images = pipeline.sample(
             labels,
-            guidance=options.guidance,
-            guidance_low=options.guidance_low,
-            guidance_high=options.guidance_high,
-            guidance_rule=options.guidance_rule,
-            steps=options.steps,
-            sampler=options.sampler,
-            timeshift=options.timeshift,
+            **{item.name: getattr(options, item.name) for item in fields(SampleConfig)},
             seed=options.seed,
             batch_size=options.batch_size,
             progress=bar.update_to,

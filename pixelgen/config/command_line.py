@@ -96,17 +96,20 @@ def parse_values(
     registry.struct_rule(
         lambda info: _section(info.type, defaults[info.type]) if info.type in defaults else None
     )
-    return tyro.cli(
-        cls,
-        prog=f"python -m {prog}",
-        description=inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0],
-        args=argv,
-        use_underscores=bool(sections),
-        # one process on each machine tells: all have the same command line
-        console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",
-        config=(tyro.conf.FlagConversionOff,),
-        registry=registry,
-    )
+    try:
+        return tyro.cli(
+            cls,
+            prog=f"python -m {prog}",
+            description=inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0],
+            args=argv,
+            use_underscores=bool(sections),
+            # one process on each machine tells: all have the same command line
+            console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",
+            config=(tyro.conf.FlagConversionOff,),
+            registry=registry,
+        )
+    except BrokenPipeError:  # who reads --help, such as head, has seen enough
+        raise SystemExit(0) from None
 
 
 def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -132,7 +135,11 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 def _section(cls: Any, values: Mapping[str, Any]) -> StructConstructorSpec:
     """The options of a dataclass, whose values are gathered by name and checked by none."""
     texts = {name: text for base in reversed(cls.__mro__) for name, text in describe_options(base).items()}
-    values = {item.name: item.default for item in fields(cls)} | dict(values)
+    own = {
+        item.name: item.default if item.default_factory is MISSING else item.default_factory()
+        for item in fields(cls)
+    }
+    values = own | dict(values)
     options = []
     for name, hint in option_types(cls).items():
         is_open = is_dataclass(hint) or values[name] is MISSING

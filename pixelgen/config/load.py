@@ -36,9 +36,12 @@ def preset_names() -> list[str]:
 
 _NAMES = tyro.conf.arg(metavar="|".join([*preset_names(), "FILE"]))
 
-# With a value or without. In order: how many, its name in the help, its value, which defaults will do, shown so.
 _GPUS = tyro.constructors.PrimitiveConstructorSpec[str | None](
-    (0, 1), "[GPUS]", lambda given: [*given, DEFAULT_PLAN][0], lambda value: True, lambda value: ["null"]
+    nargs=(0, 1),
+    metavar="[GPUS]",
+    instance_from_str=lambda given: [*given, DEFAULT_PLAN][0],
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: ["null"],
 )
 
 
