@@ -82,7 +82,7 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {tor
 if torch.cuda.is_available():
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB")
-needed = "scikit_build_core pybind11 triton numpy timm lpips safetensors jsonargparse docstring_parser yaml tqdm "
+needed = "scikit_build_core pybind11 triton numpy timm lpips safetensors tyro docstring_parser yaml tqdm "
 needed += "tensorboard sklearn scipy matplotlib PIL datasets pyarrow simplejpeg pytest pytest_timeout xdist filelock "
 missing = [name for name in (needed + "liger_kernel").split() if importlib.util.find_spec(name) is None]
 print("not installed: " + ", ".join(missing) if missing else "all that is needed is installed")

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import pytest
 from ablate import COLUMNS, Cell
 from ablation import FIGURES, ROWS, Study, Table
+from training import refused
 
 from pixelgen.config import LossConfig
 from pixelgen.encoders import embedded
@@ -333,12 +334,17 @@ def test_one_seed_has_no_deviation():
         (["--seeds", "9" * 5000], "--seeds must be whole numbers below 2\\^63"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
         (["--sample-steps", "0"], "--sample-steps must be at least 1, got 0"),
-        (["--device", "gpu"], "--device must be one of auto, cpu, cuda, got 'gpu'"),
     ],
 )
 def test_wrong_options(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
         ablate.main([*options, "--out", str(tmp_path / "grid")])
+    assert not (tmp_path / "grid").exists()
+
+
+def test_a_device_that_there_is_not(tmp_path, capsys):
+    argv = ["--device", "gpu", "--out", str(tmp_path / "grid")]
+    assert "--device: must be auto|cpu|cuda, got 'gpu'" in refused(capsys, ablate.main, argv)
     assert not (tmp_path / "grid").exists()
 
 

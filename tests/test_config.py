@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from training import refused
 
 import pixelgen
 from pixelgen.config import (
@@ -151,16 +152,15 @@ def test_yaml_as_people_write_it():
         ("losss: {}", "x.yaml: unknown key losss; did you mean loss?"),
         ("traim:\n  max_steps: 3", "x.yaml: unknown key traim; did you mean train?"),
         ("resume: runs/a", "x.yaml: unknown key resume"),
-        ("train: {batch_size: many}", "x.yaml: train.batch_size must be an integer, got 'many'"),
-        ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be an integer, got 2.5"),
-        ("train: {batch_size: null}", "x.yaml: train.batch_size must be an integer, got null"),
+        ("train: {batch_size: many}", "x.yaml: train.batch_size must be integer, got 'many'"),
+        ("train: {batch_size: 2.5}", "x.yaml: train.batch_size must be integer, got 2.5"),
+        ("train: {batch_size: null}", "x.yaml: train.batch_size must be integer, got null"),
         (
             "loss: {alignment_schedule: {5: 0.1}}",
-            "x.yaml: loss.alignment_schedule must be a list of pairs, [[A, B], ...], "
-            "A an integer and B a number, got {5: 0.1}",
+            "x.yaml: loss.alignment_schedule must be [[integer, number], ...], got {5: 0.1}",
         ),
-        ("data: {flip: often}", "x.yaml: data.flip must be true or false, got 'often'"),
-        ("loss: {p_dino_gate: both}", "x.yaml: loss.p_dino_gate must be one of paper, released, got 'both'"),
+        ("data: {flip: often}", "x.yaml: data.flip must be true|false, got 'often'"),
+        ("loss: {p_dino_gate: both}", "x.yaml: loss.p_dino_gate must be paper|released, got 'both'"),
         ("train: 3", "x.yaml: train is a section and must hold 'key: value' lines, got 3"),
         ("- a", "x.yaml: must hold 'key: value' lines"),
         ("a: b: c", "x.yaml: not valid YAML in line 1"),
@@ -184,9 +184,7 @@ def test_mistakes_in_yaml(text, message, tmp_path):
     [
         (["--config", "pixelgen-xxl-256"], "unknown preset pixelgen-xxl-256; did you mean pixelgen-xl-256?"),
         (["--config", "zzz"], f"unknown preset zzz; Presets: {', '.join(PRESETS)}"),
-        (["--config"], "--config"),
         (["--config", "digits", "--resume", "runs/a"], "leave out --config"),
-        (["--conf", "digits"], "did you mean --config?"),
         (["--model.size", "JiT-Q/16"], "model.size must be one of JiT-B/16, "),
         (["--model.patch_size", "3"], "image_size must be a multiple of patch_size 3, got 8"),
         (
@@ -200,6 +198,12 @@ def test_mistakes_on_the_command_line(argv, message):
         load_config(argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_the_option_of_presets(capsys):
+    assert "Missing value for argument '--config'" in refused(capsys, load_config, ["--config"])
+    error = refused(capsys, load_config, ["--conf", "digits"])
+    assert "Unrecognized options: --conf, digits Perhaps you meant: --config digits|" in error
 
 
 def test_missing_files_are_said_to_be_missing(tmp_path):
@@ -217,7 +221,8 @@ WRONG = """
     name=a/b name=.. name="" device=tpu dtype=float16 kernels=fast seed=-1 threads=-1
     data.name=cifar data.image_size=0 data.channels=2 data.num_classes=0 data.workers=-1
     model.size=JiT
-    time.distribution=normal time.std=0.0 time.std=.nan time.timeshift=0.0 time.t_eps=0.0 time.t_eps=1.0
+    time.distribution=normal time.std=0.0 time.std=.nan time.std=-1.0 time.timeshift=0.0 time.timeshift=-1.0
+    time.timeshift=.nan time.timeshift=.inf time.t_eps=0.0 time.t_eps=.nan time.t_eps=1.0
     time.noise_scale=0.0
     loss.alignment_weight=-1.0 loss.alignment_layer=0 loss.alignment_layer=3 loss.projector_width=0
     loss.lpips_weight=-1.0 loss.p_dino_weight=-1.0 loss.gate_t=-0.1 loss.gate_t=1.1 loss.p_dino_gate=both
@@ -230,7 +235,9 @@ WRONG = """
     train.batch_size=0 train.max_steps=0 train.log_every=0 train.sample_every=-1 train.checkpoint_every=-1
     train.keep_checkpoints=-1
     sample.sampler=rk4 sample.steps=0 sample.guidance=-1.0 sample.guidance_low=-0.1 sample.guidance_low=1.0
-    sample.guidance_high=0.0 sample.guidance_high=1.1 sample.guidance_rule=both sample.timeshift=0.0
+    sample.guidance_high=0.0 sample.guidance_high=1.1 sample.guidance_rule=both
+    sample.timeshift=0.0 sample.timeshift=-1.0 sample.timeshift=.nan sample.timeshift=.inf
+    sample.steps=-1 sample.guidance=.nan sample.guidance=.inf
 """
 
 
@@ -245,6 +252,12 @@ def test_a_value_out_of_range_is_refused_by_name(wrong):
         if section:
             change = {section: dataclasses.replace(getattr(config, section), **change)}
         dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 0.1), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_of_guidance_must_be_one(low, high):
+    with pytest.raises(UserError, match=r"^sample\.guidance_(low|high) must "):
+        SampleConfig(guidance_low=low, guidance_high=high)
 
 
 def test_the_model_takes_shapes_from_the_data_and_the_rest_from_its_options():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import FLOW_ONLY, fails_with
+from training import FLOW_ONLY, fails_with, refused
 
 from pixelgen import evaluate, sample, train
 from pixelgen.config import SampleConfig
@@ -138,8 +138,9 @@ def test_user_errors(run_dir, tmp_path, capsys):
     (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
     assert "not a readable" in refusal(*wrong)
     assert "not an empty folder" in refusal("--out", str(tmp_path / "full"))
-    assert "sampler" in refusal("--sampler", "rk45")
-    assert "--steps" in refusal("--step", "3")
+    given = ["--model", str(run_dir)]
+    assert "--sampler: must be euler|heun|" in refused(capsys, sample.main, [*given, "--sampler", "rk45"])
+    assert "Perhaps you meant: --steps" in refused(capsys, sample.main, [*given, "--step", "3"])
     assert "auto, cpu or cuda" in refusal("--device", "tpu")
     assert "--batch-size" in refusal("--batch-size", "0")
     assert "--batch-size" in refusal("--batch-size", "-5", main=evaluate.main)

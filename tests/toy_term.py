@@ -1,4 +1,4 @@
-"""A loss term of somebody else's: how much more neighbouring pixels differ in the prediction than in the image."""
+"""A loss term of somebody else's: how much more neighbours differ in the prediction than in the image."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What the tests of the training command share: short runs, single steps and one-line errors."""
+"""What the tests of the training command share: short runs, single steps and messages about mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,21 @@ QUICK = ["--device", "cpu", "--train.batch_size", "16", "--train.sample_every", 
 
 def options(tmp_path: Path, name: str, steps: int, *more: str) -> list[str]:
     return ["--out_dir", str(tmp_path), "--name", name, "--train.max_steps", str(steps), *QUICK, *more]
+
+
+def unframed(text: str) -> str:
+    """A message without the frame around it, in one line."""
+    return " ".join(re.sub(r"[\u2500-\u257f]|--{9,}", " ", text).split())
+
+
+def refused(capsys, call, *args, **named) -> str:
+    """What is said about a command line that the parser refuses; exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args, **named)
+    assert stop.value.code == 2
+    error = unframed(capsys.readouterr().err)
+    assert error.endswith("--help") and "Traceback" not in error
+    return error
 
 
 def fails_with(capsys, argv: list[str], main=main, program: str = "pixelgen.train") -> str:

@@ -5,45 +5,64 @@ from __future__ import annotations
 import argparse
 import glob
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 import yaml
 
-from pixelgen.config.command_line import check_values, construct, describe_error, nearest, parse, read_values
+from pixelgen.config.command_line import describe_error, parse_values
 from pixelgen.config.train_config import TrainConfig
+from pixelgen.config.values import Loader, build, nearest, option_types, read_values
 from pixelgen.errors import UserError
 from pixelgen.options import OpenSection
 
 PRESET_DIR = Path(__file__).parent / "presets"
 
-DEFAULT_PRESET = "digits"
-
 DEFAULT_PLAN = "8xH100"
 
-
-class _Loader(yaml.SafeLoader):
-    """Reads only true and false as booleans, as YAML 1.2 does, so that ``balance: off`` is the word."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF"))
+# What --resume takes from the run, by the option that would say otherwise.
+_OF_THE_RUN = {"config": "configuration", "name": "folder", "out_dir": "folder", "init": "weights"}
 
 
 def preset_names() -> list[str]:
     """Names that ``--config`` takes besides paths."""
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+
+
+_NAMES = tyro.conf.arg(metavar="|".join([*preset_names(), "FILE"]))
+
+_GPUS = tyro.constructors.PrimitiveConstructorSpec[str | None](
+    nargs=(0, 1),
+    metavar="[GPUS]",
+    instance_from_str=lambda given: [*given, DEFAULT_PLAN][0],
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: ["null"],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(TrainConfig):
+    """Trains a class-conditional pixel-space diffusion transformer.
+
+    Args:
+        config: preset or YAML file; default: digits. May be repeated: later files and options on the command
+            line win.
+        resume: continue runs/NAME from its newest checkpoint, with its configuration; auto, for jobs that are
+            queued again, continues the run called --name if it can, else starts it.
+        print_config: print the configuration as YAML after all other options and exit.
+        plan: print what the run needs and takes on so many GPUs, such as 4 or 16xH200, and exit; 8xH100 if
+            not said.
+    """
+
+    config: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], _NAMES] = ()
+    resume: str | None = None
+    print_config: bool = False
+    plan: Annotated[str | None, _GPUS] = None
 
 
 def load_config(
@@ -67,60 +86,48 @@ def load_config(
         The configuration, with ``name`` filled in, and what was given to ``--resume``, or None.
 
     Raises:
-        UserError: unknown option or key (the nearest one is named), unknown preset (all are listed),
-            wrong type or value, YAML that cannot be read.
+        UserError: unknown preset (all are listed) or key of a file (the nearest one is named), value out of
+            its range, YAML that cannot be read.
         FileNotFoundError: no such YAML file or run.
-        SystemExit: after ``--help``, ``--print_config`` and ``--plan``.
+        SystemExit: with 2 after a message about the command line, see ``parse_values``; with 0 after
+            ``--help``, ``--print_config`` and ``--plan``.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", action="append", default=[])
-    first.add_argument("--resume")
-    first.add_argument("--print_config", "--print-config", action="store_true")
-    if plan is not None:
-        first.add_argument("--plan", nargs="?", const=DEFAULT_PLAN)
-    try:
-        known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    except argparse.ArgumentError as error:
-        raise UserError(describe_error(error)) from None
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # The files are the defaults of the other options, so they are looked for first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", nargs="?", default=[])
+    for option in ("--resume", "--name", "--init"):
+        first.add_argument(option, nargs="?")
+    first.add_argument("--out_dir", "--out-dir", nargs="?")
+    known, _ = first.parse_known_args(argv)
     # A job that is queued again has one command line: with auto it says what the run is, whether new or not.
     run = None if known.resume == "auto" else known.resume
-    if run and known.config:
-        raise UserError("--resume takes the configuration of the run; leave out --config")
-    fixed = [arg for arg in rest if arg.partition("=")[0] in ("--name", "--out_dir", "--out-dir")]
-    if run and fixed:
-        raise UserError(f"--resume continues in the run's own folder; leave out {fixed[0].partition('=')[0]}")
-    if run and any(arg.partition("=")[0] == "--init" for arg in rest):
-        raise UserError("--resume continues with the run's own weights; leave out --init")
-    values: dict[str, object] = {}
-    stem = None
-    for path in [_run_config(run)] if run else [_find_config(name) for name in known.config]:
-        values |= check_values(TrainConfig, _read_yaml(path.read_bytes(), str(path)), str(path))
-        stem = path.stem
-    extra = {
-        "--config NAME|FILE": f"preset ({', '.join(preset_names())}) or YAML file; "
-        f"default: {DEFAULT_PRESET}. May be repeated: later files and options on the command line win.",
-        "--resume RUN|auto": "continue runs/NAME from its newest checkpoint, with its configuration; auto, "
-        "for jobs that are queued again, continues the run called --name if it can, else starts it",
-        "--print_config": "print the configuration as YAML after all other options and exit",
-    }
-    if plan is not None:
-        extra["--plan [GPUS]"] = (
-            "print what the run needs and takes on so many GPUs, such as 4 or 16xH200, and exit; "
-            f"default: {DEFAULT_PLAN}"
-        )
-    config = _with_absolute_paths(parse(TrainConfig, rest, prog=prog, values=values, extra=extra))
-    if known.print_config:
+    for option, own in _OF_THE_RUN.items():
+        if run and getattr(known, option):
+            raise UserError(f"--resume continues with the run's own {own}; leave out --{option}")
+    values: dict[str, Any] = {}
+    paths = [_run_config(run)] if run else [_find_config(name) for name in known.config if name]
+    for path in paths:
+        _read_yaml(path.read_bytes(), values, str(path))
+    given = parse_values(TrainCommand, argv, prog=prog, values=values)
+    if plan is None and given["plan"]:
+        raise UserError("unknown option --plan: this program does not plan")
+    config = _with_absolute_paths(
+        build(TrainConfig, {name: given[name] for name in option_types(TrainConfig)})
+    )
+    if given["print_config"]:
         print(config_to_yaml(config), end="")
         raise SystemExit(0)
-    if plan is not None and known.plan is not None:
-        print(plan(config, known.plan))
+    if plan is not None and given["plan"]:
+        print(plan(config, given["plan"]))
         raise SystemExit(0)
     if known.resume == "auto" and config.name is None:
         raise UserError("--resume auto needs --name: it continues the run of that name, or starts it")
     if config.name is None:
         # Without a preset or file the data say best what the run is: digits, or folder.
-        config = replace(config, name=f"{stem or config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return config, known.resume
+        stem = paths[-1].stem if paths else config.data.name
+        config = replace(config, name=f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return config, given["resume"]
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -159,47 +166,46 @@ def config_from_yaml(text: str, source: str = "config.yaml") -> TrainConfig:
     Raises:
         UserError: as ``load_config``.
     """
-    return construct(TrainConfig, check_values(TrainConfig, _read_yaml(text.encode(), source), source))
+    values: dict[str, Any] = {}
+    _read_yaml(text.encode(), values, source)
+    return build(TrainConfig, values)
 
 
-def _read_yaml(content: bytes, source: str) -> dict[str, object]:
+def _read_yaml(content: bytes, into: dict[str, Any], source: str) -> None:
     try:
-        mapping: Any = yaml.load(content, _Loader)  # a SafeLoader
+        mapping = yaml.load(content, Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not a YAML file: {describe_error(error)}") from None
-    return read_values(TrainConfig, mapping, source)
+    read_values(TrainConfig, mapping, into, source)
 
 
 def _find_config(name: str) -> Path:
-    presets = preset_names()
+    presets, path = preset_names(), Path(name)
     if name in presets:
         return PRESET_DIR / f"{name}.yaml"
-    path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
-        raise UserError(
-            f"--config: {name} is a folder; give a preset or a YAML file, such as {path / 'config.yaml'}"
-        )
+        example = path / "config.yaml"
+        raise UserError(f"--config: {name} is a folder; give a preset or a YAML file, such as {example}")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise FileNotFoundError(f"--config: no such file: {name}")
     guess = nearest(name, presets)
-    hint = f"did you mean {guess}? " if guess else ""
-    raise UserError(
-        f"--config: unknown preset {name}; {hint}Presets: {', '.join(presets)}. A YAML file will do too"
-    )
+    meant = f"did you mean {guess}? " if guess else ""
+    known = f"Presets: {', '.join(presets)}. A YAML file will do too"
+    raise UserError(f"--config: unknown preset {name}; {meant}{known}")
 
 
 def _run_config(run: str) -> Path:
-    path = Path(run)
-    if not path.exists():
+    path = Path(run) / "config.yaml"
+    if not path.parent.exists():
         raise FileNotFoundError(f"--resume: no run at {run}")
-    if not (path / "config.yaml").is_file():
+    if not path.is_file():
         raise UserError(
             f"--resume: {run} is not the folder of a run, such as runs/NAME: it has no config.yaml"
         )
-    return path / "config.yaml"
+    return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pixelgen.config.command_line import nearest
+from pixelgen.config.values import nearest
 from pixelgen.errors import UserError
 
 GIB = 2**30

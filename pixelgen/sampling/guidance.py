@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pixelgen.conditions import Condition, joined, num_rows
-from pixelgen.errors import UserError
 from pixelgen.flow import round_to_float32, velocity_from_x_pred
 
-GUIDANCE_RULES = ("paper", "released")
 BORDER_MARGIN = 1e-6  # ten times the rounding of an fp32 grid of times
 
 
@@ -32,6 +29,8 @@ class GuidedVelocity:
       step_t being the time at which the solver step began. So Heun's corrector follows its predictor, and
       with low = 0 the first step is never guided.
 
+    The settings are those of a ``SampleConfig`` and a ``TimeConfig``, which check them.
+
     Attributes:
         nfe: network evaluations per image so far: 1 for a plain batch, 2 for a doubled one.
 
@@ -48,7 +47,6 @@ class GuidedVelocity:
             x - noise itself.
 
     Raises:
-        UserError: ``scale``, ``interval``, ``rule`` or ``t_eps`` is out of range.
         ValueError: ``condition`` and ``null`` differ in a name or a shape.
     """
 
@@ -65,14 +63,6 @@ class GuidedVelocity:
         t_eps: float | None = 0.05,
     ) -> None:
         low, high = interval
-        if not (math.isfinite(scale) and scale >= 0):
-            raise UserError(f"guidance: scale must be a number of at least 0, got {scale}")
-        if not 0.0 <= low < high <= 1.0:
-            raise UserError(f"guidance: interval must satisfy 0 <= low < high <= 1, got ({low}, {high})")
-        if rule not in GUIDANCE_RULES:
-            raise UserError(f"guidance: rule must be one of {', '.join(GUIDANCE_RULES)}, got {rule!r}")
-        if t_eps is not None and not t_eps > 0:
-            raise UserError(f"guidance: t_eps must be positive, got {t_eps}")
         shapes, null_shapes = (
             {name: tuple(value.shape) for name, value in each.items()} for each in (condition, null)
         )

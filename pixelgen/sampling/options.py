@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,9 +36,9 @@ class SampleConfig(Section):
     def __post_init__(self) -> None:
         self._require_choices()
         self._require("steps", self.steps >= 1, "be at least 1")
-        self._require("guidance", self.guidance >= 0, "be 0 or more")
+        self._require("guidance", 0 <= self.guidance < math.inf, "be a finite number of 0 or more")
         self._require("guidance_low", 0 <= self.guidance_low <= 1, "lie in [0, 1]")
         self._require("guidance_high", self.guidance_high <= 1, "lie in [0, 1]")
         above = self.guidance_low < self.guidance_high
         self._require("guidance_high", above, f"be above sample.guidance_low {self.guidance_low}")
-        self._require("timeshift", self.timeshift > 0, "be above 0")
+        self._require("timeshift", 0 < self.timeshift < math.inf, "be a finite number above 0")

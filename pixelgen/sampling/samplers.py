@@ -39,7 +39,7 @@ def timesteps(num_steps: int, timeshift: float = 1.0, last_step: float | None = 
 
     Args:
         num_steps: solver steps, at least 1.
-        timeshift: positive; above 1 spends more steps near the noise.
+        timeshift: positive and finite; above 1 spends more steps near the noise.
         last_step: length of the last step before the shift, in (0, 1); None means 1 / num_steps, the uniform
             grid. Without effect for one step.
 
@@ -47,10 +47,8 @@ def timesteps(num_steps: int, timeshift: float = 1.0, last_step: float | None = 
         Strictly increasing Python floats, each exactly representable in fp32.
 
     Raises:
-        UserError: an argument is out of range, or so extreme that two times coincide in fp32.
+        UserError: ``last_step`` is out of range, or an argument so extreme that two times coincide in fp32.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise UserError(f"timesteps: num_steps must be an integer of at least 1, got {num_steps!r}")
     if last_step is None or num_steps == 1:
         last_step = 1.0 / num_steps
     elif not 0.0 < last_step < 1.0:

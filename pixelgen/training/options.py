@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,7 @@ class TimeConfig(Section):
     def __post_init__(self) -> None:
         self._require_choices()
         self._require("std", self.std > 0, "be above 0")
-        self._require("timeshift", self.timeshift > 0, "be above 0")
+        self._require("timeshift", 0 < self.timeshift < math.inf, "be a finite number above 0")
         self._require("t_eps", 0 < self.t_eps < 1, "lie between 0 and 1")
         self._require("noise_scale", self.noise_scale > 0, "be above 0")
 

@@ -6,17 +6,17 @@ or on how often the command was stopped.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
-import sys
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
+import tyro
 from tqdm import tqdm
 
 from pixelgen.config.command_line import parse
@@ -66,8 +66,8 @@ class PrepareOptions:
         num_classes: for hf, number of classes where the label column does not name them.
     """
 
-    src: str
-    dst: str
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     name: Literal["folder", "hf"] = "folder"
     resolution: int = 256
     channels: int = 3
@@ -229,33 +229,13 @@ def _finish(folder: ShardFolder, settings: dict[str, object], stretches: list[tu
     )
 
 
-def take_positionals(argv: Sequence[str]) -> list[str]:
-    """Turns the two arguments that belong to no option, SRC and DST, into options.
-
-    Raises:
-        UserError: there are more or fewer.
-    """
-    options, places = [], []
-    is_value = False  # every option but --help takes one
-    for argument in argv:
-        if is_value or argument.startswith("-"):
-            options.append(argument)
-            is_value = not is_value and "=" not in argument
-        else:
-            places.append(argument)
-    if "--help" in options or "-h" in options:
-        return ["--help"]
-    given = [argument.partition("=")[0] for argument in options]
-    names = [name for name in ("--src", "--dst") if name not in given]
-    if len(places) != len(names):
-        raise UserError(
-            f"expected SRC and DST, got {' '.join(places) or 'neither'}; --help lists all options"
-        )
-    return [*(f"{name}={place}" for name, place in zip(names, places, strict=True)), *options]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and prepares."""
-    argv = take_positionals(sys.argv[1:] if argv is None else argv)
-    print(prepare(parse(PrepareOptions, argv, prog="pixelgen.data.prepare")))
+    # SRC and DST may be given as options too.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--src", "--dst"):
+        first.add_argument(option, nargs=1, default=[])
+    known, rest = first.parse_known_args(argv)
+    options = parse(PrepareOptions, [*known.src, *rest, *known.dst], prog="pixelgen.data.prepare")
+    print(prepare(options))
     return 0
