@@ -8,7 +8,7 @@ from objectives import SIDE, B, C, MeanTokens, P, TwoStages, make_batch
 from pixelgen_kernels import select
 from torch import Tensor, nn
 
-from pixelgen.losses.features import FeatureNetworks, Wanted
+from pixelgen.losses.features import FeatureNetworks, ImageFeatures
 from pixelgen.losses.gate import BUCKETS, NoiseGate, select_samples
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.times import Times
@@ -33,7 +33,7 @@ def networks() -> FeatureNetworks:
 
 def features_of(networks: FeatureNetworks, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
     rows = select_samples(Times.of(t), NoiseGate())
-    found = networks(lambda selected: selected.rows(x), Wanted(tokens=rows, maps=rows))
+    found = ImageFeatures(networks, lambda selected: selected.rows(x), has_gradient=torch.is_grad_enabled())
     return found.tokens(rows), found.maps(rows)
 
 

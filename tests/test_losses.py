@@ -255,7 +255,7 @@ def test_flat_features_have_finite_gradient():
 def test_times_of_other_samples_are_refused():
     batch = make_batch()
     x = to_tokens(batch["x"])
-    with pytest.raises(ValueError, match="times must have 4 samples at work, got 3"):
+    with pytest.raises(ValueError, match="times must have 4 local samples, got 3"):
         make_objective()(x, x, batch["x"], Times.of(torch.zeros(B), range(3)), batch["features"])
 
 

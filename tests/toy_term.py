@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixelgen.losses.term import Frame, Seen, Term, TermOptions, register
+from pixelgen.losses.features import Seen
+from pixelgen.losses.term import Frame, Term, TermOptions, register
 
 
 @dataclass(frozen=True, kw_only=True)

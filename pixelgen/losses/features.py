@@ -1,9 +1,9 @@
-"""What the terms compare: frozen features of clean and predicted images, computed once each."""
+"""What the terms compare: frozen features of clean and predicted images, computed once, when asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,53 +13,6 @@ from pixelgen.encoders.base import TokenEncoder
 from pixelgen.encoders.embedded import EmbeddedStages, EmbeddedTokens
 from pixelgen.losses.gate import BUCKETS, Selection
 from pixelgen.losses.lpips import LPIPS
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Of which rows of a batch features are wanted; None for no rows.
-
-    Attributes:
-        tokens: of the token encoder.
-        maps: of the LPIPS network.
-        images: the images themselves.
-    """
-
-    tokens: Selection | None = None
-    maps: Selection | None = None
-    images: Selection | None = None
-
-    @property
-    def maps_are_among_tokens(self) -> bool:
-        """Whether both are wanted, and maps of no row without tokens."""
-        if self.tokens is None or self.maps is None:
-            return False
-        return self.maps is self.tokens or self.tokens.index is None
-
-
-class Features:
-    """Frozen features of the rows of a batch that were wanted."""
-
-    def __init__(
-        self, wanted: Wanted, tokens: Tensor | None, maps: list[Tensor] | None, images: Tensor | None
-    ) -> None:
-        # what was not wanted is None, and not asked for
-        self._wanted: Any = wanted
-        self._tokens: Any = tokens
-        self._maps: Any = maps
-        self._images: Any = images
-
-    def tokens(self, rows: Selection) -> Tensor:
-        """(K, T, D) of the token encoder."""
-        return rows.rows_of(self._wanted.tokens, self._tokens)
-
-    def maps(self, rows: Selection) -> list[Tensor]:
-        """Feature maps (K, C, H, W) of the LPIPS network."""
-        return [rows.rows_of(self._wanted.maps, stage) for stage in self._maps]
-
-    def images(self, rows: Selection) -> Tensor:
-        """(K, C, H, W) in [-1, 1], fp32."""
-        return rows.rows_of(self._wanted.images, self._images)
 
 
 class FeatureNetworks:
@@ -73,7 +26,14 @@ class FeatureNetworks:
     def __init__(self, encoder: TokenEncoder | nn.Module | None, lpips: LPIPS | nn.Module | None) -> None:
         self.encoder: Any = encoder
         self.lpips: Any = lpips
-        self._shares_trunk = _share_trunk(encoder, lpips)
+        #: Whether LPIPS and tokens read one embedded network, which then runs once per image, not twice.
+        self.share_trunk = (
+            isinstance(encoder, EmbeddedTokens)
+            and isinstance(lpips, LPIPS)
+            and lpips.resize_from_patch is None
+            and isinstance(lpips.stages, EmbeddedStages)
+            and lpips.stages.features is encoder.features
+        )
 
     def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         """As ``nn.Module._apply``: the networks follow the objective to its device."""
@@ -103,37 +63,115 @@ class FeatureNetworks:
                 torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
                 network.compile(dynamic=False)
 
-    def __call__(self, images: Callable[[Selection], Tensor], wanted: Wanted) -> Features:
-        """Features of selected rows.
 
-        Args:
-            images: gives the images (K, C, H, W) of rows, in [-1, 1].
-            wanted: of which rows.
-        """
-        made: dict[int, Tensor] = {}
+class ImageFeatures:
+    """Frozen features of the images of a batch, by selections of its rows.
 
-        def of(rows: Selection) -> Tensor:
-            if id(rows) not in made:
-                made[id(rows)] = images(rows)
-            return made[id(rows)]
+    What was made for all rows serves every selection of them, so ask for all rows first.
 
-        seen = None if wanted.images is None else of(wanted.images)
-        if self._shares_trunk and wanted.maps_are_among_tokens:
-            assert wanted.tokens is not None and wanted.maps is not None
-            whole = self.lpips.encode(of(wanted.tokens))
-            among = [wanted.maps.rows_of(wanted.tokens, stage) for stage in whole]
-            return Features(wanted, self.encoder.from_stages(whole), among, seen)
-        tokens = None if wanted.tokens is None else self.encoder(of(wanted.tokens))
-        maps = None if wanted.maps is None else self.lpips.encode(of(wanted.maps))
-        return Features(wanted, tokens, maps, seen)
+    Args:
+        networks: the frozen networks.
+        images: gives the images (K, C, H, W) of a selection, in [-1, 1], at least fp32.
+        has_gradient: whether gradients flow to the images.
+    """
+
+    def __init__(
+        self, networks: FeatureNetworks, images: Callable[[Selection], Tensor], *, has_gradient: bool
+    ) -> None:
+        self._networks, self._images, self._has_gradient = networks, images, has_gradient
+        self._made: dict[str, list[tuple[Selection, list[Tensor]]]] = {}
+
+    def images(self, rows: Selection) -> Tensor:
+        """(K, C, H, W) in [-1, 1]."""
+        return self._once("images", rows, lambda: [self._images(rows)])[0]
+
+    def maps(self, rows: Selection) -> list[Tensor]:
+        """Feature maps (K, C, H, W) of the LPIPS network."""
+        return self._once("maps", rows, lambda: self._networks.lpips.encode(self.images(rows)))
+
+    def tokens(self, rows: Selection) -> Tensor:
+        """(K, T, D) of the token encoder."""
+
+        def make() -> list[Tensor]:
+            encoder = self._networks.encoder
+            if self._networks.share_trunk:
+                return [encoder.from_stages(self.maps(rows))]
+            return [encoder(self.images(rows))]
+
+        return self._once("tokens", rows, make)[0]
+
+    def _once(self, kind: str, rows: Selection, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        made = self._made.setdefault(kind, [])
+        for known, values in made:
+            if known is rows or known.index is None:
+                return [rows.rows_of(known, value) for value in values]
+        with nullcontext() if self._has_gradient else torch.no_grad():
+            made.append((rows, make()))
+        return made[-1][1]
 
 
-def _share_trunk(encoder: object, lpips: object) -> bool:
-    """Whether LPIPS and tokens read one embedded network, which then runs once per image, not twice."""
-    return (
-        isinstance(encoder, EmbeddedTokens)
-        and isinstance(lpips, LPIPS)
-        and lpips.resize_from_patch is None
-        and isinstance(lpips.stages, EmbeddedStages)
-        and lpips.stages.features is encoder.features
-    )
+class Seen:
+    """What a term sees of the K samples that it is for. Features are computed when they are first read.
+
+    Attributes:
+        t: (K,) time.
+    """
+
+    def __init__(
+        self,
+        rows: Selection,
+        t: Tensor,
+        patches: tuple[Tensor, Tensor],
+        features: Tensor | None,
+        predicted: ImageFeatures,
+        target: ImageFeatures,
+    ) -> None:
+        self.t, self._rows, self._patches, self._features = t, rows, patches, features
+        self._predicted, self._target = predicted, target
+
+    @property
+    def prediction(self) -> Tensor:
+        """Predicted patches (K, T, P*P*C), values in the order of the denoiser's output."""
+        return self._rows.rows(self._patches[0])
+
+    @property
+    def clean(self) -> Tensor:
+        """The clean patches in the same layout."""
+        return self._rows.rows(self._patches[1])
+
+    @property
+    def features(self) -> Tensor:
+        """(K, T, width) of the denoiser's block ``Term.feature_layer``."""
+        if self._features is None:
+            raise ValueError("Objective: features must be given for a term that needs them, got None")
+        return self._rows.rows(self._features)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Frozen tokens (K, T, D) of the predicted images."""
+        return self._predicted.tokens(self._rows)
+
+    @property
+    def clean_tokens(self) -> Tensor:
+        """Frozen tokens (K, T, D) of the clean images."""
+        return self._target.tokens(self._rows)
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """Feature maps (K, C, H, W) of the LPIPS network for the predicted images."""
+        return self._predicted.maps(self._rows)
+
+    @property
+    def clean_maps(self) -> list[Tensor]:
+        """The same of the clean images."""
+        return self._target.maps(self._rows)
+
+    @property
+    def images(self) -> Tensor:
+        """The predicted images (K, C, H, W)."""
+        return self._predicted.images(self._rows)
+
+    @property
+    def clean_images(self) -> Tensor:
+        """The clean images (K, C, H, W) in [-1, 1]."""
+        return self._target.images(self._rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
 from pixelgen.losses.balance import BalanceWeight
-from pixelgen.losses.features import FeatureNetworks, Wanted
+from pixelgen.losses.features import FeatureNetworks, ImageFeatures, Seen
 from pixelgen.losses.gate import NoiseGate, Selection, masked_sum, select_samples
 from pixelgen.losses.lpips import LPIPS
-from pixelgen.losses.term import TERMS, Frame, Seen, Term
+from pixelgen.losses.term import TERMS, Frame, Term
 from pixelgen.losses.times import Times, to_device
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """What the objective says of a batch, or of the part of it that is at work.
+    """The loss of a batch, or of the part of it that a process works on, and what it is made of.
 
     Attributes:
         loss: scalar with gradient; the parts of a batch add up to the batch's.
@@ -40,8 +40,8 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Gated:
-    """Which of the samples at work pass the gate, and what is known of the whole batch."""
+class _GatedBatch:
+    """Which of the local samples pass the gate, and what is known of the whole batch."""
 
     every: Selection
     passing: Selection
@@ -49,11 +49,11 @@ class _Gated:
     weight: Tensor  # (K,) that the gate gives them
     size: int  # samples of the whole batch
     num_passing: int  # of the whole batch, at least 1
-    passes_none: bool  # of the whole batch
+    is_empty: bool  # whether none of the whole batch passes
 
     def rows(self, term: Term) -> Selection | None:
-        """The samples that a term sees; None where there are none."""
-        if term.sees == "all" or (term.sees == "batch" and not self.passes_none):
+        """The local samples that a term sees; None where there are none."""
+        if term.sees == "all" or (term.sees == "batch" and not self.is_empty):
             return self.every
         return self.passing if term.sees == "gated" and len(self.passing) else None
 
@@ -65,12 +65,6 @@ class _Gated:
             # only the perceptual terms train a learned gate
             values = (self.weight if term.is_perceptual else self.weight.detach()) * values
         return masked_sum(values, self.passing.is_real) / self.num_passing
-
-    def scatter(self, term: Term, values: Tensor, batch: int) -> Tensor:
-        """The same values, detached, for all samples at work; zeros where the term was not computed."""
-        rows = self.rows(term)
-        assert rows is not None
-        return rows.scatter(values.detach(), batch)
 
 
 class Objective(nn.Module):
@@ -123,8 +117,9 @@ class Objective(nn.Module):
         self.loss, self.patch_size, self.channel_order = loss, patch_size, channel_order
         self.ops = select(kernels)
         width: Any = getattr(encoder, "width", None)
-        frame = Frame(feature_width, None if width is None else int(width), t_eps, self.ops)
-        self.terms = [TERMS[name](options, frame) for name, options in loss.used_terms().items()]
+        frame = Frame(feature_width, None if width is None else int(width), t_eps, lpips, self.ops)
+        self._by_name = {name: TERMS[name](options, frame) for name, options in loss.used_terms().items()}
+        self.terms = list(self._by_name.values())
         layers = {term.feature_layer for term in self.terms} - {None}
         if len(layers) > 1:
             raise ValueError(f"Objective: terms must want features of one block, got {layers}")
@@ -181,7 +176,7 @@ class Objective(nn.Module):
         step: int = 0,
         update_balance: bool = True,
     ) -> Outcome:
-        """All terms of one batch, or of the part of a batch that is at work.
+        """All terms of one batch, or of the part of it that a process works on: its local samples.
 
         Call it inside the autocast context of the denoiser: the encoders follow it, every distance is fp32.
         No host sync.
@@ -191,7 +186,7 @@ class Objective(nn.Module):
                 [-1, 1], not clamped.
             clean: the clean patches in the same layout.
             images: (B, C, H, W) the clean images, uint8, or floating in [-1, 1].
-            times: of the batch, with B samples at work.
+            times: of the batch, with B local samples.
             features: (B, T, width) of the denoiser's block ``feature_layer(step)``.
             step: training step; it matters for the schedules.
             update_balance: update the balance weight where it is due, before it is used.
@@ -199,62 +194,64 @@ class Objective(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or features that are missing.
         """
-        batch = len(clean)
-        if prediction.shape != clean.shape or clean.ndim != 3 or len(images) != batch or images.ndim != 4:
+        count = len(clean)
+        if prediction.shape != clean.shape or clean.ndim != 3 or len(images) != count or images.ndim != 4:
             raise ValueError(
                 f"Objective: prediction and clean must be tokens (B, T, P*P*C) and images (B, C, H, W), "
                 f"got {tuple(prediction.shape)}, {tuple(clean.shape)} and {tuple(images.shape)}"
             )
-        if times.t.shape != (batch,):
-            raise ValueError(f"Objective: times must have {batch} samples at work, got {len(times.t)}")
-        gated = self._gate(times)
-        active = self._active(step, gated)
-        seen = self._look(active, gated, prediction, clean, images, features, times.t)
+        if times.t.shape != (count,):
+            raise ValueError(f"Objective: times must have {count} local samples, got {len(times.t)}")
+        batch = self._gate(times)
+        seen = self._look(batch, prediction, clean, images, times.t, features, step)
+        active = self._active(step, batch)
         nothing = torch.zeros((), device=clean.device)
         terms: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}  # of the samples that each term sees
         per_sample: dict[str, Tensor] = {}
+
+        def reduce(name: str, term: Term, value: Tensor, *, is_weighted: bool = True) -> None:
+            values[name] = value
+            terms[name] = batch.reduced(term, value, is_weighted=is_weighted)
+            rows = batch.rows(term)
+            assert rows is not None
+            per_sample[name] = rows.scatter(value.detach(), count)
+
         for term in active:
-            if term.name in seen:
-                values[term.name] = term.forward(seen[term.name])
-                terms[term.name] = gated.reduced(term, values[term.name])
-                per_sample[term.name] = gated.scatter(term, values[term.name], batch)
-            else:
-                of_none = term.if_none_passes if term.sees == "batch" else 0.0
-                terms[term.name] = nothing + of_none * batch / gated.size
+            terms[term.name] = nothing
+            if term.sees == "batch" and batch.is_empty:
+                terms[term.name] = nothing + term.if_none_passes * count / batch.size
+        for name, visible in seen.items():
+            term = self._by_name[name]
+            reduce(name, term, term.forward(visible))
         loss = flow = terms["flow_matching"]
-        perceptual = []
         for term in active:
-            if term.is_perceptual:
-                perceptual.append(term)
-            elif term.own_loss_name is None and term.name != "flow_matching":
+            if not term.is_perceptual and term.own_loss_name is None and term.name != "flow_matching":
                 loss = loss + term.options.weight(step) * terms[term.name]
+        perceptual = [term for term in active if term.is_perceptual]
         if perceptual:
             total, penalty = nothing, nothing
             for term in perceptual:
                 total = total + term.options.weight(step) * terms[term.name]
             if self.loss.gate == "learned":
-                penalty = terms["gate_penalty"] = self._gate_penalty(perceptual, values, times, gated, step)
+                penalty = terms["gate_penalty"] = self._gate_penalty(perceptual, values, times, batch, step)
             if self.balance is not None and update_balance and self.balance.is_due(step):
                 assert self._balance_parameter is not None
-                weight = torch.where(gated.passing.is_real, gated.weight.detach(), 0.0).sum()
-                self.balance.update(flow, total, self._balance_parameter(), weight)
+                gate_sum = torch.where(batch.passing.is_real, batch.weight.detach(), 0.0).sum()
+                self.balance.update(flow, total, self._balance_parameter(), gate_sum)
             ratio: float | Tensor = self.loss.perceptual_ratio
             loss = loss + (ratio if self.balance is None else ratio * self.balance.weight) * (total + penalty)
         for term in active:
             if term.own_loss_name is not None:
-                own = term.own_loss_name
-                terms[own] = nothing
+                terms[term.own_loss_name] = nothing
                 if term.name in seen:
-                    value = term.own_loss(seen[term.name])
-                    terms[own] = gated.reduced(term, value, is_weighted=False)
-                    per_sample[own] = gated.scatter(term, value, batch)
-                loss = loss + (term.options.weight(step) * terms[term.name] + terms[own])
-        share = int(self.gate.passes(times.host).sum()) / gated.size
+                    reduce(term.own_loss_name, term, term.own_loss(seen[term.name]), is_weighted=False)
+                loss = loss + (term.options.weight(step) * terms[term.name] + terms[term.own_loss_name])
+        share = int(self.gate.passes(times.host).sum()) / batch.size
         terms["gated_fraction"] = torch.full((), share, device=clean.device)
         return Outcome(loss, terms, per_sample)
 
-    def look(
+    def frozen_features(
         self,
         prediction: Tensor,
         clean: Tensor,
@@ -263,91 +260,72 @@ class Objective(nn.Module):
         features: Tensor | None = None,
         *,
         step: int = 0,
-    ) -> dict[str, Seen]:
-        """What each term sees of a batch, by its name; arguments as of ``forward``."""
-        gated = self._gate(times)
-        return self._look(self._active(step, gated), gated, prediction, clean, images, features, times.t)
+    ) -> list[Tensor]:
+        """What the frozen networks make of a batch for the terms of a step; arguments as of ``forward``."""
+        found: list[Tensor] = []
+        seen = self._look(self._gate(times), prediction, clean, images, times.t, features, step)
+        for name, visible in seen.items():
+            for need in self._by_name[name].needs & {"clean_tokens", "tokens", "maps", "images"}:
+                for kind in (need, f"clean_{need.removeprefix('clean_')}"):
+                    value = getattr(visible, kind)
+                    found += value if isinstance(value, list) else [value]
+        return found
 
-    def _active(self, step: int, gated: _Gated) -> list[Term]:
+    def _active(self, step: int, batch: _GatedBatch) -> list[Term]:
         """The terms that are computed; a network that is trained alone steps in all processes or in none."""
         return [
             term
             for term in self.terms
-            if term.options.weight(step) > 0 and not (term.own_loss_name and gated.passes_none)
+            if term.options.weight(step) > 0 and not (term.own_loss_name and batch.is_empty)
         ]
 
-    def _gate(self, times: Times) -> _Gated:
+    def _gate(self, times: Times) -> _GatedBatch:
         passing = select_samples(times, self.gate)
         count = int(self.gate.passes(times.whole).sum())
         t = passing.rows(times.t)
         every = Selection(None, torch.ones_like(times.t, dtype=torch.bool))
-        return _Gated(every, passing, t, self.gate(t), len(times.whole), max(1, count), count == 0)
+        return _GatedBatch(every, passing, t, self.gate(t), len(times.whole), max(1, count), count == 0)
 
     def _look(
         self,
-        active: list[Term],
-        gated: _Gated,
+        batch: _GatedBatch,
         prediction: Tensor,
         clean: Tensor,
         images: Tensor,
-        features: Tensor | None,
         t: Tensor,
+        features: Tensor | None,
+        step: int,
     ) -> dict[str, Seen]:
-        """What each term sees; the frozen networks run on the images that some term needs, on no others."""
-        rows = {term.name: gated.rows(term) for term in active}
-
-        def widest(*kinds: str) -> Selection | None:
-            found = [rows[term.name] for term in active if term.needs.intersection(kinds)]
-            some = [selection for selection in found if selection is not None]
-            return gated.every if gated.every in some else some[0] if some else None
-
+        """What the active terms see; those that see all samples first, whose features serve the others."""
         height, width = images.shape[-2:]
 
-        def image(selected: Selection) -> Tensor:
-            patches = _at_least_float32(selected.rows(prediction))
+        def predicted_images(rows: Selection) -> Tensor:
+            patches = _at_least_float32(rows.rows(prediction))
             return self.ops.unpatchify(
                 patches, self.patch_size, (height, width), channel_order=self.channel_order
             )
 
-        wanted = Wanted(widest("tokens"), widest("maps"), widest("images"))
-        of_clean = replace(wanted, tokens=widest("tokens", "clean_tokens"))
-        with torch.no_grad():  # one encoding of the clean images serves every term
-            found_clean = self.networks(lambda selected: _in_range(selected.rows(images)), of_clean)
-        found = self.networks(image, wanted)
-        seen: dict[str, Seen] = {}
-        for term in active:
-            own = rows[term.name]
-            if own is None:
-                continue
-            parts: dict[str, Any] = {"t": t if own is gated.every else gated.t}
-            if "patches" in term.needs:
-                parts |= {"prediction": own.rows(prediction), "clean": own.rows(clean)}
-            if "features" in term.needs:
-                if features is None:
-                    raise ValueError(f"Objective: features must be given for {term.name}, got None")
-                parts["features"] = own.rows(features)
-            if "tokens" in term.needs:
-                parts["tokens"] = found.tokens(own)
-            if term.needs & {"tokens", "clean_tokens"}:
-                parts["clean_tokens"] = found_clean.tokens(own)
-            if "maps" in term.needs:
-                parts |= {"maps": found.maps(own), "clean_maps": found_clean.maps(own)}
-                parts["distance"] = self.networks.lpips.distance
-            if "images" in term.needs:
-                parts |= {"images": found.images(own), "clean_images": found_clean.images(own)}
-            seen[term.name] = Seen(**parts)
-        return seen
+        predicted = ImageFeatures(self.networks, predicted_images, has_gradient=True)
+        target = ImageFeatures(self.networks, lambda rows: _in_range(rows.rows(images)), has_gradient=False)
+        rows = {term.name: batch.rows(term) for term in self._active(step, batch)}
+        return {
+            name: Seen(
+                own, t if own is batch.every else batch.t, (prediction, clean), features, predicted, target
+            )
+            for name, own in sorted(rows.items(), key=lambda item: item[1] is not batch.every)
+            if own is not None
+        }
 
     def _gate_penalty(
-        self, terms: list[Term], values: dict[str, Tensor], times: Times, gated: _Gated, step: int
+        self, terms: list[Term], values: dict[str, Tensor], times: Times, batch: _GatedBatch, step: int
     ) -> Tensor:
         """What the learned gate pays, judged by each sample's terms, weighted by all but the gate."""
-        total = torch.zeros_like(gated.weight)
+        total = torch.zeros_like(batch.weight)
         for term in terms:
             if term.sees == "gated" and term.name in values:
                 total = total + term.options.weight(step) * values[term.name]
-        share = masked_sum(total, gated.passing.is_real) / gated.num_passing
-        return self.gate.penalty(to_device(times.whole, gated.t.device), share)
+        share = masked_sum(total, batch.passing.is_real) / batch.num_passing
+        return self.gate.penalty(to_device(times.whole, batch.t.device), share)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

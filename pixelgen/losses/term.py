@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from pixelgen.config.train_config import TrainConfig
+    from pixelgen.losses.features import Seen
 
 Need = Literal["patches", "features", "clean_tokens", "tokens", "maps", "images"]
 
@@ -66,49 +66,15 @@ class Frame:
         feature_width: width of the denoiser's features.
         token_width: width of the frozen tokens; None where no term needs them.
         t_eps: floor of 1 - t.
+        lpips: has ``distance``, the LPIPS of two lists of maps, (K,) fp32; None where no term needs maps.
         ops: the kernels to use.
     """
 
     feature_width: int
     token_width: int | None
     t_eps: float
+    lpips: Any
     ops: Ops
-
-
-_NOT_NEEDED: Any = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What a term gets of the K samples that it sees; what it does not need is missing.
-
-    Attributes:
-        t: (K,) time.
-        prediction, clean: for ``"patches"``, (K, T, P*P*C), values in the order of the denoiser's output.
-        features: (K, T, width) of the denoiser's block ``Term.feature_layer``.
-        tokens, clean_tokens: (K, T, D) frozen tokens of the predicted and the clean images; with ``"tokens"``
-            come the clean ones, too.
-        maps, clean_maps: for ``"maps"``, feature maps (K, C, H, W) of both as the LPIPS network has them.
-        distance: for ``"maps"``, the LPIPS of two lists of maps, (K,) fp32.
-        images, clean_images: for ``"images"``, both as (K, C, H, W) in [-1, 1], fp32.
-    """
-
-    t: Tensor
-    prediction: Tensor = _NOT_NEEDED
-    clean: Tensor = _NOT_NEEDED
-    features: Tensor = _NOT_NEEDED
-    tokens: Tensor = _NOT_NEEDED
-    clean_tokens: Tensor = _NOT_NEEDED
-    maps: list[Tensor] = _NOT_NEEDED
-    clean_maps: list[Tensor] = _NOT_NEEDED
-    images: Tensor = _NOT_NEEDED
-    clean_images: Tensor = _NOT_NEEDED
-
-    distance: Callable[[list[Tensor], list[Tensor]], Tensor] = _NOT_NEEDED
-
-    def predicted(self) -> list[Tensor]:
-        """What frozen networks made of the predicted images."""
-        return [value for value in (self.tokens, *(self.maps or ()), self.images) if value is not None]
 
 
 class Term(ABC):

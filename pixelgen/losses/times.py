@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Times:
-    """t of a batch, and which of its samples are at work here.
+    """t of a batch, and which of its samples this process works on now: the local ones.
 
     They are drawn on the host, so that it knows, without asking the device, which samples pass the noise
     gate, those of other processes included.
 
     Attributes:
         whole: (W,) of all samples of the batch, on the host.
-        rows: places of the samples that are at work.
+        rows: places of the local samples.
         t: (B,) of these, on the device.
     """
 
@@ -45,7 +45,7 @@ class Times:
 
     @property
     def host(self) -> Tensor:
-        """(B,) of the samples at work, on the host."""
+        """(B,) of the local samples, on the host."""
         return self.whole[self.rows.start : self.rows.stop]
 
 

@@ -101,8 +101,8 @@ def _objective_flops(
     """
     skeleton = build(loss, model)
     with FlopCounter() as frozen:
-        seen = skeleton.objective.look(*skeleton.inputs(t), step=step)
-        outputs = [value for of_term in seen.values() for value in of_term.predicted() if value.requires_grad]
+        found = skeleton.objective.frozen_features(*skeleton.inputs(t), step=step)
+        outputs = [value for value in found if value.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     with FlopCounter() as total:

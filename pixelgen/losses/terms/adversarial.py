@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pixelgen.losses.term import Frame, Seen, Term, TermOptions, register
+from pixelgen.losses.term import Frame, Term, TermOptions, register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pixelgen.losses.features import Seen
 
 
 @dataclass(frozen=True, kw_only=True)

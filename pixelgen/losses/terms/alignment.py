@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pixelgen.errors import UserError
-from pixelgen.losses.term import Frame, Seen, Term, TermOptions, register
+from pixelgen.losses.term import Frame, Term, TermOptions, register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pixelgen.config.train_config import TrainConfig
+    from pixelgen.losses.features import Seen
 
 
 @dataclass(frozen=True, kw_only=True)

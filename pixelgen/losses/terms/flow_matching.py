@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pixelgen.losses.term import Seen, Term, TermOptions, register
+from pixelgen.losses.term import Term, TermOptions, register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pixelgen.losses.features import Seen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pixelgen.losses.term import Seen, Term, TermOptions, register
+from pixelgen.losses.term import Term, TermOptions, register
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pixelgen.losses.features import Seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,4 +38,4 @@ class LPIPSTerm(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """The term of each sample, (K,) fp32."""
-        return seen.distance(seen.maps, seen.clean_maps)
+        return self.frame.lpips.distance(seen.maps, seen.clean_maps)
