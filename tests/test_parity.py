@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from pixelgen.conditions import Condition
 from pixelgen.data.crop import center_crop
 from pixelgen.flow import interpolate, logit_normal_time, shift_time
-from pixelgen.losses.projector import Projector
+from pixelgen.losses.terms.alignment import projector as make_projector
 from pixelgen.losses.times import Times
 from pixelgen.models.jit import JiT
 from pixelgen.models.released import (
@@ -290,7 +290,7 @@ def test_objective(vectors: Vectors, name: str, kernels: Kernels, layout: str):
     model = denoiser(vectors, sidecar["net"]["state_file"], sidecar["net"]["config"], kernels).train()
     objective, lpips = build_objective(vectors, case, model, kernels)
     projector = nn.ModuleList(  # gives the reference's names, 0.0.weight and so on
-        [*objective.trained_with_the_denoiser().values()] or [Projector(*proj_dims(vectors))]
+        [*objective.trained_with_the_denoiser().values()] or [make_projector(*proj_dims(vectors))]
     )
 
     def denoise(x_t: Tensor) -> tuple[Tensor, Tensor | None]:

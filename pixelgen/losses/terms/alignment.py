@@ -9,7 +9,7 @@ from pixelgen.errors import UserError
 from pixelgen.losses.term import Frame, Term, TermOptions, register
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from pixelgen.config.train_config import TrainConfig
     from pixelgen.losses.features import Seen
@@ -67,6 +67,23 @@ class AlignmentOptions(TermOptions):
         }
 
 
+def projector(feature_width: int, hidden_width: int, token_width: int) -> nn.Sequential:
+    """Linear, SiLU, Linear, SiLU, Linear from the denoiser's width to the tokens'.
+
+    State-dict keys ``{0,2,4}.{weight,bias}`` are the released
+    ``diffusion_trainer.proj.0.{0,2,4}.{weight,bias}``.
+    """
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Linear(feature_width, hidden_width),
+        nn.SiLU(),
+        nn.Linear(hidden_width, hidden_width),
+        nn.SiLU(),
+        nn.Linear(hidden_width, token_width),
+    )
+
+
 @register
 class Alignment(Term):
     """1 - cosine of projected features and tokens of the clean image (REPA, arXiv 2410.06940)."""
@@ -79,11 +96,9 @@ class Alignment(Term):
     trains = "projector"
 
     def __init__(self, options: Any, frame: Frame) -> None:
-        from pixelgen.losses.projector import Projector
-
         super().__init__(options, frame)
         assert frame.token_width is not None
-        self.network = Projector(frame.feature_width, options.projector_width, frame.token_width)
+        self.network = projector(frame.feature_width, options.projector_width, frame.token_width)
 
     @property
     def feature_layer(self) -> int:
