@@ -8,7 +8,7 @@ from objectives import SIDE, B, C, MeanTokens, P, TwoStages, make_batch
 from pixelgen_kernels import select
 from torch import Tensor, nn
 
-from pixelgen.losses.features import FeatureNetworks, ImageFeatures
+from pixelgen.losses.features import FeatureNetworks, ImageFeatures, SelectedFeatures
 from pixelgen.losses.gate import BUCKETS, NoiseGate, select_samples
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.times import Times
@@ -34,7 +34,8 @@ def networks() -> FeatureNetworks:
 def features_of(networks: FeatureNetworks, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
     rows = select_samples(Times.of(t), NoiseGate())
     found = ImageFeatures(networks, lambda selected: selected.rows(x), has_gradient=torch.is_grad_enabled())
-    return found.tokens(rows), found.maps(rows)
+    selected = SelectedFeatures(found, rows)
+    return selected.tokens, selected.maps
 
 
 def test_half_precision_holds_the_weights_in_bf16_and_channels_last():

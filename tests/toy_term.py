@@ -45,7 +45,7 @@ class Toy(Term):
         self.network = nn.Linear(1, 1)
 
     def forward(self, seen: Seen) -> Tensor:
-        difference = total_variation(seen.images) - total_variation(seen.clean_images)
+        difference = total_variation(seen.predicted.images) - total_variation(seen.target.images)
         assert self.network is not None
         return self.network(difference.abs()[:, None])[:, 0].float()
 

@@ -105,7 +105,7 @@ def build_networks(
         embedded: gives ``embedded`` features; called only where they are needed.
         has_weights: whether weights are loaded, or drawn.
     """
-    needs_lpips, needs_tokens = loss.needs("maps"), loss.needs("tokens", "clean_tokens")
+    needs_lpips, needs_tokens = loss.needs("maps"), loss.needs("tokens", "target_tokens")
     features: EmbeddedFeatures | None = None
     if (needs_lpips and loss.stages == "embedded") or (needs_tokens and loss.tokens == "embedded"):
         config = EmbeddedConfig(

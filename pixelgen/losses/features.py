@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ class FeatureNetworks:
 
 
 class ImageFeatures:
-    """Frozen features of the images of a batch, by selections of its rows.
+    """Frozen features of the images of a batch, by selections of its rows; each is computed when first read.
 
-    What was made for all rows serves every selection of them, so ask for all rows first.
+    What was made for all rows serves every selection of them, so read those of all rows first.
 
     Args:
         networks: the frozen networks.
@@ -78,29 +78,11 @@ class ImageFeatures:
     def __init__(
         self, networks: FeatureNetworks, images: Callable[[Selection], Tensor], *, has_gradient: bool
     ) -> None:
-        self._networks, self._images, self._has_gradient = networks, images, has_gradient
+        self.networks, self.images, self._has_gradient = networks, images, has_gradient
         self._made: dict[str, list[tuple[Selection, list[Tensor]]]] = {}
 
-    def images(self, rows: Selection) -> Tensor:
-        """(K, C, H, W) in [-1, 1]."""
-        return self._once("images", rows, lambda: [self._images(rows)])[0]
-
-    def maps(self, rows: Selection) -> list[Tensor]:
-        """Feature maps (K, C, H, W) of the LPIPS network."""
-        return self._once("maps", rows, lambda: self._networks.lpips.encode(self.images(rows)))
-
-    def tokens(self, rows: Selection) -> Tensor:
-        """(K, T, D) of the token encoder."""
-
-        def make() -> list[Tensor]:
-            encoder = self._networks.encoder
-            if self._networks.share_trunk:
-                return [encoder.from_stages(self.maps(rows))]
-            return [encoder(self.images(rows))]
-
-        return self._once("tokens", rows, make)[0]
-
-    def _once(self, kind: str, rows: Selection, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def once(self, kind: str, rows: Selection, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What was made of this kind for all rows or for these, else what is made now."""
         made = self._made.setdefault(kind, [])
         for known, values in made:
             if known is rows or known.index is None:
@@ -110,68 +92,48 @@ class ImageFeatures:
         return made[-1][1]
 
 
-class Seen:
-    """What a term sees of the K samples that it is for. Features are computed when they are first read.
+class SelectedFeatures(NamedTuple):
+    """The features of some rows."""
 
-    Attributes:
-        t: (K,) time.
-    """
-
-    def __init__(
-        self,
-        rows: Selection,
-        t: Tensor,
-        patches: tuple[Tensor, Tensor],
-        features: Tensor | None,
-        predicted: ImageFeatures,
-        target: ImageFeatures,
-    ) -> None:
-        self.t, self._rows, self._patches, self._features = t, rows, patches, features
-        self._predicted, self._target = predicted, target
-
-    @property
-    def prediction(self) -> Tensor:
-        """Predicted patches (K, T, P*P*C), values in the order of the denoiser's output."""
-        return self._rows.rows(self._patches[0])
-
-    @property
-    def clean(self) -> Tensor:
-        """The clean patches in the same layout."""
-        return self._rows.rows(self._patches[1])
-
-    @property
-    def features(self) -> Tensor:
-        """(K, T, width) of the denoiser's block ``Term.feature_layer``."""
-        if self._features is None:
-            raise ValueError("Objective: features must be given for a term that needs them, got None")
-        return self._rows.rows(self._features)
-
-    @property
-    def tokens(self) -> Tensor:
-        """Frozen tokens (K, T, D) of the predicted images."""
-        return self._predicted.tokens(self._rows)
-
-    @property
-    def clean_tokens(self) -> Tensor:
-        """Frozen tokens (K, T, D) of the clean images."""
-        return self._target.tokens(self._rows)
-
-    @property
-    def maps(self) -> list[Tensor]:
-        """Feature maps (K, C, H, W) of the LPIPS network for the predicted images."""
-        return self._predicted.maps(self._rows)
-
-    @property
-    def clean_maps(self) -> list[Tensor]:
-        """The same of the clean images."""
-        return self._target.maps(self._rows)
+    source: ImageFeatures
+    rows: Selection
 
     @property
     def images(self) -> Tensor:
-        """The predicted images (K, C, H, W)."""
-        return self._predicted.images(self._rows)
+        """(K, C, H, W) in [-1, 1]."""
+        return self.source.once("images", self.rows, lambda: [self.source.images(self.rows)])[0]
 
     @property
-    def clean_images(self) -> Tensor:
-        """The clean images (K, C, H, W) in [-1, 1]."""
-        return self._target.images(self._rows)
+    def maps(self) -> list[Tensor]:
+        """Feature maps (K, C, H, W) of the LPIPS network."""
+        return self.source.once("maps", self.rows, lambda: self.source.networks.lpips.encode(self.images))
+
+    @property
+    def tokens(self) -> Tensor:
+        """(K, T, D) of the token encoder."""
+        networks = self.source.networks
+
+        def make() -> list[Tensor]:
+            share = networks.share_trunk
+            return [networks.encoder.from_stages(self.maps) if share else networks.encoder(self.images)]
+
+        return self.source.once("tokens", self.rows, make)[0]
+
+
+class Seen(NamedTuple):
+    """What a term sees of the K samples that it is for.
+
+    Attributes:
+        t: (K,) time.
+        predicted, target: features of the predicted and of the clean images.
+        prediction, clean: for a term that needs ``"patches"``, both as (K, T, P*P*C), values in the order of
+            the denoiser's output.
+        features: for one that needs ``"features"``, (K, T, width) of the block ``Term.feature_layer``.
+    """
+
+    t: Tensor
+    predicted: SelectedFeatures
+    target: SelectedFeatures
+    prediction: Any = None
+    clean: Any = None
+    features: Any = None

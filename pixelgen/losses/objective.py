@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
 from pixelgen.losses.balance import BalanceWeight
-from pixelgen.losses.features import FeatureNetworks, ImageFeatures, Seen
+from pixelgen.losses.features import FeatureNetworks, ImageFeatures, Seen, SelectedFeatures
 from pixelgen.losses.gate import NoiseGate, Selection, masked_sum, select_samples
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.term import TERMS, Frame, Term
@@ -108,7 +108,7 @@ class Objective(nn.Module):
         kernels: Literal["auto", "eager"] = "auto",
     ) -> None:
         super().__init__()
-        if encoder is None and loss.needs("tokens", "clean_tokens"):
+        if encoder is None and loss.needs("tokens", "target_tokens"):
             raise ValueError("Objective: encoder must be given for a term that needs tokens, got None")
         if lpips is None and loss.needs("maps"):
             raise ValueError("Objective: lpips must be given for a term that needs maps, got None")
@@ -265,9 +265,10 @@ class Objective(nn.Module):
         found: list[Tensor] = []
         seen = self._look(self._gate(times), prediction, clean, images, times.t, features, step)
         for name, visible in seen.items():
-            for need in self._by_name[name].needs & {"clean_tokens", "tokens", "maps", "images"}:
-                for kind in (need, f"clean_{need.removeprefix('clean_')}"):
-                    value = getattr(visible, kind)
+            for need in self._by_name[name].needs & {"target_tokens", "tokens", "maps", "images"}:
+                both = (visible.target, visible.predicted)
+                for side in both[:1] if need == "target_tokens" else both:
+                    value = getattr(side, need.removeprefix("target_"))
                     found += value if isinstance(value, list) else [value]
         return found
 
@@ -307,14 +308,22 @@ class Objective(nn.Module):
 
         predicted = ImageFeatures(self.networks, predicted_images, has_gradient=True)
         target = ImageFeatures(self.networks, lambda rows: _in_range(rows.rows(images)), has_gradient=False)
-        rows = {term.name: batch.rows(term) for term in self._active(step, batch)}
-        return {
-            name: Seen(
-                own, t if own is batch.every else batch.t, (prediction, clean), features, predicted, target
-            )
-            for name, own in sorted(rows.items(), key=lambda item: item[1] is not batch.every)
-            if own is not None
-        }
+        seen = {}
+        terms = [(term, batch.rows(term)) for term in self._active(step, batch)]
+        for term, rows in sorted(terms, key=lambda pair: pair[1] is not batch.every):
+            if rows is None:
+                continue
+            inputs: dict[str, Any] = {}
+            if "patches" in term.needs:
+                inputs |= {"prediction": rows.rows(prediction), "clean": rows.rows(clean)}
+            if "features" in term.needs:
+                if features is None:
+                    raise ValueError(f"Objective: features must be given for {term.name}, got None")
+                inputs["features"] = rows.rows(features)
+            own_t = t if rows is batch.every else batch.t
+            sides = SelectedFeatures(predicted, rows), SelectedFeatures(target, rows)
+            seen[term.name] = Seen(own_t, *sides, **inputs)
+        return seen
 
     def _gate_penalty(
         self, terms: list[Term], values: dict[str, Tensor], times: Times, batch: _GatedBatch, step: int

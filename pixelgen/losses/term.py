@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pixelgen.config.train_config import TrainConfig
     from pixelgen.losses.features import Seen
 
-Need = Literal["patches", "features", "clean_tokens", "tokens", "maps", "images"]
+Need = Literal["patches", "features", "target_tokens", "tokens", "maps", "images"]
 
 
 @dataclass(frozen=True, kw_only=True)

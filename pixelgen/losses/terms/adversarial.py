@@ -68,11 +68,11 @@ class Adversarial(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """The denoiser's side of each sample, (K,) fp32."""
-        return self.network.generator_term(seen.tokens)
+        return self.network.generator_term(seen.predicted.tokens)
 
     def own_loss(self, seen: Seen) -> Tensor:
         """The discriminator's side, (K,) fp32."""
-        return self.network.discriminator_term(seen.clean_tokens, seen.tokens)
+        return self.network.discriminator_term(seen.target.tokens, seen.predicted.tokens)
 
     def own_optimizer(self) -> dict[str, Any]:
         """Without momentum: the discriminator works against what moves."""

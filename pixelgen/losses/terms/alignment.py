@@ -91,7 +91,7 @@ class Alignment(Term):
     name = "alignment"
     label = "alignment (REPA)"
     Options = AlignmentOptions
-    needs = frozenset({"features", "clean_tokens"})
+    needs = frozenset({"features", "target_tokens"})
     sees = "all"
     trains = "projector"
 
@@ -111,7 +111,7 @@ class Alignment(Term):
         Raises:
             ValueError: not one feature per token.
         """
-        features, target = seen.features, seen.clean_tokens
+        features, target = seen.features, seen.target.tokens
         assert self.network is not None
         if features.ndim != 3 or features.shape[:2] != target.shape[:2]:
             raise ValueError(

@@ -38,4 +38,4 @@ class LPIPSTerm(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """The term of each sample, (K,) fp32."""
-        return self.frame.lpips.distance(seen.maps, seen.clean_maps)
+        return self.frame.lpips.distance(seen.predicted.maps, seen.target.maps)

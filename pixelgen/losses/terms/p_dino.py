@@ -63,4 +63,4 @@ class PDINO(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """The term of each sample, (K,) fp32."""
-        return self.frame.ops.cosine_distance(seen.tokens, seen.clean_tokens)
+        return self.frame.ops.cosine_distance(seen.predicted.tokens, seen.target.tokens)
