@@ -12,7 +12,7 @@ import torch
 from images import assert_same, pair, united
 from PIL import Image
 
-from pixelgen.data import ClassFolder, build_loader, stream_indices
+from pixelgen.data import ClassFolder, Share, build_loader, shuffled_indices
 from pixelgen.data.encoded import MAX_BROKEN_RUN
 from pixelgen.errors import UserError
 
@@ -143,7 +143,7 @@ def test_the_next_readable_image_takes_the_place(tmp_path, capfd):
     for index, damage in ((3, "empty"), (4, "cut"), (9, "text")):
         data.path(index).write_bytes(_DAMAGE[damage])
     loader = build_loader(data, 10, seed=0, max_broken=0.5)
-    asked = [stream_indices(step, dataset_size=10, batch_size=10, seed=0) for step in range(2)]
+    asked = [shuffled_indices(step, 10, Share(10, seed=0)) for step in range(2)]
     for indices in asked:
         images, labels = pair(next(loader))
         expected = [{3: 5, 4: 5, 9: 0}.get(int(index), int(index)) for index in indices]

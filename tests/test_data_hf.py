@@ -402,6 +402,12 @@ def test_missing_and_foreign_files(tmp_path):
         assert "Please pass" not in str(raised.value)
 
 
+def test_no_rows(tmp_path):
+    _table().select([]).save_to_disk(tmp_path / "set")
+    with pytest.raises(UserError, match=r"^data: .*set holds no images$"):
+        build_dataset(_config(tmp_path / "set"))
+
+
 def test_empty_split(tmp_path):
     root = _parquet(tmp_path / "set", _table(), shards=1)
     with pytest.raises(UserError, match=r"^data: cannot open .*set: .*train\[:0\].* no data"):

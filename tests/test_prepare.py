@@ -210,11 +210,11 @@ def test_full_disk_is_one_line_and_leaves_finished_shards(tmp_path, monkeypatch)
     src, dst = _fill(tmp_path / "src", per_class=4), tmp_path / "dst"
     write, limits = ShardFolder.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limited(self, number, jobs, labels):
+    def limited(self, number, chunks):
         # The third shard is larger than a file may become: the system refuses as it does on a full disk.
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if number == 2 else limits[0], limits[1]))
-            write(self, number, jobs, labels)
+            write(self, number, chunks)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

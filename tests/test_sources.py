@@ -12,7 +12,7 @@ from images import assert_same, pair, united
 from training import FLOW_ONLY, curve, fails_with, options, refused, start_trainer
 
 from pixelgen.config import DataConfig, TrainConfig, config_from_yaml, config_to_yaml, load_config
-from pixelgen.data import Source, build_dataset, build_loader, register, stream_indices
+from pixelgen.data import Share, Source, build_dataset, build_loader, register, shuffled_indices
 from pixelgen.data.source import SOURCES
 from pixelgen.train import main
 
@@ -139,7 +139,7 @@ def test_samples_are_called_by_their_names(tmp_path):
     def told(name: str, *source: str) -> str:
         return start_trainer(options(tmp_path, name, 1, *FLOW_ONLY, *source)).describe_sample(1, 5)
 
-    index = stream_indices(1, dataset_size=50, batch_size=16, seed=0)[5]
+    index = shuffled_indices(1, 50, Share(16, seed=0))[5]
     assert re.fullmatch(rf"5 \(image {index}, t [\d.]+\)", told("toy", *TOY))
     assert re.fullmatch(r"5 \(t [\d.]+\)", told("stream", *STREAM))
 

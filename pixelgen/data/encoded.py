@@ -26,9 +26,9 @@ def read_or_next(
 
     Args:
         read: index to (C, H, W) uint8; raises ImageError.
-        index: in [0, size).
+        index: the image that is asked for.
         size: number of images; after the last one comes the first.
-        name: index to what the image is called in a message.
+        name: index to what a message calls the image.
 
     Returns:
         The image, the index that it really has, and the images that could not be read.
@@ -55,8 +55,8 @@ class EncodedImages(Source):
     labels: np.ndarray
 
     @abstractmethod
-    def source(self, index: int) -> bytes | Path:
-        """Returns the encoded image ``index``, or the file that holds it.
+    def encoded(self, index: int) -> bytes | Path:
+        """The encoded image ``index``, or the file that holds it.
 
         Raises:
             ImageError: there is none.
@@ -64,22 +64,23 @@ class EncodedImages(Source):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
+        """What a message calls image ``index``."""
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Reads images, and the next readable one in place of one that cannot be read; see `Source.read`."""
+        """Reads images, and the next readable one in place of one that cannot be read."""
         images = np.empty((len(order), self.channels, self.image_size, self.image_size), dtype=np.uint8)
-        used, broken, num_replaced = [], [], 0
+        labels = np.empty(len(order), dtype=np.int64)
+        broken, num_replaced = [], 0
         for row, index in enumerate(order):
             read = partial(self._decode, draws=None if draws is None else draws[row])
             images[row], found, unreadable = read_or_next(read, int(index), len(self), self.name)
-            used.append(found)
+            labels[row] = self.labels[found]
             broken += unreadable
             num_replaced += bool(unreadable)
-        return ReadBatch(images, self.labels[np.array(used, dtype=np.int64)], broken, num_replaced)
+        return ReadBatch(images, labels, broken, num_replaced)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Returns image ``index`` as uint8 (C, H, W) and its label; a random crop is the middle one.
+        """Image ``index``, uint8 (C, H, W), and its label; a random crop is the middle one.
 
         Raises:
             UserError: it cannot be read as an image; the message names it.
@@ -98,4 +99,4 @@ class EncodedImages(Source):
         from pixelgen.data.decode import read_image
 
         crop = "center" if self.crop == "random" and draws is None else self.crop
-        return read_image(self.source(index), self.image_size, self.channels, crop, draws)
+        return read_image(self.encoded(index), self.image_size, self.channels, crop, draws)

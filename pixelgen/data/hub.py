@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,6 @@ if TYPE_CHECKING:
 
 LABEL_NAMES = ("label", "labels", "cls", "class")
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-# Members of a tar that are a header alone, whatever size it tells.
-_WITHOUT_DATA = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-)
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves beside the Arrow files
 
 
@@ -65,20 +57,13 @@ class Columns:
 
     Attributes:
         image: name of the column of images.
-        label: name of the column of labels, or of the column of records that holds them.
-        label_field: name of the labels in those records; None where the column holds labels.
+        label: name of the column of labels; or of the column of records that hold them, and of their field.
         class_names: names of the classes.
     """
 
     image: str
-    label: str
-    label_field: str | None
+    label: tuple[str, ...]
     class_names: tuple[str, ...]
-
-    @property
-    def label_name(self) -> str:
-        """The label column as the user spells it."""
-        return self.label if self.label_field is None else f"{self.label}.{self.label_field}"
 
     def check_label(self, label: int | None, row: str) -> int:
         """Returns the label of a row.
@@ -89,8 +74,8 @@ class Columns:
         num_classes = len(self.class_names)
         if label is None or not 0 <= label < num_classes:
             raise UserError(
-                f"data: label column {self.label_name} must hold class numbers in [0, {num_classes}), got "
-                f"{label} in {row}; change --data.num_classes, --data.label_column or --data.split"
+                f"data: label column {'.'.join(self.label)} must hold class numbers in [0, {num_classes}), "
+                f"got {label} in {row}; change --data.num_classes, --data.label_column or --data.split"
             )
         return int(label)
 
@@ -119,13 +104,10 @@ def open_rows(options: HubOptions) -> Any:
         )
     try:
         if is_local and Path(files[0]).is_file():
-            builder = _builder_of(files)
-            rows = _load(builder, options, data_files={options.split: files})
-        elif is_local and any((Path(path) / name).exists() for name in _SAVED):
-            rows = _open_saved(options, path)
-        else:
-            where = str(Path(path).resolve()) if is_local else path
-            rows = _load(where, options, name=options.subset)
+            return _load(_builder_of(files), options, data_files={options.split: files})
+        if is_local and any((Path(path) / name).exists() for name in _SAVED):
+            return _open_saved(options, path)
+        return _load(str(Path(path).resolve()) if is_local else path, options, name=options.subset)
     except UserError:
         raise
     except readable_errors() as error:
@@ -136,11 +118,10 @@ def open_rows(options: HubOptions) -> Any:
             "HF_HUB_OFFLINE and, for a gated one, HF_TOKEN"
         )
         raise UserError(f"data: cannot open {path}: {one_line(error)}; {advice}") from error
-    return rows
 
 
 def _load(source: str, options: HubOptions, **more: Any) -> Any:
-    """`datasets.load_dataset`, with a look at the tars before they are read."""
+    """`datasets.load_dataset`, which checks local tars first."""
     import datasets
 
     builder = datasets.load_dataset_builder(source, **more)
@@ -183,7 +164,8 @@ def check_tar(path: str) -> None:
                 if begin == 0:
                     return  # compressed, or no archive: that is for the reader to say
                 raise UserError(cut_short) from error
-            has_data = member.type not in _WITHOUT_DATA
+            # Links, folders and devices are a header alone, whatever size it states.
+            has_data = not (member.islnk() or member.issym() or member.isdir() or member.isdev())
             end = begin + tarfile.BLOCKSIZE + (max(0, member.size) if has_data else 0)
             begin = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if end > size:
@@ -236,30 +218,27 @@ def find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
     for name, feature in features.items():
         if isinstance(feature, dict):
             flat |= {f"{name}.{key}": value for key, value in feature.items()}
-    shown = ", ".join(features)
 
-    image = options.image_column or next(
-        (name for name, feature in features.items() if isinstance(feature, datasets.Image)), None
-    )
-    if image is None:
-        raise UserError(
-            f"data: {options.path} has no column of images among {shown}; name one with --data.image_column"
-        )
-    if image not in features:
-        raise UserError(f"data: data.image_column must be one of {shown}, got {image}")
+    def choose(kind: str, asked: str | None, found: str | None, names: Iterable[str], hint: str = "") -> str:
+        name = asked or found
+        if name is None:
+            raise UserError(
+                f"data: {options.path} has no column of {kind}s among {', '.join(features)}; name one with "
+                f"--data.{kind}_column{hint}"
+            )
+        if name not in names:
+            raise UserError(f"data: data.{kind}_column must be one of {', '.join(names)}, got {name}")
+        return name
 
-    label = options.label_column or _find_label(flat)
-    if label is None:
-        is_folder = rows.info.builder_name == "imagefolder" and Path(str(options.path)).is_dir()
-        raise UserError(
-            f"data: {options.path} has no column of labels among {shown}; name one with --data.label_column"
-            + ("; a folder of class folders is read with --data.name folder" if is_folder else "")
-        )
-    if label not in flat:
-        raise UserError(f"data: data.label_column must be one of {', '.join(flat)}, got {label}")
+    images = (name for name, feature in features.items() if isinstance(feature, datasets.Image))
+    image = choose("image", options.image_column, next(images, None), features)
+    is_folder = rows.info.builder_name == "imagefolder" and Path(str(options.path)).is_dir()
+    hint = "; a folder of class folders is read with --data.name folder" if is_folder else ""
+    label = choose("label", options.label_column, _find_label(flat), flat, hint)
+    place = (label,) if label in features else tuple(label.split(".", 1))
     feature = flat[label]
     if isinstance(feature, datasets.ClassLabel):
-        return Columns(image, *_split(label, features), tuple(feature.names))
+        return Columns(image, place, tuple(feature.names))
     kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
     if "int" not in kind:
         advice = (
@@ -270,14 +249,7 @@ def find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
         raise UserError(
             f"data: label column {label} of {options.path} must hold class numbers, got {kind}; {advice}"
         )
-    return Columns(image, *_split(label, features), tuple(str(number) for number in range(num_classes)))
-
-
-def _split(label: str, features: Features) -> tuple[str, str | None]:
-    if label in features:
-        return label, None
-    column, _, field = label.partition(".")
-    return column, field
+    return Columns(image, place, tuple(str(number) for number in range(num_classes)))
 
 
 def _find_label(features: dict[str, Any]) -> str | None:
@@ -309,7 +281,7 @@ def only_images(rows: Any, image_column: str) -> Any:
         ) from error
 
 
-def encoded(cell: dict[str, Any] | None) -> bytes | Path:
+def encoded_image(cell: dict[str, Any] | None) -> bytes | Path:
     """The bytes or the file of an image that is not decoded.
 
     Raises:
@@ -324,10 +296,9 @@ def encoded(cell: dict[str, Any] | None) -> bytes | Path:
 
 def cell_name(cell: dict[str, Any] | None, row: str) -> str:
     """What to call an image in a message: its file, or its row and what it is called there."""
-    path = cell.get("path") if cell else None
-    if not path:
+    if not cell or not cell.get("path"):
         return row
-    return path if cell and cell.get("bytes") is None else f"{row} ({path})"
+    return cell["path"] if cell.get("bytes") is None else f"{row} ({cell['path']})"
 
 
 def readable_errors() -> tuple[type[Exception], ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from pixelgen.data.order import Share, stream_indices
+from pixelgen.data.order import Share, shuffled_indices
 from pixelgen.errors import UserError
 from pixelgen.options import Section
 
@@ -48,19 +48,14 @@ class ReadBatch(NamedTuple):
     broken: Sequence[Broken] = ()
     num_replaced: int = 0
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Images and labels as tensors that share their memory."""
-        import torch
-
-        return torch.from_numpy(self.images), torch.from_numpy(self.labels)
-
 
 class Source(ABC):
     """Images with labels, and the order in which they come.
 
     A subclass has to say how images are read. It is a stream where it has a state: its images can then be
-    read only one batch after the other, by one process; ``begin`` takes up a state and ``state_dict`` tells
-    it. With all others the loader reads several batches at once, in processes to which the source is sent.
+    read only one batch after the other, by one process; ``begin`` takes up a state and ``state_dict``
+    returns it. With all others the loader reads several batches at once, in processes to which the source is
+    sent.
 
     Args:
         image_size: side of the square images in pixels.
@@ -82,15 +77,6 @@ class Source(ABC):
         labels: np.ndarray | None = None,
         crop: Crop = "center",
     ) -> None:
-        what = type(self).__name__
-        if image_size < 1:
-            raise UserError(f"{what}: image_size must be at least 1, got {image_size}")
-        if channels not in (1, 3):
-            raise UserError(f"{what}: channels must be 1 or 3, got {channels}")
-        if not class_names:
-            raise UserError(f"{what}: num_classes must be at least 1, got 0")
-        if crop not in ("center", "fast", "random"):
-            raise UserError(f"{what}: crop must be center, fast or random, got {crop}")
         self.image_size, self.channels, self.crop = image_size, channels, crop
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
@@ -114,16 +100,7 @@ class Source(ABC):
 
         Numbers of shuffled images; where they are not counted, the places of the share in the batch.
         """
-        if self.num_images is None:
-            return share.places
-        return stream_indices(
-            step,
-            dataset_size=self.num_images,
-            batch_size=share.batch_size,
-            seed=share.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-        )
+        return share.places if self.num_images is None else shuffled_indices(step, self.num_images, share)
 
     def name(self, index: int) -> str | None:
         """What a message calls the image that ``order`` has as ``index``; None where that is not known."""
@@ -149,9 +126,9 @@ class Source(ABC):
         return {}
 
     def examples(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Up to ``count`` images (N, C, H, W) uint8 and labels (N,) int64 to learn features from.
+        """Up to ``count`` images and labels, as of ``batch``, to learn features from.
 
-        Evenly spaced ones; of a stream its first. What cannot be read is told on stderr.
+        Evenly spaced ones; of a stream its first.
         """
         if self.num_images is not None:
             count = min(count, self.num_images)
@@ -177,10 +154,12 @@ class Source(ABC):
 
         What cannot be read is reported on stderr, each image once per process.
         """
+        import torch
+
         read = self.read(np.asarray(indices, dtype=np.int64), draws)
         for broken in read.broken:
             report_broken(*broken)
-        return read.tensors()
+        return torch.from_numpy(read.images), torch.from_numpy(read.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +172,8 @@ class SourceOptions(Section):
         self._require_choices()
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A source that is known by name.
-
-    Attributes:
-        options: the class of its options.
-        open: makes it from the ``data`` section and its own options.
-    """
+class Registered(NamedTuple):
+    """A source that is known by name: the class of its options, and what makes it from them."""
 
     options: type[SourceOptions]
     open: Callable[[DataConfig, Any], Source]
@@ -241,6 +214,8 @@ def build_dataset(data: DataConfig) -> Source:
     """
     chosen = SOURCES[data.name]
     source = chosen.open(data, data.part(chosen.options))
+    if source.num_images == 0:
+        raise UserError(f"data: {data.path or data.name} holds no images")
     if source.num_classes != data.num_classes:
         where = f"{data.path} holds" if data.path else f"{data.name} has"
         raise UserError(
@@ -251,11 +226,7 @@ def build_dataset(data: DataConfig) -> Source:
 
 
 def needed_path(name: str, path: str | None, holds: str) -> str:
-    """``data.path`` of a source that cannot do without; ``holds`` says what it has to be.
-
-    Raises:
-        UserError: it was not given.
-    """
+    """``data.path`` of a source that needs it; a UserError says what it has to be where it is missing."""
     if not path:
         raise UserError(f"data: {name} needs --data.path, {holds}")
     return path

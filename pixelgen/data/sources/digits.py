@@ -43,7 +43,7 @@ class Digits(Source):
             channels: 1, or 3 for three equal channels.
 
         Raises:
-            UserError: for another size or number of channels.
+            UserError: for another size.
         """
         if image_size < NATIVE_SIZE or image_size % NATIVE_SIZE:
             raise UserError(
@@ -55,24 +55,20 @@ class Digits(Source):
         super().__init__(image_size, channels, tuple("0123456789"), labels.astype(np.int64))
         pixels = np.round(levels.reshape(-1, NATIVE_SIZE, NATIVE_SIZE) * (255 / MAX_LEVEL)).astype(np.uint8)
         if image_size != NATIVE_SIZE:
-            pixels = _enlarge(pixels, image_size)
+            from PIL import Image
+
+            side = (image_size, image_size)
+            enlarged = [Image.fromarray(digit).resize(side, Image.Resampling.BICUBIC) for digit in pixels]
+            pixels = np.stack([np.asarray(digit) for digit in enlarged])
         self.images = np.repeat(pixels[:, None], channels, axis=1)
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Looks the images up; see `Source.read`."""
+        """Looks the images up."""
         return ReadBatch(self.images[order], self.labels[order])
 
     def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
+        """What a message calls image ``index``."""
         return f"digit {index}"
-
-
-def _enlarge(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic enlargement of (N, 8, 8) uint8 to (N, size, size) uint8."""
-    from PIL import Image
-
-    enlarged = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in pixels]
-    return np.stack([np.asarray(image) for image in enlarged])
 
 
 @register("digits", DigitsOptions)

@@ -55,8 +55,8 @@ class ClassFolder(EncodedImages):
 
         Raises:
             FileNotFoundError: root does not exist.
-            UserError: root is a file, has no class folder, or a class folder has no image; a folder cannot be
-                listed; or a bad size, channel count or crop.
+            UserError: root is a file, has no class folder, or a class folder has no image; or a folder cannot
+                be listed.
         """
         self.root = Path(root)
         class_names = _find_classes(self.root)
@@ -66,15 +66,13 @@ class ClassFolder(EncodedImages):
         self._paths = np.array([os.fsencode(path) for path in paths])
 
     def path(self, index: int) -> Path:
-        """Returns the file that holds image ``index``."""
+        """The file that holds image ``index``."""
         return Path(os.fsdecode(self._paths[index].item()))
 
-    def source(self, index: int) -> Path:
-        """Returns the file that holds image ``index``."""
-        return self.path(index)
+    encoded = path
 
     def name(self, index: int) -> str:
-        """Returns the path of image ``index``."""
+        """The path of image ``index``."""
         return str(self.path(index))
 
 

@@ -12,7 +12,7 @@ from pixelgen.data.hub import (
     Columns,
     HubOptions,
     cell_name,
-    encoded,
+    encoded_image,
     find_columns,
     only_images,
     open_rows,
@@ -42,12 +42,7 @@ class HubImages(EncodedImages):
     """
 
     def __init__(self, data: DataConfig, options: HubOptions) -> None:
-        """Opens, and where needed downloads, the data set; no image is decoded yet.
-
-        Raises:
-            FileNotFoundError: data.path is no hub id and does not exist.
-            UserError: it cannot be read, or its columns or labels do not fit.
-        """
+        """Opens, and where needed downloads, the data set; no image is decoded yet."""
         self.path = str(options.path)
         rows = open_rows(options)
         columns = find_columns(rows, options, data.num_classes)
@@ -56,28 +51,22 @@ class HubImages(EncodedImages):
         self._image_column = columns.image
         self._rows = only_images(rows.select_columns([columns.image]), columns.image)
 
-    def source(self, index: int) -> bytes | Path:
-        """Returns the encoded image ``index``, or the file that holds it.
-
-        Raises:
-            ImageError: the row is empty.
-        """
-        return encoded(self._rows[int(index)][self._image_column])
+    def encoded(self, index: int) -> bytes | Path:
+        """The encoded image ``index``, or the file that holds it; an empty row is an ImageError."""
+        return encoded_image(self._rows[int(index)][self._image_column])
 
     def name(self, index: int) -> str:
-        """Returns the file, or the row and what its image is called there."""
-        cell = self._rows[int(index)][self._image_column] or {}
-        return cell_name(cell, f"row {index} of {self.path}")
+        """The file, or the row and what its image is called there."""
+        return cell_name(self._rows[int(index)][self._image_column], f"row {index} of {self.path}")
 
 
 def _read_labels(rows: Dataset, columns: Columns, path: str) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = rows.select_columns([columns.label]).with_format("arrow")[:][columns.label]
-    if columns.label_field is not None:
-        values = pc.struct_field(values, columns.label_field)
-    values = pc.cast(values, pa.int64())
+    column, *field = columns.label
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
+    values = pc.cast(pc.struct_field(values, field) if field else values, pa.int64())
     labels = values.fill_null(-1).to_numpy()
     outside = (labels < 0) | (labels >= len(columns.class_names))
     if outside.any():

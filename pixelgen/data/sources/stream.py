@@ -21,7 +21,7 @@ from pixelgen.data.encoded import read_or_next
 from pixelgen.data.hub import (
     HubOptions,
     cell_name,
-    encoded,
+    encoded_image,
     find_columns,
     one_line,
     only_images,
@@ -57,12 +57,7 @@ _Batch = list[tuple[list[Row], int]]  # for each image the rows of its block, an
 
 
 class HubRows:
-    """The rows of a data set, opened as a stream, in blocks and in stored order.
-
-    Raises:
-        FileNotFoundError: data.path is no hub id and does not exist.
-        UserError: it cannot be read or streamed, or its columns do not fit.
-    """
+    """The rows of a data set, opened as a stream, in blocks and in stored order."""
 
     def __init__(self, options: HubOptions, num_classes: int) -> None:
         rows = open_rows(options)
@@ -72,7 +67,7 @@ class HubRows:
         self.path, self.block_size = str(options.path), options.shuffle_block
         self._columns = find_columns(rows, options, num_classes)
         self.class_names = self._columns.class_names
-        rows = rows.select_columns([self._columns.image, self._columns.label])
+        rows = rows.select_columns([self._columns.image, self._columns.label[0]])
         self._rows = only_images(rows, self._columns.image)
         self.num_shards: int = self._rows.num_shards  # files, which are visited in random order
 
@@ -107,13 +102,14 @@ class HubRows:
 
     def _read_shard(self, shard: int, first: int) -> Iterator[Row]:
         columns = self._columns
+        column, *fields = columns.label
         try:
             rows = self._rows.shard(num_shards=self.num_shards, index=shard).skip(first)
             for number, record in enumerate(rows, start=first):
                 place = f"row {number} of shard {shard} of {self.path}"
-                cell, label = record[columns.image], record[columns.label]
-                if columns.label_field is not None:
-                    label = (label or {}).get(columns.label_field)
+                cell, label = record[columns.image], record[column]
+                for field in fields:
+                    label = (label or {}).get(field)
                 yield Row(cell, columns.check_label(label, place), cell_name(cell, place))
         except UserError:
             raise
@@ -140,14 +136,14 @@ class HubStream(Source):
     """
 
     def __init__(self, data: DataConfig, options: HubOptions) -> None:
-        """Opens the stream and reads which columns it has; raises what `HubRows` does."""
+        """Opens the stream and reads which columns it has."""
         self._rows = HubRows(options, data.num_classes)
         super().__init__(data.image_size, data.channels, self._rows.class_names, crop=options.crop)
         self._share, self._position, self._threads = Share(1, seed=0), _Position(), 1
         self._batches: Iterator[tuple[_Batch, _Position]] | None = None
 
     def begin(self, share: Share, state: Mapping[str, int] | None, threads: int) -> HubStream:
-        """The same stream at a position, to read from with one thread or more; see `Source.begin`.
+        """The same stream at a position, to read from with one thread or more.
 
         Raises:
             ValueError: the state is of another step.
@@ -183,7 +179,7 @@ class HubStream(Source):
         return {**vars(self._position), **fixed}
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Reads the places ``order`` of the next batch; see `Source.read`."""
+        """Reads the places ``order`` of the next batch."""
         if self._batches is None:
             self._batches = _batches(self._rows, self._share, self._position)
             self._pool = ThreadPoolExecutor(self._threads)
@@ -205,7 +201,8 @@ class HubStream(Source):
         rows, index = asked
 
         def read(index: int) -> np.ndarray:
-            return read_image(encoded(rows[index].cell), self.image_size, self.channels, self.crop, draws)
+            image = encoded_image(rows[index].cell)
+            return read_image(image, self.image_size, self.channels, self.crop, draws)
 
         image, found, broken = read_or_next(read, index, len(rows), lambda index: rows[index].name)
         return image, rows[found].label, broken

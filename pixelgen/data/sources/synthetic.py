@@ -31,28 +31,18 @@ class SyntheticImages(Source):
     labels: np.ndarray
 
     def __init__(self, image_size: int, channels: int = 3, num_classes: int = 1000):
-        """Makes the noise.
-
-        Args:
-            image_size: side in pixels, at least 1.
-            channels: 1 or 3.
-            num_classes: at least 1.
-
-        Raises:
-            UserError: an argument is out of range.
-        """
         names = [str(label) for label in range(num_classes)]
-        super().__init__(image_size, channels, names, np.arange(NUM_IMAGES) % max(1, num_classes))
+        super().__init__(image_size, channels, names, np.arange(NUM_IMAGES) % num_classes)
         shape = (POOL_SIZE, channels, image_size, image_size)
         self._pool = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Copies images of the pool; see `Source.read`."""
+        """Copies images of the pool."""
         # NumPy gathers whole images; PyTorch's indexing goes pixel by pixel and took 18 times as long.
         return ReadBatch(self._pool[order % POOL_SIZE], self.labels[order])
 
     def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
+        """What a message calls image ``index``."""
         return f"synthetic image {index}"
 
 
