@@ -403,7 +403,7 @@ def test_missing_and_foreign_files(tmp_path):
 
 
 def test_no_rows(tmp_path):
-    _table().select([]).save_to_disk(tmp_path / "set")
+    _parquet(tmp_path / "set", _table(labels=[], cells=[]), shards=1)
     with pytest.raises(UserError, match=r"^data: .*set holds no images$"):
         build_dataset(_config(tmp_path / "set"))
 

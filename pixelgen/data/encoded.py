@@ -6,15 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixelgen.data.source import Broken, ImageError, ReadBatch, Source
 from pixelgen.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAX_BROKEN_RUN = 1000  # unreadable images in a row after which it is the data that is broken
 
@@ -78,22 +74,6 @@ class EncodedImages(Source):
             broken += unreadable
             num_replaced += bool(unreadable)
         return ReadBatch(images, labels, broken, num_replaced)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``index``, uint8 (C, H, W), and its label; a random crop is the middle one.
-
-        Raises:
-            UserError: it cannot be read as an image; the message names it.
-        """
-        import torch
-
-        try:
-            image = self._decode(index, None)
-        except ImageError as error:
-            raise UserError(
-                f"data: cannot read image {self.name(index)}: {error}; repair or remove the file"
-            ) from error
-        return torch.tensor(image), int(self.labels[index])
 
     def _decode(self, index: int, draws: np.ndarray | None) -> np.ndarray:
         from pixelgen.data.decode import read_image

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pixelgen.data.source import Crop, ImageError, SourceOptions
 from pixelgen.errors import UserError
@@ -51,18 +51,11 @@ class HubOptions(SourceOptions):
         self._require("shuffle_block", self.shuffle_block >= 1, "be at least 1")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold images and labels.
-
-    Attributes:
-        image: name of the column of images.
-        label: name of the column of labels; or of the column of records that hold them, and of their field.
-        class_names: names of the classes.
-    """
+class Columns(NamedTuple):
+    """Which columns hold images and labels."""
 
     image: str
-    label: tuple[str, ...]
+    label: tuple[str, ...]  # of a column of records that hold them its name and that of their field
     class_names: tuple[str, ...]
 
     def check_label(self, label: int | None, row: str) -> int:
@@ -80,16 +73,36 @@ class Columns:
         return int(label)
 
 
-def open_rows(options: HubOptions) -> Any:
-    """Opens a data set with `datasets.load_dataset`, or `load_from_disk` for what it saved.
+def open_images(options: HubOptions, num_classes: int) -> tuple[Any, Columns]:
+    """Opens a data set whose images stay encoded.
+
+    Args:
+        options: its options.
+        num_classes: number of classes where the label column does not name them.
 
     Returns:
-        `datasets.Dataset`, or `datasets.IterableDataset` for ``data.streaming``.
+        The columns of images and labels of a `datasets.Dataset`, or of a `datasets.IterableDataset` for
+        ``data.streaming``; and which they are.
 
     Raises:
         FileNotFoundError: data.path is no hub id and does not exist.
-        UserError: it cannot be read; the message says in one line why.
+        UserError: it cannot be read, or its columns do not fit; the message says in one line why.
     """
+    import datasets
+
+    rows = _open_rows(options)
+    columns = _find_columns(rows, options, num_classes)
+    rows = rows.select_columns([columns.image, columns.label[0]])
+    try:
+        return rows.cast_column(columns.image, datasets.Image(decode=False)), columns
+    except readable_errors() as error:
+        raise UserError(
+            f"data: data.image_column {columns.image} cannot be read as images: {one_line(error)}"
+        ) from error
+
+
+def _open_rows(options: HubOptions) -> Any:
+    """Opens a data set with `datasets.load_dataset`, or `load_from_disk` for what it saved."""
     path = str(options.path)
     files = [path]
     if glob.has_magic(path):
@@ -130,6 +143,9 @@ def _load(source: str, options: HubOptions, **more: Any) -> Any:
             if file.endswith(".tar") and os.path.isfile(file):
                 check_tar(file)
     if options.streaming:
+        if builder.info.builder_name == "imagefolder":
+            # One shard, sorted by class: blocks of it would hold a few classes each.
+            raise UserError(f"data: {options.path} is a folder of images; set --data.streaming false")
         return builder.as_streaming_dataset(split=options.split)
     builder.download_and_prepare()
     return builder.as_dataset(split=options.split)
@@ -197,17 +213,7 @@ def _open_saved(options: HubOptions, path: str) -> Dataset:
     return saved[options.split]
 
 
-def find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
-    """Finds the columns of images and labels of what `open_rows` opened, where ``options`` do not name them.
-
-    Args:
-        rows: the data set.
-        options: its options.
-        num_classes: number of classes where the label column does not name them.
-
-    Raises:
-        UserError: there is none, or one of another type.
-    """
+def _find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
     import datasets
 
     features: Features | None = rows.features
@@ -263,22 +269,6 @@ def _find_label(features: dict[str, Any]) -> str | None:
             return name
     # A webdataset's "cls" comes before what its "json" holds.
     return next((name for name in features if name.rpartition(".")[2] in LABEL_NAMES), None)
-
-
-def only_images(rows: Any, image_column: str) -> Any:
-    """Rows whose images stay encoded.
-
-    Raises:
-        UserError: the column does not hold images.
-    """
-    import datasets
-
-    try:
-        return rows.cast_column(image_column, datasets.Image(decode=False))
-    except readable_errors() as error:
-        raise UserError(
-            f"data: data.image_column {image_column} cannot be read as images: {one_line(error)}"
-        ) from error
 
 
 def encoded_image(cell: dict[str, Any] | None) -> bytes | Path:

@@ -91,12 +91,8 @@ class Loader:
         return got
 
     def _count_broken(self, broken: list[Broken]) -> None:
-        if not broken:
-            return
-        known = {image.path for image in self.broken}
         for image in broken:
-            if image.path not in known:
-                known.add(image.path)
+            if all(image.path != known.path for known in self.broken):
                 self.broken.append(image)
                 report_broken(*image)
         if self.num_broken > self._max_broken * max(self.num_drawn, self._min_judged):

@@ -143,9 +143,18 @@ class Source(ABC):
         return self.num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``index``, uint8 (C, H, W), and its label."""
-        images, labels = self.batch([index])
-        return images[0], int(labels[0])
+        """Image ``index``, uint8 (C, H, W), and its label.
+
+        Raises:
+            UserError: it cannot be read; the message names it.
+        """
+        import torch
+
+        read = self.read(np.array([index]), None)
+        if read.num_replaced:
+            path, reason = read.broken[0]
+            raise UserError(f"data: cannot read image {path}: {reason}; repair or remove the file")
+        return torch.from_numpy(read.images[0]), int(read.labels[0])
 
     def batch(
         self, indices: Sequence[int] | np.ndarray, draws: np.ndarray | None = None
@@ -173,9 +182,10 @@ class SourceOptions(Section):
 
 
 class Registered(NamedTuple):
-    """A source that is known by name: the class of its options, and what makes it from them."""
+    """A source that is known by name; see `register`."""
 
     options: type[SourceOptions]
+    path: str | None
     open: Callable[[DataConfig, Any], Source]
 
 
@@ -184,13 +194,16 @@ SOURCES: dict[str, Registered] = {}
 Open = TypeVar("Open", bound=Callable[..., Source])
 
 
-def register(name: str, options: type[SourceOptions] = SourceOptions) -> Callable[[Open], Open]:
+def register(
+    name: str, options: type[SourceOptions] = SourceOptions, path: str | None = None
+) -> Callable[[Open], Open]:
     """Makes a source known to ``data.name``; decorates ``open(data, options) -> Source``.
 
     Args:
         name: what ``data.name`` calls it.
         options: a frozen, keyword-only dataclass of its options, which are then also those of the ``data``
             section. Its docstring's first line says what the source is, its ``Args:`` explain the options.
+        path: what ``data.path`` has to be, where the source needs it.
 
     Raises:
         ValueError: another source has the name.
@@ -199,7 +212,7 @@ def register(name: str, options: type[SourceOptions] = SourceOptions) -> Callabl
     def add(open_source: Open) -> Open:
         if name in SOURCES:
             raise ValueError(f"source {name} is registered already")
-        SOURCES[name] = Registered(options, open_source)
+        SOURCES[name] = Registered(options, path, open_source)
         return open_source
 
     return add
@@ -213,6 +226,8 @@ def build_dataset(data: DataConfig) -> Source:
         UserError: an option does not fit the data; the message names the option to change.
     """
     chosen = SOURCES[data.name]
+    if chosen.path and not data.path:
+        raise UserError(f"data: {data.name} needs --data.path, {chosen.path}")
     source = chosen.open(data, data.part(chosen.options))
     if source.num_images == 0:
         raise UserError(f"data: {data.path or data.name} holds no images")
@@ -225,15 +240,8 @@ def build_dataset(data: DataConfig) -> Source:
     return source
 
 
-def needed_path(name: str, path: str | None, holds: str) -> str:
-    """``data.path`` of a source that needs it; a UserError says what it has to be where it is missing."""
-    if not path:
-        raise UserError(f"data: {name} needs --data.path, {holds}")
-    return path
-
-
 def report_broken(path: str, reason: str) -> None:
-    """One line on stderr, the first time in this process."""
+    """One line on stderr about an image, the first time in this process."""
     print_once(f"data: cannot read image {path}: {reason}; another one takes its place")
 
 

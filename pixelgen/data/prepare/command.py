@@ -92,11 +92,6 @@ class PrepareOptions:
         """Source images per shard."""
         return self.shard_size or max(1, min(SHARD_ROWS, SHARD_BYTES // (self.channels * self.resolution**2)))
 
-    @property
-    def num_workers(self) -> int:
-        """Processes that decode."""
-        return usable_cpus() if self.workers is None else self.workers
-
 
 def usable_cpus() -> int:
     """CPUs that this process may use, where the system tells; else all of them."""
@@ -171,7 +166,8 @@ def prepare(options: PrepareOptions) -> str:
         kept = bar.n
         _judge(broken, total, folder.path, options)
         chunks = chain.from_iterable(missing.values())
-        with closing(decode_all(source, chunks, options.num_workers)) as decoded:
+        workers = usable_cpus() if options.workers is None else options.workers
+        with closing(decode_all(source, chunks, workers)) as decoded:
             for number, parts in missing.items():
                 shard = []
                 for part in parts:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
 from pixelgen.errors import UserError
-
-if TYPE_CHECKING:
-    from pixelgen.data.options import DataConfig
 
 NATIVE_SIZE = 8
 MAX_LEVEL = 16  # the data set's own scale is 0..16
@@ -71,7 +67,4 @@ class Digits(Source):
         return f"digit {index}"
 
 
-@register("digits", DigitsOptions)
-def open_digits(data: DataConfig, options: DigitsOptions) -> Digits:
-    """The digits in the size and with the channels that are asked for."""
-    return Digits(data.image_size, data.channels)
+register("digits", DigitsOptions)(lambda data, options: Digits(data.image_size, data.channels))

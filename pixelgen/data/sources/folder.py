@@ -7,16 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from pixelgen.data.encoded import EncodedImages
-from pixelgen.data.source import Crop, SourceOptions, needed_path, print_once, register
+from pixelgen.data.source import Crop, SourceOptions, print_once, register
 from pixelgen.errors import UserError
-
-if TYPE_CHECKING:
-    from pixelgen.data.options import DataConfig
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
@@ -76,11 +73,9 @@ class ClassFolder(EncodedImages):
         return str(self.path(index))
 
 
-@register("folder", FolderOptions)
-def open_folder(data: DataConfig, options: FolderOptions) -> ClassFolder:
-    """Lists the folder."""
-    path = needed_path("folder", options.path, "a folder that holds one sub-folder of images per class")
-    return ClassFolder(path, data.image_size, data.channels, options.crop)
+register("folder", FolderOptions, path="a folder that holds one sub-folder of images per class")(
+    lambda data, options: ClassFolder(options.path, data.image_size, data.channels, options.crop)
+)
 
 
 def _find_classes(root: Path) -> tuple[str, ...]:

@@ -8,30 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixelgen.data.encoded import EncodedImages
-from pixelgen.data.hub import (
-    Columns,
-    HubOptions,
-    cell_name,
-    encoded_image,
-    find_columns,
-    only_images,
-    open_rows,
-)
-from pixelgen.data.source import Source, needed_path, register
+from pixelgen.data.hub import Columns, HubOptions, cell_name, encoded_image, open_images
+from pixelgen.data.source import register
 from pixelgen.data.sources.stream import HubStream
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from pixelgen.data.options import DataConfig
-
-
-@register("hf", HubOptions)
-def open_hf(data: DataConfig, options: HubOptions) -> Source:
-    """Opens the data set, as a stream or with its files downloaded."""
-    holds = "a hub id, or a folder or pattern of parquet files, webdataset tars or images"
-    needed_path("hf", options.path, holds)
-    return HubStream(data, options) if options.streaming else HubImages(data, options)
 
 
 class HubImages(EncodedImages):
@@ -44,12 +28,11 @@ class HubImages(EncodedImages):
     def __init__(self, data: DataConfig, options: HubOptions) -> None:
         """Opens, and where needed downloads, the data set; no image is decoded yet."""
         self.path = str(options.path)
-        rows = open_rows(options)
-        columns = find_columns(rows, options, data.num_classes)
+        rows, columns = open_images(options, data.num_classes)
         labels = _read_labels(rows, columns, self.path)
         super().__init__(data.image_size, data.channels, columns.class_names, labels, options.crop)
         self._image_column = columns.image
-        self._rows = only_images(rows.select_columns([columns.image]), columns.image)
+        self._rows = rows.select_columns([columns.image])
 
     def encoded(self, index: int) -> bytes | Path:
         """The encoded image ``index``, or the file that holds it; an empty row is an ImageError."""
@@ -73,3 +56,8 @@ def _read_labels(rows: Dataset, columns: Columns, path: str) -> np.ndarray:
         row = int(outside.argmax())
         columns.check_label(values[row].as_py(), f"row {row} of {path}")
     return np.array(labels, dtype=np.int64)
+
+
+register(
+    "hf", HubOptions, path="a hub id, or a folder or pattern of parquet files, webdataset tars or images"
+)(lambda data, options: (HubStream if options.streaming else HubImages)(data, options))

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pixelgen.data.shards import FORMAT, MANIFEST, SETTINGS, open_shard, read_json
-from pixelgen.data.source import ReadBatch, Source, SourceOptions, needed_path, register
+from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
 from pixelgen.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from pixelgen.data.options import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +98,12 @@ class PreparedImages(Source):
         self._open()
 
     def name(self, index: int) -> str:
-        """Returns the path below its source of image ``index``."""
+        """The path below its source of image ``index``."""
         shards, rows = self._find(np.array([index]))
         return self._batches[shards[0]].column(2)[int(rows[0])].as_py()
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Copies images out of the files; see `Source.read`."""
+        """Copies images out of the files."""
         shards, rows = self._find(order)
         images = np.empty((len(rows), *self._shape), dtype=np.uint8)
         for image, shard, row in zip(images, shards.tolist(), rows.tolist(), strict=True):
@@ -120,11 +118,9 @@ class PreparedImages(Source):
         return shards, order - self._starts[shards]
 
 
-@register("prepared", PreparedOptions)
-def open_prepared(data: DataConfig, options: PreparedOptions) -> PreparedImages:
-    """Maps the folder's files."""
-    path = needed_path("prepared", options.path, "a folder that pixelgen.data.prepare wrote")
-    return PreparedImages(path, data.image_size, data.channels)
+register("prepared", PreparedOptions, path="a folder that pixelgen.data.prepare wrote")(
+    lambda data, options: PreparedImages(options.path, data.image_size, data.channels)
+)
 
 
 _AGAIN = "give the command pixelgen.data.prepare again, which writes what is missing"

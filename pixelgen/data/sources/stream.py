@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,10 +21,8 @@ from pixelgen.data.hub import (
     HubOptions,
     cell_name,
     encoded_image,
-    find_columns,
     one_line,
-    only_images,
-    open_rows,
+    open_images,
     readable_errors,
 )
 from pixelgen.data.order import Share, permutation
@@ -60,15 +57,9 @@ class HubRows:
     """The rows of a data set, opened as a stream, in blocks and in stored order."""
 
     def __init__(self, options: HubOptions, num_classes: int) -> None:
-        rows = open_rows(options)
-        if rows.info.builder_name == "imagefolder":
-            # One shard, sorted by class: blocks of it would hold a few classes each.
-            raise UserError(f"data: {options.path} is a folder of images; set --data.streaming false")
         self.path, self.block_size = str(options.path), options.shuffle_block
-        self._columns = find_columns(rows, options, num_classes)
+        self._rows, self._columns = open_images(options, num_classes)
         self.class_names = self._columns.class_names
-        rows = rows.select_columns([self._columns.image, self._columns.label[0]])
-        self._rows = only_images(rows, self._columns.image)
         self.num_shards: int = self._rows.num_shards  # files, which are visited in random order
 
     def blocks(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
@@ -117,8 +108,7 @@ class HubRows:
             raise UserError(f"data: cannot read shard {shard} of {self.path}: {one_line(error)}") from error
 
 
-@dataclass(frozen=True)
-class _Position:
+class _Position(NamedTuple):
     """Where a batch begins; saved as it is."""
 
     step: int = 0
@@ -154,21 +144,19 @@ class HubStream(Source):
                 f"data: a stream cannot begin at step {share.start_step}: the checkpoint is of data that was "
                 f"not streamed; set --data.streaming false"
             )
+        position = _Position(**{name: state[name] for name in _Position._fields}) if state else _Position()
         placed = copy(self)
-        placed._share, placed._position, placed._threads = share, _Position(), max(1, threads)
+        placed._share, placed._position, placed._threads = share, position, max(1, threads)
         placed._batches = None
-        if state:
-            position = {name: state[name] for name in vars(_Position())}
-            for name, now in placed.state_dict().items():
-                if name not in position and state[name] != now:
-                    raise UserError(
-                        f"data: a stream continues only with the same {name}: it was {state[name]}, now it "
-                        f"is {now}"
-                    )
-            placed._position = _Position(**position)
-        if placed._position.step != share.start_step:
+        for name, now in placed.state_dict().items():
+            if state and state[name] != now:
+                raise UserError(
+                    f"data: a stream continues only with the same {name}: it was {state[name]}, now it "
+                    f"is {now}"
+                )
+        if position.step != share.start_step:
             raise ValueError(
-                f"build_loader: state must be that of step {share.start_step}, got {placed._position.step}"
+                f"build_loader: state must be that of step {share.start_step}, got {position.step}"
             )
         return placed
 
@@ -176,7 +164,7 @@ class HubStream(Source):
         """The position, and what it depends on."""
         rows = self._rows
         fixed = {"seed": self._share.seed, "num_shards": rows.num_shards, "shuffle_block": rows.block_size}
-        return {**vars(self._position), **fixed}
+        return {**self._position._asdict(), **fixed}
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
         """Reads the places ``order`` of the next batch."""
@@ -208,19 +196,19 @@ class HubStream(Source):
         return image, rows[found].label, broken
 
 
-def _batches(rows: HubRows, share: Share, at: _Position) -> Iterator[tuple[_Batch, _Position]]:
+def _batches(rows: HubRows, share: Share, start: _Position) -> Iterator[tuple[_Batch, _Position]]:
     """Whole batches from a position on, and where the next one begins."""
-    step, offset = at.step, at.offset
+    step, offset = start.step, start.offset
     with ThreadPoolExecutor(1) as reader:
-        blocks = _read_ahead(rows.blocks(share.seed, at.epoch, at.shard, at.row), reader)
-        block, order = _next_block(blocks, share.seed)
+        blocks = _read_ahead(rows.blocks(share.seed, start.epoch, start.shard, start.row), reader, share.seed)
+        block, order = next(blocks)
         if offset > len(order):
             raise UserError(f"data: {rows.path} has changed: fewer rows than when the checkpoint was saved")
         while True:
             batch: _Batch = []
             while len(batch) < share.batch_size:
                 if offset == len(order):
-                    (block, order), offset = _next_block(blocks, share.seed), 0
+                    (block, order), offset = next(blocks), 0
                 part = order[offset : offset + share.batch_size - len(batch)]
                 batch += [(block.rows, int(index)) for index in part]
                 offset += len(part)
@@ -228,15 +216,12 @@ def _batches(rows: HubRows, share: Share, at: _Position) -> Iterator[tuple[_Batc
             yield batch, _Position(step, block.epoch, block.shard, block.row, offset)
 
 
-def _next_block(blocks: Iterator[Block], seed: int) -> tuple[Block, np.ndarray]:
-    block = next(blocks)
-    return block, permutation(seed, block.epoch, len(block.rows), (block.shard, block.row))
-
-
-def _read_ahead(blocks: Iterator[Block], reader: ThreadPoolExecutor) -> Iterator[Block]:
-    """Reads a block while the one before it is used up, so that batches do not wait at its end."""
+def _read_ahead(
+    blocks: Iterator[Block], reader: ThreadPoolExecutor, seed: int
+) -> Iterator[tuple[Block, np.ndarray]]:
+    """Blocks and the random order of their rows; the next one is read while a block is used up."""
     coming = reader.submit(next, blocks)
     while True:
         block = coming.result()
         coming = reader.submit(next, blocks)
-        yield block
+        yield block, permutation(seed, block.epoch, len(block.rows), (block.shard, block.row))

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
-
-if TYPE_CHECKING:
-    from pixelgen.data.options import DataConfig
 
 NUM_IMAGES = 100_000
 POOL_SIZE = 64  # different images; 12.6 MB at 256 pixels, which a batch only copies from
@@ -46,7 +42,6 @@ class SyntheticImages(Source):
         return f"synthetic image {index}"
 
 
-@register("synthetic", SyntheticOptions)
-def open_synthetic(data: DataConfig, options: SyntheticOptions) -> SyntheticImages:
-    """Noise of the shape that is asked for."""
-    return SyntheticImages(data.image_size, data.channels, data.num_classes)
+register("synthetic", SyntheticOptions)(
+    lambda data, options: SyntheticImages(data.image_size, data.channels, data.num_classes)
+)
