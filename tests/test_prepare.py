@@ -274,8 +274,8 @@ def test_dst_in_src_is_refused(tmp_path, src, name, dst):
     (tmp_path / "link").symlink_to(src)
     dst = tmp_path / dst if dst.startswith("link") else src / dst
     before = sorted(tmp_path.rglob("*"))
-    told = rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
-    with pytest.raises(UserError, match=told):
+    message = rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
+    with pytest.raises(UserError, match=message):
         prepare(_options(src, dst, name=name))
     assert sorted(tmp_path.rglob("*")) == before
     prepare(_options(src, f"{src}-256"))  # a name that only begins the same
@@ -284,8 +284,8 @@ def test_dst_in_src_is_refused(tmp_path, src, name, dst):
 def test_dst_that_is_a_file(tmp_path, src):
     (tmp_path / "file").touch()
     for dst in (tmp_path / "file", tmp_path / "file" / "dst"):
-        told = rf"^{dst} is no folder, or lies in a file; choose another folder$"
-        with pytest.raises(UserError, match=told):
+        message = rf"^{dst} is no folder, or lies in a file; choose another folder$"
+        with pytest.raises(UserError, match=message):
             prepare(_options(src, dst))
 
 

@@ -51,7 +51,7 @@ def read_image(
         channels: 3 for RGB, 1 for grey.
         crop: center cuts the middle square exactly as ADM does; fast is within 2 grey levels of it, at twice
             the speed for JPEG up to twice that size; random is ADM's random crop.
-        draws: for random, (3,) uniform numbers in [0, 1) that it is a function of.
+        draws: for random, (3,) uniform numbers in [0, 1) that it is a function of; None for the middle.
 
     Returns:
         uint8 (channels, image_size, image_size).
@@ -76,8 +76,7 @@ def read_image(
         raise ImageError(_reason(error)) from error
     if crop == "fast":
         return _crop_near(image if quick is None else quick, image_size)
-    if crop == "random":
-        assert draws is not None
+    if crop == "random" and draws is not None:
         pixels = random_crop(image, image_size, draws)
     else:
         pixels = center_crop(image, image_size)

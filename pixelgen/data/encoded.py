@@ -18,12 +18,10 @@ MAX_BROKEN_RUN = 1000  # unreadable images in a row after which it is the data t
 def read_or_next(
     read: Callable[[int], np.ndarray], index: int, size: int, name: Callable[[int], str]
 ) -> tuple[np.ndarray, int, list[Broken]]:
-    """Reads an image, or the next one, in order of index, that can be read.
+    """Reads image ``index`` of ``size``, or the next one that can be read; after the last comes the first.
 
     Args:
         read: index to (C, H, W) uint8; raises ImageError.
-        index: the image that is asked for.
-        size: number of images; after the last one comes the first.
         name: index to what a message calls the image.
 
     Returns:
@@ -52,11 +50,7 @@ class EncodedImages(Source):
 
     @abstractmethod
     def encoded(self, index: int) -> bytes | Path:
-        """The encoded image ``index``, or the file that holds it.
-
-        Raises:
-            ImageError: there is none.
-        """
+        """The encoded image ``index``, or the file that holds it; an ImageError where there is none."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -78,5 +72,4 @@ class EncodedImages(Source):
     def _decode(self, index: int, draws: np.ndarray | None) -> np.ndarray:
         from pixelgen.data.decode import read_image
 
-        crop = "center" if self.crop == "random" and draws is None else self.crop
-        return read_image(self.encoded(index), self.image_size, self.channels, crop, draws)
+        return read_image(self.encoded(index), self.image_size, self.channels, self.crop, draws)

@@ -59,11 +59,7 @@ class Columns(NamedTuple):
     class_names: tuple[str, ...]
 
     def check_label(self, label: int | None, row: str) -> int:
-        """Returns the label of a row.
-
-        Raises:
-            UserError: it is not the number of a class.
-        """
+        """The label of a row; a UserError where it is not the number of a class."""
         num_classes = len(self.class_names)
         if label is None or not 0 <= label < num_classes:
             raise UserError(
@@ -74,18 +70,12 @@ class Columns(NamedTuple):
 
 
 def open_images(options: HubOptions, num_classes: int) -> tuple[Any, Columns]:
-    """Opens a data set whose images stay encoded.
+    """Opens a data set with its columns of images, which stay encoded, and labels.
 
-    Args:
-        options: its options.
-        num_classes: number of classes where the label column does not name them.
-
-    Returns:
-        The columns of images and labels of a `datasets.Dataset`, or of a `datasets.IterableDataset` for
-        ``data.streaming``; and which they are.
+    It is a `datasets.Dataset`, or a `datasets.IterableDataset` for ``data.streaming``; ``num_classes`` counts
+    where the label column does not name the classes.
 
     Raises:
-        FileNotFoundError: data.path is no hub id and does not exist.
         UserError: it cannot be read, or its columns do not fit; the message says in one line why.
     """
     import datasets
@@ -180,7 +170,7 @@ def check_tar(path: str) -> None:
                 if begin == 0:
                     return  # compressed, or no archive: that is for the reader to say
                 raise UserError(cut_short) from error
-            # Links, folders and devices are a header alone, whatever size it states.
+            # Links, folders and devices are a header alone, whatever size they state.
             has_data = not (member.islnk() or member.issym() or member.isdir() or member.isdev())
             end = begin + tarfile.BLOCKSIZE + (max(0, member.size) if has_data else 0)
             begin = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -225,22 +215,25 @@ def _find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
         if isinstance(feature, dict):
             flat |= {f"{name}.{key}": value for key, value in feature.items()}
 
-    def choose(kind: str, asked: str | None, found: str | None, names: Iterable[str], hint: str = "") -> str:
-        name = asked or found
-        if name is None:
+    def choose(kind: str, asked: str | None, found: list[str], names: Iterable[str], hint: str = "") -> str:
+        if not asked and not found:
             raise UserError(
                 f"data: {options.path} has no column of {kind}s among {', '.join(features)}; name one with "
                 f"--data.{kind}_column{hint}"
             )
-        if name not in names:
-            raise UserError(f"data: data.{kind}_column must be one of {', '.join(names)}, got {name}")
-        return name
+        if asked and asked not in names:
+            raise UserError(f"data: data.{kind}_column must be one of {', '.join(names)}, got {asked}")
+        return asked or found[0]
 
-    images = (name for name, feature in features.items() if isinstance(feature, datasets.Image))
-    image = choose("image", options.image_column, next(images, None), features)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = choose("image", options.image_column, images, features)
     is_folder = rows.info.builder_name == "imagefolder" and Path(str(options.path)).is_dir()
     hint = "; a folder of class folders is read with --data.name folder" if is_folder else ""
-    label = choose("label", options.label_column, _find_label(flat), flat, hint)
+    labels = [name for name, feature in flat.items() if isinstance(feature, datasets.ClassLabel)]
+    labels += [name for name in LABEL_NAMES if name in flat]
+    # A webdataset's "cls" comes before what its "json" holds.
+    labels += [name for name in flat if name.rpartition(".")[2] in LABEL_NAMES]
+    label = choose("label", options.label_column, labels, flat, hint)
     place = (label,) if label in features else tuple(label.split(".", 1))
     feature = flat[label]
     if isinstance(feature, datasets.ClassLabel):
@@ -258,25 +251,8 @@ def _find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
     return Columns(image, place, tuple(str(number) for number in range(num_classes)))
 
 
-def _find_label(features: dict[str, Any]) -> str | None:
-    import datasets
-
-    for name, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            return name
-    for name in LABEL_NAMES:
-        if name in features:
-            return name
-    # A webdataset's "cls" comes before what its "json" holds.
-    return next((name for name in features if name.rpartition(".")[2] in LABEL_NAMES), None)
-
-
 def encoded_image(cell: dict[str, Any] | None) -> bytes | Path:
-    """The bytes or the file of an image that is not decoded.
-
-    Raises:
-        ImageError: the cell is empty.
-    """
+    """The bytes or the file of an image that is not decoded; an ImageError where the cell is empty."""
     if cell and cell["bytes"] is not None:
         return bytes(cell["bytes"])
     if cell and cell["path"] is not None:

@@ -125,7 +125,7 @@ def build_loader(
     max_broken: float = 0.01,
     state: dict[str, int] | None = None,
 ) -> Loader:
-    """Returns an endless iterator of batches, beginning with that of ``start_step``.
+    """An endless iterator of batches, beginning with that of ``start_step``.
 
     The number of worker processes changes nothing but speed. The global random state is neither read nor
     advanced. ``close()`` ends the workers early; they outlive SIGINT and SIGTERM of others, so that the
@@ -144,9 +144,6 @@ def build_loader(
         max_broken: share of the images drawn by this rank that may be unreadable, counted over 1,000 /
             world_size of them at least; 0 for none at all.
         state: what ``state_dict()`` gave after step ``start_step - 1``; needed to continue a stream.
-
-    Raises:
-        UserError: the state is that of other data.
     """
     share = Share(batch_size, seed, start_step, rank, world_size)
     source = source.begin(share, state, threads=num_workers)
@@ -166,8 +163,8 @@ def build_loader(
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     # Workers inherit the mask, so that no signal ends one before it has run `_outlive_signals`.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
-    # By its handler of SIGCHLD a worker's death would raise wherever the main thread is; without it, where
-    # the DataLoader next waits for a batch, within five seconds.
+    # The DataLoader's handler of SIGCHLD would raise a worker's death wherever the main thread is; without
+    # it, it is raised where the DataLoader next waits for a batch, within five seconds.
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
     try:
@@ -204,8 +201,8 @@ class _Batches(Dataset[Any]):
 
 
 def _outlive_signals(worker: int) -> None:
-    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end. A
-    # SIGTERM of its own does end them: Python sends it to those that are left when it exits, then waits.
+    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end. The
+    # trainer's own SIGTERM does end them: Python sends it to those that are left when it exits, then waits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)  # in the threads to come, too
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()

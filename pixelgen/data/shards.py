@@ -32,19 +32,12 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Decoded(NamedTuple):
-    """Decoded images of a range of the source.
+    """Decoded images of a range of the source."""
 
-    Attributes:
-        images: (n, C * H * W) uint8, the readable ones.
-        labels: their labels.
-        paths: what they are called in the source.
-        broken: path and reason of the others.
-    """
-
-    images: np.ndarray
+    images: np.ndarray  # (n, C * H * W) uint8, the readable ones
     labels: list[int]
-    paths: list[str]
-    broken: list[tuple[str, str]]
+    paths: list[str]  # what they are called in the source
+    broken: list[tuple[str, str]]  # path and reason of the others
 
 
 def shard_name(number: int) -> str:
@@ -104,12 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # no JSON, or no object
         raise UserError(f"data: {path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"data: {path} is damaged: it must hold a JSON object")
-    return content
 
 
 class ShardFolder:

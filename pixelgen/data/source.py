@@ -6,7 +6,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -69,6 +70,9 @@ class Source(ABC):
         num_images: number of images, N; None for a source without an end.
     """
 
+    #: What a message calls an image, before its number.
+    ITEM: ClassVar[str] = "image"
+
     def __init__(
         self,
         image_size: int,
@@ -104,7 +108,7 @@ class Source(ABC):
 
     def name(self, index: int) -> str | None:
         """What a message calls the image that ``order`` has as ``index``; None where that is not known."""
-        return None if self.num_images is None else f"image {index}"
+        return None if self.num_images is None else f"{self.ITEM} {index}"
 
     def begin(self, share: Share, state: Mapping[str, int] | None, threads: int) -> Source:
         """The source to read batches from, at the state after the one before ``share.start_step``.
@@ -222,7 +226,6 @@ def build_dataset(data: DataConfig) -> Source:
     """Opens the source that the ``data`` section of a configuration describes.
 
     Raises:
-        FileNotFoundError: data.path does not exist.
         UserError: an option does not fit the data; the message names the option to change.
     """
     chosen = SOURCES[data.name]
@@ -245,11 +248,7 @@ def report_broken(path: str, reason: str) -> None:
     print_once(f"data: cannot read image {path}: {reason}; another one takes its place")
 
 
-_printed: set[str] = set()
-
-
+@cache
 def print_once(line: str) -> None:
     """One line on stderr, the first time in this process."""
-    if line not in _printed:
-        _printed.add(line)
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)

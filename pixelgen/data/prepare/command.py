@@ -94,7 +94,7 @@ class PrepareOptions:
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use, where the system tells; else all of them."""
+    """CPUs that this process may use, where the system says; else all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -136,9 +136,7 @@ def prepare(options: PrepareOptions) -> str:
         One line about what is there now.
 
     Raises:
-        FileNotFoundError: src does not exist.
-        UserError: src cannot be read, dst lies in it, is something else or cannot be written, or too much is
-            broken.
+        UserError: dst lies in src, or too much of it is broken.
     """
     started = time.perf_counter()
     if Path(options.src).is_dir() and Path(options.dst).resolve().is_relative_to(Path(options.src).resolve()):

@@ -85,7 +85,7 @@ def _decode(source: EncodedImages, indices: range) -> Decoded:
     return decoded._replace(images=decoded.images[: len(decoded.paths)])
 
 
-_source: EncodedImages  # that this worker process reads
+_source: EncodedImages  # what this worker process reads
 
 
 def _start_worker(source: bytes) -> None:

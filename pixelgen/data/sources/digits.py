@@ -22,29 +22,19 @@ class Digits(Source):
     """The optical recognition of handwritten digits set (UCI, 1998), held in memory.
 
     A level ``v`` in 0..16 becomes ``round(v * 255 / 16)``; ``round(u * 16 / 255)`` gives it back exactly.
-    Larger sizes are bicubic enlargements.
+    Larger sizes, multiples of 8, are bicubic enlargements; several channels are equal.
 
     Attributes:
         images: (1797, channels, image_size, image_size) uint8.
         labels: (1797,) int64, 0..9.
     """
 
+    ITEM = "digit"
     labels: np.ndarray
 
     def __init__(self, image_size: int = NATIVE_SIZE, channels: int = 1):
-        """Loads the digits.
-
-        Args:
-            image_size: side in pixels, a positive multiple of 8.
-            channels: 1, or 3 for three equal channels.
-
-        Raises:
-            UserError: for another size.
-        """
-        if image_size < NATIVE_SIZE or image_size % NATIVE_SIZE:
-            raise UserError(
-                f"Digits: image_size must be a positive multiple of {NATIVE_SIZE}, got {image_size}"
-            )
+        if image_size % NATIVE_SIZE:
+            raise UserError(f"Digits: image_size must be a multiple of {NATIVE_SIZE}, got {image_size}")
         from sklearn.datasets import load_digits
 
         levels, labels = load_digits(return_X_y=True)
@@ -61,10 +51,6 @@ class Digits(Source):
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
         """Looks the images up."""
         return ReadBatch(self.images[order], self.labels[order])
-
-    def name(self, index: int) -> str:
-        """What a message calls image ``index``."""
-        return f"digit {index}"
 
 
 register("digits", DigitsOptions)(lambda data, options: Digits(data.image_size, data.channels))

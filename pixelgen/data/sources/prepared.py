@@ -39,21 +39,14 @@ class PreparedImages(Source):
     def __init__(self, path: str | os.PathLike[str], image_size: int, channels: int = 3) -> None:
         """Opens the shards.
 
-        Args:
-            path: the folder.
-            image_size: side of the images it must hold.
-            channels: channels of the images it must hold.
-
         Raises:
             FileNotFoundError: path does not exist.
             UserError: it was not written by prepare, is incomplete or damaged, or holds other images.
         """
         self.path = Path(path)
         manifest = _read_manifest(self.path)
-        for option, name, asked in (
-            ("image_size", "resolution", image_size),
-            ("channels", "channels", channels),
-        ):
+        expected = (("image_size", "resolution", image_size), ("channels", "channels", channels))
+        for option, name, asked in expected:
             if manifest[name] != asked:
                 raise UserError(
                     f"data: {path} holds images of {name} {manifest[name]} but {option} is {asked}; set "

@@ -24,6 +24,7 @@ class SyntheticImages(Source):
         labels: (NUM_IMAGES,) int64, every class equally often; the classes are named "0", "1" and so on.
     """
 
+    ITEM = "synthetic image"
     labels: np.ndarray
 
     def __init__(self, image_size: int, channels: int = 3, num_classes: int = 1000):
@@ -36,10 +37,6 @@ class SyntheticImages(Source):
         """Copies images of the pool."""
         # NumPy gathers whole images; PyTorch's indexing goes pixel by pixel and took 18 times as long.
         return ReadBatch(self._pool[order % POOL_SIZE], self.labels[order])
-
-    def name(self, index: int) -> str:
-        """What a message calls image ``index``."""
-        return f"synthetic image {index}"
 
 
 register("synthetic", SyntheticOptions)(
