@@ -220,6 +220,7 @@ def test_missing_files_are_said_to_be_missing(tmp_path):
 WRONG = """
     name=a/b name=.. name="" device=tpu dtype=float16 kernels=fast seed=-1 threads=-1
     data.name=cifar data.image_size=0 data.channels=2 data.num_classes=0 data.workers=-1
+    data.max_broken=-0.1 data.max_broken=1.5
     model.size=JiT
     time.distribution=normal time.std=0.0 time.std=.nan time.std=-1.0 time.timeshift=0.0 time.timeshift=-1.0
     time.timeshift=.nan time.timeshift=.inf time.t_eps=0.0 time.t_eps=.nan time.t_eps=1.0

@@ -50,17 +50,9 @@ def test_larger_digits_are_bicubic(size):
     assert error.max() <= 2  # grey levels: their fixed-point weights differ
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"image_size": 12}, "image_size must be a positive multiple of 8, got 12"),
-        ({"image_size": 0}, "image_size must be a positive multiple of 8, got 0"),
-        ({"channels": 2}, "channels must be 1 or 3, got 2"),
-    ],
-)
-def test_digits_errors(arguments, message):
-    with pytest.raises(UserError, match=message):
-        Digits(**arguments)
+def test_digits_of_another_size():
+    with pytest.raises(UserError, match="image_size must be a multiple of 8, got 12"):
+        Digits(image_size=12)
 
 
 # --- class folders
@@ -228,16 +220,3 @@ def test_synthetic_images():
     assert torch.equal(images[2], images[3])  # 65 is image 1 of the pool again
     assert not torch.equal(images[0], images[3])
     assert 120 < images.float().mean() < 135
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"channels": 2}, "channels must be 1 or 3, got 2"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
-    ],
-)
-def test_synthetic_errors(arguments, message):
-    with pytest.raises(UserError, match=message):
-        SyntheticImages(**{"image_size": 8, **arguments})

@@ -12,7 +12,7 @@ import torch
 from images import assert_same, pair, united
 from PIL import Image
 
-from pixelgen.data import ClassFolder, build_loader, stream_indices
+from pixelgen.data import ClassFolder, Share, build_loader, shuffled_indices
 from pixelgen.data.encoded import MAX_BROKEN_RUN
 from pixelgen.errors import UserError
 
@@ -42,7 +42,7 @@ def _numbers(images: torch.Tensor) -> list[int]:
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; data\.path must hold"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; data\.path must be a folder"):
         ClassFolder(tmp_path / "nowhere", image_size=8)
     (tmp_path / "train.zip").write_bytes(b"")
     with pytest.raises(UserError, match=r"train\.zip is a file; data\.path must be a folder"):
@@ -52,8 +52,8 @@ def test_folders_that_cannot_be_used(tmp_path):
         ClassFolder(tmp_path, image_size=8)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.gif").write_bytes(b"")
-    told = r"no images in the 1 class folders of .* looked for jpg jpeg png webp"
-    with pytest.raises(UserError, match=told):
+    message = r"1 of 1 class folders of .* hold no images \(a\); looked for jpg jpeg png webp"
+    with pytest.raises(UserError, match=message):
         ClassFolder(tmp_path, image_size=8)
 
 
@@ -143,7 +143,7 @@ def test_the_next_readable_image_takes_the_place(tmp_path, capfd):
     for index, damage in ((3, "empty"), (4, "cut"), (9, "text")):
         data.path(index).write_bytes(_DAMAGE[damage])
     loader = build_loader(data, 10, seed=0, max_broken=0.5)
-    asked = [stream_indices(step, dataset_size=10, batch_size=10, seed=0) for step in range(2)]
+    asked = [shuffled_indices(step, 10, Share(10, seed=0)) for step in range(2)]
     for indices in asked:
         images, labels = pair(next(loader))
         expected = [{3: 5, 4: 5, 9: 0}.get(int(index), int(index)) for index in indices]
@@ -264,8 +264,8 @@ def test_a_worker_that_dies_is_reported(tmp_path):
     worker = ({child.pid for child in multiprocessing.active_children()} - before).pop()
     os.kill(worker, signal.SIGKILL)
     time.sleep(0.5)  # nothing is raised here, in what would be a training step
-    told = rf"^data: DataLoader worker .*{worker}.* exited unexpectedly; if memory"
-    with pytest.raises(UserError, match=told):
+    message = rf"^data: DataLoader worker .*{worker}.* exited unexpectedly; if memory"
+    with pytest.raises(UserError, match=message):
         for _ in range(20):
             next(loader)
     loader.close()

@@ -380,14 +380,14 @@ def test_folder_of_classes_that_the_library_does_not_see(tmp_path, streaming):
 )
 def test_missing_columns(tmp_path, missing, left, of):
     root = _parquet(tmp_path / "set", _table().remove_columns(missing))
-    told = rf"has no column of {of} among {left}; name one with --data\.{missing}_column$"
-    with pytest.raises(UserError, match=told):
+    message = rf"has no column of {of} among {left}; name one with --data\.{missing}_column$"
+    with pytest.raises(UserError, match=message):
         build_dataset(_config(root))
 
 
 def test_missing_and_foreign_files(tmp_path):
-    told = r"nowhere does not exist; data\.path must be a file, a folder"
-    with pytest.raises(FileNotFoundError, match=told):
+    message = r"nowhere does not exist; data\.path must be a file, a folder"
+    with pytest.raises(FileNotFoundError, match=message):
         build_dataset(_config(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"no file matches data\.path .*\*\.parquet"):
         build_dataset(_config(tmp_path / "*.parquet"))

@@ -29,7 +29,7 @@ def identity(photos):
     return identify(ClassFolder(str(photos), 16))
 
 
-def test_the_same_data_are_not_told(photos, capsys):
+def test_the_same_data_are_not_reported(photos, capsys):
     first = json.loads(json.dumps(identity(photos)))
     assert first["class_names"] == ["cat", "dog", "zebra"] and first["images"] == 12
     compare(first, identity(photos))
@@ -37,14 +37,14 @@ def test_the_same_data_are_not_told(photos, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_other_images_are_told(photos, capsys):
+def test_other_images_are_reported(photos, capsys):
     first = identity(photos)
     (photos / "dog" / "3.png").rename(photos / "zebra" / "4.png")
     compare(first, identity(photos))
     assert "12 images with other labels than the 12 that the run was trained on" in capsys.readouterr().err
 
 
-def test_other_names_are_told_and_other_labels_refused(photos, capsys):
+def test_other_names_are_reported_and_other_labels_refused(photos, capsys):
     first = identity(photos)
     (photos / "dog").rename(photos / "dogs")
     compare(first, identity(photos))

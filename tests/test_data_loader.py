@@ -11,51 +11,50 @@ from images import assert_same, fill, pair, united
 from pixelgen_kernels import philox_uniform
 from processes import signal_from_elsewhere
 
-from pixelgen.data import ClassFolder, Digits, build_loader, stream_indices
+from pixelgen.data import ClassFolder, Digits, Share, build_loader, shuffled_indices
 from pixelgen.data.decode import read_image
 
-# --- the stream
+# --- the order
 
 
-def _stream(steps, **arguments):
-    return np.concatenate([stream_indices(step, **arguments) for step in range(steps)])
+def _order(steps, num_images, share):
+    return np.concatenate([shuffled_indices(step, num_images, share) for step in range(steps)])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 26])
 def test_every_epoch_is_a_permutation(batch_size):
     size = 10
-    stream = _stream(130 // batch_size + 1, dataset_size=size, batch_size=batch_size, seed=3)
-    epochs = stream[:130].reshape(-1, size)
+    order = _order(130 // batch_size + 1, size, Share(batch_size, seed=3))
+    epochs = order[:130].reshape(-1, size)
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs.tolist())
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 10
-    assert stream.dtype == np.int64
+    assert order.dtype == np.int64
 
 
-def test_stream_does_not_depend_on_batch_size_or_order_of_calls():
-    arguments = {"dataset_size": 11, "seed": 5}
-    whole = _stream(1, batch_size=60, **arguments)
-    np.testing.assert_array_equal(_stream(15, batch_size=4, **arguments), whole)
-    backwards = [stream_indices(step, batch_size=4, **arguments) for step in reversed(range(15))]
+def test_order_does_not_depend_on_batch_size_or_order_of_calls():
+    whole = _order(1, 11, Share(60, seed=5))
+    np.testing.assert_array_equal(_order(15, 11, Share(4, seed=5)), whole)
+    backwards = [shuffled_indices(step, 11, Share(4, seed=5)) for step in reversed(range(15))]
     np.testing.assert_array_equal(np.concatenate(backwards[::-1]), whole)
 
 
-def test_stream_is_the_same_everywhere():
+def test_order_is_the_same_everywhere():
     # Stored values: a change of the shuffle would change every resumed run.
-    assert stream_indices(0, dataset_size=8, batch_size=8, seed=0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert stream_indices(2, dataset_size=8, batch_size=6, seed=123).tolist() == [2, 7, 0, 3, 6, 4]
+    assert shuffled_indices(0, 8, Share(8, seed=0)).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert shuffled_indices(2, 8, Share(6, seed=123)).tolist() == [2, 7, 0, 3, 6, 4]
 
 
 def test_seeds_differ():
-    streams = {tuple(_stream(1, dataset_size=20, batch_size=20, seed=seed)) for seed in (-1, 0, 1, 2**63 + 5)}
-    assert len(streams) == 4
+    orders = {tuple(_order(1, 20, Share(20, seed))) for seed in (-1, 0, 1, 2**63 + 5)}
+    assert len(orders) == 4
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_ranks_share_the_global_batch(world_size):
-    arguments = {"dataset_size": 10, "batch_size": 12, "seed": 1}
     for step in range(4):
-        parts = [stream_indices(step, rank=r, world_size=world_size, **arguments) for r in range(world_size)]
-        np.testing.assert_array_equal(np.concatenate(parts), stream_indices(step, **arguments))
+        shares = [Share(12, seed=1, rank=rank, world_size=world_size) for rank in range(world_size)]
+        parts = [shuffled_indices(step, 10, share) for share in shares]
+        np.testing.assert_array_equal(np.concatenate(parts), shuffled_indices(step, 10, Share(12, seed=1)))
         assert {len(part) for part in parts} == {12 // world_size}
 
 
@@ -69,10 +68,10 @@ def _take(loader, count):
 
 
 @pytest.mark.parametrize("batch_size", [64, 2000])
-def test_loader_yields_the_stream(batch_size):
+def test_loader_follows_the_order(batch_size):
     digits = Digits()
     for step, (images, labels) in enumerate(_take(build_loader(digits, batch_size, seed=7), 3)):
-        index = stream_indices(step, dataset_size=1797, batch_size=batch_size, seed=7)
+        index = shuffled_indices(step, 1797, Share(batch_size, seed=7))
         assert images.shape == (batch_size, 1, 8, 8)
         assert images.dtype == torch.uint8
         assert labels.dtype == torch.int64
@@ -106,7 +105,7 @@ def test_batches_depend_on_neither_workers_nor_ranks(tmp_path, crop):
 def test_random_crops_follow_seed_step_and_place(tmp_path):
     data = ClassFolder(fill(tmp_path, per_class=2, side=(30, 40)), image_size=8, crop="random")
     images, _ = _take(build_loader(data, 8, seed=5, start_step=3), 1)[0]
-    indices = stream_indices(3, dataset_size=4, batch_size=8, seed=5)
+    indices = shuffled_indices(3, 4, Share(8, seed=5))
     draws = philox_uniform(5, 3, torch.arange(8), 3, stream=4).numpy()
     for place, index in enumerate(indices):
         expected = read_image(data.path(index), 8, 3, "random", draws[place])
@@ -181,20 +180,3 @@ def test_close_ends_the_workers(tmp_path):
     assert len({child.pid for child in multiprocessing.active_children()} - before) == 2
     loader.close()
     assert not {child.pid for child in multiprocessing.active_children()} - before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be a multiple of world_size 1 and at least 1, got 0"),
-        ({"batch_size": 5, "world_size": 2}, "batch_size must be a multiple of world_size 2"),
-        ({"rank": 2, "world_size": 2}, "rank must satisfy 0 <= rank < world_size 2, got 2"),
-        ({"world_size": 0}, "rank must satisfy 0 <= rank < world_size 0, got 0"),
-        ({"start_step": -1}, "start_step must be at least 0, got -1"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"max_broken": 1.5}, r"max_broken must lie in \[0, 1\], got 1.5"),
-    ],
-)
-def test_loader_errors_come_before_the_first_batch(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build_loader(Digits(), **{"batch_size": 4, "seed": 0, **arguments})

@@ -210,11 +210,11 @@ def test_full_disk_is_one_line_and_leaves_finished_shards(tmp_path, monkeypatch)
     src, dst = _fill(tmp_path / "src", per_class=4), tmp_path / "dst"
     write, limits = ShardFolder.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limited(self, number, jobs, labels):
+    def limited(self, number, chunks):
         # The third shard is larger than a file may become: the system refuses as it does on a full disk.
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if number == 2 else limits[0], limits[1]))
-            write(self, number, jobs, labels)
+            write(self, number, chunks)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -274,8 +274,8 @@ def test_dst_in_src_is_refused(tmp_path, src, name, dst):
     (tmp_path / "link").symlink_to(src)
     dst = tmp_path / dst if dst.startswith("link") else src / dst
     before = sorted(tmp_path.rglob("*"))
-    told = rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
-    with pytest.raises(UserError, match=told):
+    message = rf"^DST {dst} lies in SRC {src} and would be read as a part of it; [^\n]+$"
+    with pytest.raises(UserError, match=message):
         prepare(_options(src, dst, name=name))
     assert sorted(tmp_path.rglob("*")) == before
     prepare(_options(src, f"{src}-256"))  # a name that only begins the same
@@ -284,8 +284,8 @@ def test_dst_in_src_is_refused(tmp_path, src, name, dst):
 def test_dst_that_is_a_file(tmp_path, src):
     (tmp_path / "file").touch()
     for dst in (tmp_path / "file", tmp_path / "file" / "dst"):
-        told = rf"^{dst} is no folder, or lies in a file; choose another folder$"
-        with pytest.raises(UserError, match=told):
+        message = rf"^{dst} is no folder, or lies in a file; choose another folder$"
+        with pytest.raises(UserError, match=message):
             prepare(_options(src, dst))
 
 

@@ -12,8 +12,9 @@ from images import assert_same, pair, united
 from training import FLOW_ONLY, curve, fails_with, options, refused, start_trainer
 
 from pixelgen.config import DataConfig, TrainConfig, config_from_yaml, config_to_yaml, load_config
-from pixelgen.data import Source, build_dataset, build_loader, register, stream_indices
+from pixelgen.data import Share, Source, build_dataset, build_loader, register, shuffled_indices
 from pixelgen.data.source import SOURCES
+from pixelgen.errors import UserError
 from pixelgen.train import main
 
 pytestmark = pytest.mark.usefixtures("no_curves", "toys")
@@ -55,7 +56,7 @@ def test_its_options_are_its_own():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (
             ["--data.toy_option", "3"],
@@ -72,8 +73,8 @@ def test_its_options_are_its_own():
         ),
     ],
 )
-def test_what_is_refused(tmp_path, capsys, given, said):
-    assert f"error: {said}" in fails_with(capsys, ["--out_dir", str(tmp_path), *given])
+def test_what_is_refused(tmp_path, capsys, given, message):
+    assert f"error: {message}" in fails_with(capsys, ["--out_dir", str(tmp_path), *given])
 
 
 def test_a_wrong_name_is_answered_with_the_known_ones(capsys):
@@ -136,12 +137,12 @@ def test_a_stream_is_not_continued_as_something_else(tmp_path, capsys, first, th
 
 
 def test_samples_are_called_by_their_names(tmp_path):
-    def told(name: str, *source: str) -> str:
+    def description(name: str, *source: str) -> str:
         return start_trainer(options(tmp_path, name, 1, *FLOW_ONLY, *source)).describe_sample(1, 5)
 
-    index = stream_indices(1, dataset_size=50, batch_size=16, seed=0)[5]
-    assert re.fullmatch(rf"5 \(image {index}, t [\d.]+\)", told("toy", *TOY))
-    assert re.fullmatch(r"5 \(t [\d.]+\)", told("stream", *STREAM))
+    index = shuffled_indices(1, 50, Share(16, seed=0))[5]
+    assert re.fullmatch(rf"5 \(image {index}, t [\d.]+\)", description("toy", *TOY))
+    assert re.fullmatch(r"5 \(t [\d.]+\)", description("stream", *STREAM))
 
 
 # --- reading
@@ -177,6 +178,11 @@ def test_a_source_without_an_end_has_no_length_and_first_images():
     images, labels = stream.examples(4, seed=0)
     assert labels.tolist() == [0, 1, 2, 3] and images[:, 0, 0, 0].tolist() == [0, 20, 40, 60]
     assert take(stream, 1)[0][0][1].tolist() == [0, 1, 2, 3, 4, 5]  # from the beginning again
+
+
+def test_a_source_must_hold_images():
+    with pytest.raises(UserError, match=r"^data: toy holds no images$"):
+        build_dataset(DataConfig(name="toy", toy_images=0))
 
 
 def test_examples_are_evenly_spaced():

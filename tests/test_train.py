@@ -13,7 +13,7 @@ from processes import stored
 from training import FLOW_ONLY, curve, fails_with, options, start_trainer, train_steps
 
 from pixelgen.config import load_config
-from pixelgen.data.order import stream_indices
+from pixelgen.data.order import Share, shuffled_indices
 from pixelgen.encoders.embedded import FILE_NAME
 from pixelgen.errors import UserError
 from pixelgen.losses.objective import Objective
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_pa
     with pytest.raises(UserError, match=told) as raised:
         main(options(tmp_path, "run", 8, *more))
     first, first_t, second, second_t = re.search(told, str(raised.value)).groups()
-    drawn = stream_indices(5, dataset_size=1797, batch_size=16, seed=0)
+    drawn = shuffled_indices(5, 1797, Share(16, seed=0))
     assert [int(first), int(second)] == drawn[[3, 11]].tolist()
     t = start_trainer(options(tmp_path, "other", 8, *FLOW_ONLY)).draw_time(5)
     assert [float(first_t), float(second_t)] == pytest.approx(t[[3, 11]].tolist(), rel=1e-3)

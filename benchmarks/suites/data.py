@@ -21,7 +21,7 @@ from benchmarks.suite import Part, Run, Suite
 from pixelgen.data.crop import center_crop, halve, near_center_crop
 from pixelgen.data.decode import read_image
 from pixelgen.data.loader import build_loader
-from pixelgen.data.order import stream_indices
+from pixelgen.data.order import Share, shuffled_indices
 from pixelgen.data.prepare.command import PrepareOptions, prepare, usable_cpus
 from pixelgen.data.source import Source
 from pixelgen.data.sources.folder import ClassFolder
@@ -222,7 +222,7 @@ def loader_rows(
     for name in (name for name in LOADERS if name in names):
         shape = f"workers={workers} B={batch} {side}"
         run.show(f"{name} {shape}")
-        order = stream_indices(0, dataset_size=len(datasets[name]), batch_size=batch, seed=0)
+        order = shuffled_indices(0, len(datasets[name]), Share(batch, seed=0))
         expected = datasets["folder"].batch(order)[0].numpy()
         loader = build_loader(datasets[name], batch, seed=0, num_workers=workers)
         with contextlib.closing(loader):

@@ -23,15 +23,11 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Args:
         image: Pillow image of mode "RGB" or "L".
-        size: side of the square, in pixels, at least 1.
+        size: side of the square, in pixels.
 
     Returns:
         uint8 array (size, size, 3) for "RGB", (size, size, 1) for "L".
-
-    Raises:
-        ValueError: for another mode, or a size below 1.
     """
-    _check("center_crop", image, size)
     image = halve(image, size)
     width, height = scaled_sides(*image.size, size)
     return _resize_and_cut(image, (width, height), (width - size) // 2, (height - size) // 2, size)
@@ -40,27 +36,14 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 def random_crop(image: Image.Image, size: int, draws: np.ndarray) -> np.ndarray:
     """Scales the short side to a random length in [size, ceil(size / 0.8)] and cuts a random square (ADM).
 
-    Scaling is that of ``center_crop``.
-
-    Args:
-        image: Pillow image of mode "RGB" or "L".
-        size: side of the square, in pixels, at least 1.
-        draws: (3,) uniform numbers in [0, 1): for the length, the row and the column.
-
-    Returns:
-        uint8 array (size, size, 3) for "RGB", (size, size, 1) for "L".
-
-    Raises:
-        ValueError: for another mode, a size below 1 or other draws.
+    Scaling, image and result are as in ``center_crop``; ``draws`` are (3,) uniform numbers in [0, 1): for the
+    length, the row and the column.
     """
-    _check("random_crop", image, size)
-    if np.shape(draws) != (3,) or not all(0 <= draw < 1 for draw in draws):
-        raise ValueError(f"random_crop: draws must be three numbers in [0, 1), got {draws}")
-    of_size, of_row, of_column = map(float, draws)
-    short = size + int(of_size * (math.ceil(size / MIN_SHARE) - size + 1))
+    size_draw, row_draw, column_draw = map(float, draws)
+    short = size + int(size_draw * (math.ceil(size / MIN_SHARE) - size + 1))
     image = halve(image, short)
     width, height = scaled_sides(*image.size, short)
-    left, top = int(of_column * (width - size + 1)), int(of_row * (height - size + 1))
+    left, top = int(column_draw * (width - size + 1)), int(row_draw * (height - size + 1))
     return _resize_and_cut(image, (width, height), left, top, size)
 
 
@@ -72,7 +55,7 @@ def near_center_crop(pixels: Tensor, size: int) -> np.ndarray:
     Args:
         pixels: uint8 (C, H, W), at most twice as high as wide; quickest where the channels of a pixel lie
             side by side in memory.
-        size: side of the square, in pixels, at least 1.
+        size: side of the square, in pixels.
 
     Returns:
         uint8 array (C, size, size).
@@ -117,13 +100,6 @@ def scaled_sides(width: int, height: int, size: int) -> tuple[int, int]:
     """Width and height of an image whose short side is scaled to ``size``."""
     scale = size / min(width, height)
     return round(width * scale), round(height * scale)
-
-
-def _check(name: str, image: Image.Image, size: int) -> None:
-    if image.mode not in ("RGB", "L"):
-        raise ValueError(f"{name}: image must have mode RGB or L, got {image.mode}")
-    if size < 1:
-        raise ValueError(f"{name}: size must be at least 1, got {size}")
 
 
 def _resize_and_cut(image: Image.Image, sides: tuple[int, int], left: int, top: int, size: int) -> np.ndarray:

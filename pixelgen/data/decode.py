@@ -51,7 +51,7 @@ def read_image(
         channels: 3 for RGB, 1 for grey.
         crop: center cuts the middle square exactly as ADM does; fast is within 2 grey levels of it, at twice
             the speed for JPEG up to twice that size; random is ADM's random crop.
-        draws: for random, (3,) uniform numbers in [0, 1) that it is a function of.
+        draws: for random, (3,) uniform numbers in [0, 1) that it is a function of; None for the middle.
 
     Returns:
         uint8 (channels, image_size, image_size).
@@ -65,7 +65,8 @@ def read_image(
         if not data:
             raise ImageError("the file is empty")
         image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-        _check_sides(image, image_size)
+        if max(image.size) * image_size**2 > MAX_SCALED_PIXELS * min(image.size):
+            raise ImageError(f"its sides are too unequal, {image.width} x {image.height}")
         # Decoders are bit-equal and cost a fifth of this: the exact crop gains nothing from another one.
         quick = _decode_quickly(image, data, image_size, mode) if crop == "fast" else None
         if quick is None:
@@ -75,9 +76,7 @@ def read_image(
         raise ImageError(_reason(error)) from error
     if crop == "fast":
         return _crop_near(image if quick is None else quick, image_size)
-    if crop == "random":
-        if draws is None:
-            raise ValueError("read_image: crop random needs draws")
+    if crop == "random" and draws is not None:
         pixels = random_crop(image, image_size, draws)
     else:
         pixels = center_crop(image, image_size)
@@ -91,13 +90,6 @@ def _formats() -> tuple[str, ...]:
     # JPEG stands for MPO, too. Pillow has AVIF since 11.3.
     kinds = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "GIF", "TIFF", "JPEG2000", "AVIF")
     return tuple(kind for kind in kinds if kind in Image.OPEN)
-
-
-def _check_sides(image: Image.Image, image_size: int) -> None:
-    """Raises ImageError for an image that a crop would have to enlarge beyond ``MAX_SCALED_PIXELS``."""
-    short, long = sorted(image.size)
-    if long * image_size**2 > MAX_SCALED_PIXELS * short:
-        raise ImageError(f"its sides are too unequal, {image.width} x {image.height}")
 
 
 def _decode_quickly(image: Image.Image, data: bytes, image_size: int, mode: str) -> np.ndarray | None:

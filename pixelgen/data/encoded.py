@@ -6,15 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixelgen.data.source import Broken, ImageError, ReadBatch, Source
 from pixelgen.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAX_BROKEN_RUN = 1000  # unreadable images in a row after which it is the data that is broken
 
@@ -22,13 +18,11 @@ MAX_BROKEN_RUN = 1000  # unreadable images in a row after which it is the data t
 def read_or_next(
     read: Callable[[int], np.ndarray], index: int, size: int, name: Callable[[int], str]
 ) -> tuple[np.ndarray, int, list[Broken]]:
-    """Reads an image, or the next one, in order of index, that can be read.
+    """Reads image ``index`` of ``size``, or the next one that can be read; after the last comes the first.
 
     Args:
         read: index to (C, H, W) uint8; raises ImageError.
-        index: in [0, size).
-        size: number of images; after the last one comes the first.
-        name: index to what the image is called in a message.
+        name: index to what a message calls the image.
 
     Returns:
         The image, the index that it really has, and the images that could not be read.
@@ -55,47 +49,27 @@ class EncodedImages(Source):
     labels: np.ndarray
 
     @abstractmethod
-    def source(self, index: int) -> bytes | Path:
-        """Returns the encoded image ``index``, or the file that holds it.
-
-        Raises:
-            ImageError: there is none.
-        """
+    def encoded(self, index: int) -> bytes | Path:
+        """The encoded image ``index``, or the file that holds it; an ImageError where there is none."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
+        """What a message calls image ``index``."""
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Reads images, and the next readable one in place of one that cannot be read; see `Source.read`."""
+        """Reads images, and the next readable one in place of one that cannot be read."""
         images = np.empty((len(order), self.channels, self.image_size, self.image_size), dtype=np.uint8)
-        used, broken, num_replaced = [], [], 0
+        labels = np.empty(len(order), dtype=np.int64)
+        broken, num_replaced = [], 0
         for row, index in enumerate(order):
             read = partial(self._decode, draws=None if draws is None else draws[row])
             images[row], found, unreadable = read_or_next(read, int(index), len(self), self.name)
-            used.append(found)
+            labels[row] = self.labels[found]
             broken += unreadable
             num_replaced += bool(unreadable)
-        return ReadBatch(images, self.labels[np.array(used, dtype=np.int64)], broken, num_replaced)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Returns image ``index`` as uint8 (C, H, W) and its label; a random crop is the middle one.
-
-        Raises:
-            UserError: it cannot be read as an image; the message names it.
-        """
-        import torch
-
-        try:
-            image = self._decode(index, None)
-        except ImageError as error:
-            raise UserError(
-                f"data: cannot read image {self.name(index)}: {error}; repair or remove the file"
-            ) from error
-        return torch.tensor(image), int(self.labels[index])
+        return ReadBatch(images, labels, broken, num_replaced)
 
     def _decode(self, index: int, draws: np.ndarray | None) -> np.ndarray:
         from pixelgen.data.decode import read_image
 
-        crop = "center" if self.crop == "random" and draws is None else self.crop
-        return read_image(self.source(index), self.image_size, self.channels, crop, draws)
+        return read_image(self.encoded(index), self.image_size, self.channels, self.crop, draws)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pixelgen.data.source import Crop, ImageError, SourceOptions
 from pixelgen.errors import UserError
@@ -17,15 +18,6 @@ if TYPE_CHECKING:
 
 LABEL_NAMES = ("label", "labels", "cls", "class")
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-# Members of a tar that are a header alone, whatever size it tells.
-_WITHOUT_DATA = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-)
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves beside the Arrow files
 
 
@@ -59,52 +51,48 @@ class HubOptions(SourceOptions):
         self._require("shuffle_block", self.shuffle_block >= 1, "be at least 1")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold images and labels.
-
-    Attributes:
-        image: name of the column of images.
-        label: name of the column of labels, or of the column of records that holds them.
-        label_field: name of the labels in those records; None where the column holds labels.
-        class_names: names of the classes.
-    """
+class Columns(NamedTuple):
+    """Which columns hold images and labels."""
 
     image: str
-    label: str
-    label_field: str | None
+    label: tuple[str, ...]  # of a column of records that hold them its name and that of their field
     class_names: tuple[str, ...]
 
-    @property
-    def label_name(self) -> str:
-        """The label column as the user spells it."""
-        return self.label if self.label_field is None else f"{self.label}.{self.label_field}"
-
     def check_label(self, label: int | None, row: str) -> int:
-        """Returns the label of a row.
-
-        Raises:
-            UserError: it is not the number of a class.
-        """
+        """The label of a row; a UserError where it is not the number of a class."""
         num_classes = len(self.class_names)
         if label is None or not 0 <= label < num_classes:
             raise UserError(
-                f"data: label column {self.label_name} must hold class numbers in [0, {num_classes}), got "
-                f"{label} in {row}; change --data.num_classes, --data.label_column or --data.split"
+                f"data: label column {'.'.join(self.label)} must hold class numbers in [0, {num_classes}), "
+                f"got {label} in {row}; change --data.num_classes, --data.label_column or --data.split"
             )
         return int(label)
 
 
-def open_rows(options: HubOptions) -> Any:
-    """Opens a data set with `datasets.load_dataset`, or `load_from_disk` for what it saved.
+def open_images(options: HubOptions, num_classes: int) -> tuple[Any, Columns]:
+    """Opens a data set with its columns of images, which stay encoded, and labels.
 
-    Returns:
-        `datasets.Dataset`, or `datasets.IterableDataset` for ``data.streaming``.
+    It is a `datasets.Dataset`, or a `datasets.IterableDataset` for ``data.streaming``; ``num_classes`` counts
+    where the label column does not name the classes.
 
     Raises:
-        FileNotFoundError: data.path is no hub id and does not exist.
-        UserError: it cannot be read; the message says in one line why.
+        UserError: it cannot be read, or its columns do not fit; the message says in one line why.
     """
+    import datasets
+
+    rows = _open_rows(options)
+    columns = _find_columns(rows, options, num_classes)
+    rows = rows.select_columns([columns.image, columns.label[0]])
+    try:
+        return rows.cast_column(columns.image, datasets.Image(decode=False)), columns
+    except readable_errors() as error:
+        raise UserError(
+            f"data: data.image_column {columns.image} cannot be read as images: {one_line(error)}"
+        ) from error
+
+
+def _open_rows(options: HubOptions) -> Any:
+    """Opens a data set with `datasets.load_dataset`, or `load_from_disk` for what it saved."""
     path = str(options.path)
     files = [path]
     if glob.has_magic(path):
@@ -119,13 +107,10 @@ def open_rows(options: HubOptions) -> Any:
         )
     try:
         if is_local and Path(files[0]).is_file():
-            builder = _builder_of(files)
-            rows = _load(builder, options, data_files={options.split: files})
-        elif is_local and any((Path(path) / name).exists() for name in _SAVED):
-            rows = _open_saved(options, path)
-        else:
-            where = str(Path(path).resolve()) if is_local else path
-            rows = _load(where, options, name=options.subset)
+            return _load(_builder_of(files), options, data_files={options.split: files})
+        if is_local and any((Path(path) / name).exists() for name in _SAVED):
+            return _open_saved(options, path)
+        return _load(str(Path(path).resolve()) if is_local else path, options, name=options.subset)
     except UserError:
         raise
     except readable_errors() as error:
@@ -136,11 +121,10 @@ def open_rows(options: HubOptions) -> Any:
             "HF_HUB_OFFLINE and, for a gated one, HF_TOKEN"
         )
         raise UserError(f"data: cannot open {path}: {one_line(error)}; {advice}") from error
-    return rows
 
 
 def _load(source: str, options: HubOptions, **more: Any) -> Any:
-    """`datasets.load_dataset`, with a look at the tars before they are read."""
+    """`datasets.load_dataset`, which checks local tars first."""
     import datasets
 
     builder = datasets.load_dataset_builder(source, **more)
@@ -149,6 +133,9 @@ def _load(source: str, options: HubOptions, **more: Any) -> Any:
             if file.endswith(".tar") and os.path.isfile(file):
                 check_tar(file)
     if options.streaming:
+        if builder.info.builder_name == "imagefolder":
+            # One shard, sorted by class: blocks of it would hold a few classes each.
+            raise UserError(f"data: {options.path} is a folder of images; set --data.streaming false")
         return builder.as_streaming_dataset(split=options.split)
     builder.download_and_prepare()
     return builder.as_dataset(split=options.split)
@@ -183,7 +170,8 @@ def check_tar(path: str) -> None:
                 if begin == 0:
                     return  # compressed, or no archive: that is for the reader to say
                 raise UserError(cut_short) from error
-            has_data = member.type not in _WITHOUT_DATA
+            # Links, folders and devices are a header alone, whatever size they state.
+            has_data = not (member.islnk() or member.issym() or member.isdir() or member.isdev())
             end = begin + tarfile.BLOCKSIZE + (max(0, member.size) if has_data else 0)
             begin = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if end > size:
@@ -215,17 +203,7 @@ def _open_saved(options: HubOptions, path: str) -> Dataset:
     return saved[options.split]
 
 
-def find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
-    """Finds the columns of images and labels of what `open_rows` opened, where ``options`` do not name them.
-
-    Args:
-        rows: the data set.
-        options: its options.
-        num_classes: number of classes where the label column does not name them.
-
-    Raises:
-        UserError: there is none, or one of another type.
-    """
+def _find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
     import datasets
 
     features: Features | None = rows.features
@@ -236,30 +214,30 @@ def find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
     for name, feature in features.items():
         if isinstance(feature, dict):
             flat |= {f"{name}.{key}": value for key, value in feature.items()}
-    shown = ", ".join(features)
 
-    image = options.image_column or next(
-        (name for name, feature in features.items() if isinstance(feature, datasets.Image)), None
-    )
-    if image is None:
-        raise UserError(
-            f"data: {options.path} has no column of images among {shown}; name one with --data.image_column"
-        )
-    if image not in features:
-        raise UserError(f"data: data.image_column must be one of {shown}, got {image}")
+    def choose(kind: str, asked: str | None, found: list[str], names: Iterable[str], hint: str = "") -> str:
+        if not asked and not found:
+            raise UserError(
+                f"data: {options.path} has no column of {kind}s among {', '.join(features)}; name one with "
+                f"--data.{kind}_column{hint}"
+            )
+        if asked and asked not in names:
+            raise UserError(f"data: data.{kind}_column must be one of {', '.join(names)}, got {asked}")
+        return asked or found[0]
 
-    label = options.label_column or _find_label(flat)
-    if label is None:
-        is_folder = rows.info.builder_name == "imagefolder" and Path(str(options.path)).is_dir()
-        raise UserError(
-            f"data: {options.path} has no column of labels among {shown}; name one with --data.label_column"
-            + ("; a folder of class folders is read with --data.name folder" if is_folder else "")
-        )
-    if label not in flat:
-        raise UserError(f"data: data.label_column must be one of {', '.join(flat)}, got {label}")
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image = choose("image", options.image_column, images, features)
+    is_folder = rows.info.builder_name == "imagefolder" and Path(str(options.path)).is_dir()
+    hint = "; a folder of class folders is read with --data.name folder" if is_folder else ""
+    labels = [name for name, feature in flat.items() if isinstance(feature, datasets.ClassLabel)]
+    labels += [name for name in LABEL_NAMES if name in flat]
+    # A webdataset's "cls" comes before what its "json" holds.
+    labels += [name for name in flat if name.rpartition(".")[2] in LABEL_NAMES]
+    label = choose("label", options.label_column, labels, flat, hint)
+    place = (label,) if label in features else tuple(label.split(".", 1))
     feature = flat[label]
     if isinstance(feature, datasets.ClassLabel):
-        return Columns(image, *_split(label, features), tuple(feature.names))
+        return Columns(image, place, tuple(feature.names))
     kind = feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
     if "int" not in kind:
         advice = (
@@ -270,51 +248,11 @@ def find_columns(rows: Any, options: HubOptions, num_classes: int) -> Columns:
         raise UserError(
             f"data: label column {label} of {options.path} must hold class numbers, got {kind}; {advice}"
         )
-    return Columns(image, *_split(label, features), tuple(str(number) for number in range(num_classes)))
+    return Columns(image, place, tuple(str(number) for number in range(num_classes)))
 
 
-def _split(label: str, features: Features) -> tuple[str, str | None]:
-    if label in features:
-        return label, None
-    column, _, field = label.partition(".")
-    return column, field
-
-
-def _find_label(features: dict[str, Any]) -> str | None:
-    import datasets
-
-    for name, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            return name
-    for name in LABEL_NAMES:
-        if name in features:
-            return name
-    # A webdataset's "cls" comes before what its "json" holds.
-    return next((name for name in features if name.rpartition(".")[2] in LABEL_NAMES), None)
-
-
-def only_images(rows: Any, image_column: str) -> Any:
-    """Rows whose images stay encoded.
-
-    Raises:
-        UserError: the column does not hold images.
-    """
-    import datasets
-
-    try:
-        return rows.cast_column(image_column, datasets.Image(decode=False))
-    except readable_errors() as error:
-        raise UserError(
-            f"data: data.image_column {image_column} cannot be read as images: {one_line(error)}"
-        ) from error
-
-
-def encoded(cell: dict[str, Any] | None) -> bytes | Path:
-    """The bytes or the file of an image that is not decoded.
-
-    Raises:
-        ImageError: the cell is empty.
-    """
+def encoded_image(cell: dict[str, Any] | None) -> bytes | Path:
+    """The bytes or the file of an image that is not decoded; an ImageError where the cell is empty."""
     if cell and cell["bytes"] is not None:
         return bytes(cell["bytes"])
     if cell and cell["path"] is not None:
@@ -324,10 +262,9 @@ def encoded(cell: dict[str, Any] | None) -> bytes | Path:
 
 def cell_name(cell: dict[str, Any] | None, row: str) -> str:
     """What to call an image in a message: its file, or its row and what it is called there."""
-    path = cell.get("path") if cell else None
-    if not path:
+    if not cell or not cell.get("path"):
         return row
-    return path if cell and cell.get("bytes") is None else f"{row} ({path})"
+    return cell["path"] if cell.get("bytes") is None else f"{row} ({cell['path']})"
 
 
 def readable_errors() -> tuple[type[Exception], ...]:

@@ -14,23 +14,22 @@ def identify(source: Source) -> dict[str, Any]:
     """What tells data apart, as JSON: names of classes, and a checksum of all labels where they are known."""
     identity: dict[str, Any] = {"class_names": list(source.class_names)}
     if source.labels is not None:
-        labels = zlib.crc32(source.labels.tobytes())
-        identity |= {"images": len(source.labels), "labels": labels}
+        identity |= {"images": len(source.labels), "labels": zlib.crc32(source.labels.tobytes())}
     return identity
 
 
-def compare(then: dict[str, Any], now: dict[str, Any]) -> None:
+def compare(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Compares the data that a run was trained on with those it is to go on with.
 
-    Other data are the user's choice, and told; labels that have changed places are not.
+    Other data are the user's choice: a warning on stderr. Labels that have changed places are refused.
 
     Args:
-        then, now: from ``identify``; ``then`` may be empty.
+        before, now: from ``identify``; ``before`` may be empty.
 
     Raises:
         UserError: a class has another label than before.
     """
-    names, others = then.get("class_names", []), now["class_names"]
+    names, others = before.get("class_names", []), now["class_names"]
     labels = {name: label for label, name in enumerate(others)}
     for label, name in enumerate(names):
         if labels.get(name, label) != label:
@@ -45,10 +44,10 @@ def compare(then: dict[str, Any], now: dict[str, Any]) -> None:
             f"{others[label]}",
             file=sys.stderr,
         )
-    images = "images" in then and "images" in now
-    if images and (then["images"], then["labels"]) != (now["images"], now["labels"]):
+    images = "images" in before and "images" in now
+    if images and (before["images"], before["labels"]) != (now["images"], now["labels"]):
         print(
-            f"warning: data: {now['images']:,} images with other labels than the {then['images']:,} that the "
-            f"run was trained on so far; they come in another order",
+            f"warning: data: {now['images']:,} images with other labels than the {before['images']:,} that "
+            f"the run was trained on so far; they come in another order",
             file=sys.stderr,
         )

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from pixelgen.conditions import Condition
 from pixelgen.data.order import Share
-from pixelgen.data.source import Broken, Source, report_broken
+from pixelgen.data.source import Broken, ReadBatch, Source, report_broken
 from pixelgen.errors import UserError
 
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,15 +33,6 @@ class Batch(NamedTuple):
 
     images: Tensor
     condition: Condition
-
-
-class _Read(NamedTuple):
-    """A batch as it comes from the process that read it, and the state of the source after it."""
-
-    batch: Batch
-    broken: list[Broken]
-    num_replaced: int
-    state: dict[str, int]
 
 
 class Loader:
@@ -74,17 +65,17 @@ class Loader:
             StopIteration: the loader was closed.
         """
         try:
-            read = self._fetch()
-            self._state = read.state
-            self.num_drawn += len(read.batch.images)
+            read, self._state = self._fetch()
+            self.num_drawn += len(read.images)
             self.num_broken += read.num_replaced
-            self._note(read.broken)
+            self._count_broken(read.broken)
         except UserError:
             self.close()
             raise
-        return read.batch
+        return Batch(read.images, {"label": read.labels})
 
-    def _fetch(self) -> _Read:
+    def _fetch(self) -> Any:
+        """What `_Batches` gave."""
         if self._loader is None:
             raise StopIteration
         if self._batches is None:
@@ -99,13 +90,9 @@ class Loader:
             raise got
         return got
 
-    def _note(self, broken: list[Broken]) -> None:
-        if not broken:
-            return
-        known = {image.path for image in self.broken}
+    def _count_broken(self, broken: list[Broken]) -> None:
         for image in broken:
-            if image.path not in known:
-                known.add(image.path)
+            if all(image.path != known.path for known in self.broken):
                 self.broken.append(image)
                 report_broken(*image)
         if self.num_broken > self._max_broken * max(self.num_drawn, self._min_judged):
@@ -117,7 +104,7 @@ class Loader:
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins, the same on every rank; {} where that is a function of the step."""
+        """What `Source.state_dict` gave after the last batch."""
         return dict(self._state)
 
     def close(self) -> None:
@@ -138,7 +125,7 @@ def build_loader(
     max_broken: float = 0.01,
     state: dict[str, int] | None = None,
 ) -> Loader:
-    """Returns an endless iterator of batches, beginning with that of ``start_step``.
+    """An endless iterator of batches, beginning with that of ``start_step``.
 
     The number of worker processes changes nothing but speed. The global random state is neither read nor
     advanced. ``close()`` ends the workers early; they outlive SIGINT and SIGTERM of others, so that the
@@ -147,7 +134,7 @@ def build_loader(
 
     Args:
         source: images and labels.
-        batch_size: images per step over all ranks, at least 1; world_size divides it.
+        batch_size: images per step over all ranks; world_size divides it.
         seed: seed of the shuffles, and of random crops.
         start_step: step of the first batch, from 0.
         num_workers: processes that read images, 0 for this one; of a stream, threads of one that does.
@@ -157,35 +144,15 @@ def build_loader(
         max_broken: share of the images drawn by this rank that may be unreadable, counted over 1,000 /
             world_size of them at least; 0 for none at all.
         state: what ``state_dict()`` gave after step ``start_step - 1``; needed to continue a stream.
-
-    Raises:
-        ValueError: an argument is out of range.
-        UserError: batch_size, num_workers or max_broken is; or the state is that of other data.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"build_loader: rank must satisfy 0 <= rank < world_size {world_size}, got {rank}")
-    if batch_size < 1 or batch_size % world_size:
-        raise UserError(
-            f"build_loader: batch_size must be a multiple of world_size {world_size} and at least 1, "
-            f"got {batch_size}"
-        )
-    if start_step < 0:
-        raise ValueError(f"build_loader: start_step must be at least 0, got {start_step}")
-    if num_workers < 0:
-        raise UserError(f"build_loader: num_workers must be at least 0, got {num_workers}")
-    if not 0 <= max_broken <= 1:
-        raise UserError(f"build_loader: max_broken must lie in [0, 1], got {max_broken}")
-    if source.num_images == 0:
-        raise ValueError("build_loader: source must hold at least one image, got 0")
     share = Share(batch_size, seed, start_step, rank, world_size)
     source = source.begin(share, state, threads=num_workers)
     first_state = source.state_dict()
     loader: DataLoader[Any] = DataLoader(
         _Batches(source),
         batch_size=None,  # an element is a whole batch
-        sampler=_Requests(source, share),
+        sampler=_requests(source, share),
         num_workers=min(1, num_workers) if first_state else num_workers,
-        collate_fn=_as_is,
         pin_memory=pin_memory,
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # without one, starting the loader draws from the global generator
@@ -196,8 +163,8 @@ def build_loader(
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     # Workers inherit the mask, so that no signal ends one before it has run `_outlive_signals`.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
-    # By its handler of SIGCHLD a worker's death would raise wherever the main thread is; without it, where
-    # the DataLoader next waits for a batch, within five seconds.
+    # The DataLoader's handler of SIGCHLD would raise a worker's death wherever the main thread is; without
+    # it, it is raised where the DataLoader next waits for a batch, within five seconds.
     in_main_thread = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD)
     try:
@@ -208,42 +175,34 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-class _Requests(Sampler[tuple[np.ndarray, np.ndarray | None]]):
+def _requests(source: Source, share: Share) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """What to read at step ``start_step``, ``start_step + 1``, and so on for ever."""
-
-    def __init__(self, source: Source, share: Share) -> None:
-        self.source, self.share = source, share
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        source, share = self.source, self.share
-        for step in count(share.start_step):
-            yield source.order(step, share), share.crop_draws(step) if source.crop == "random" else None
+    for step in count(share.start_step):
+        yield source.order(step, share), share.crop_draws(step) if source.crop == "random" else None
 
 
 class _Batches(Dataset[Any]):
-    """Reads whole batches: in-memory data is indexed once instead of collated image by image."""
+    """Reads whole batches, each with the state of the source after it.
+
+    The DataLoader makes tensors of a batch's arrays in the worker, which sends those through shared memory.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitem__(self, request: tuple[np.ndarray, np.ndarray | None]) -> _Read | UserError:
+    def __getitem__(
+        self, request: tuple[np.ndarray, np.ndarray | None]
+    ) -> tuple[ReadBatch, dict[str, int]] | UserError:
         try:
-            read = self.source.read(*request)
+            return self.source.read(*request), self.source.state_dict()
         except UserError as error:
             # Handed over, not raised: the DataLoader would make a worker's traceback the message.
             return error
-        images, labels = read.tensors()  # sent through shared memory, unlike arrays
-        batch = Batch(images, {"label": labels})
-        return _Read(batch, list(read.broken), read.num_replaced, self.source.state_dict())
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def _outlive_signals(worker: int) -> None:
-    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end. A
-    # SIGTERM of its own does end them: Python sends it to those that are left when it exits, then waits.
+    # Terminals and schedulers signal the whole process group; the trainer decides when its workers end. The
+    # trainer's own SIGTERM does end them: Python sends it to those that are left when it exits, then waits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)  # in the threads to come, too
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()

@@ -12,8 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-# Stream of the counter-based generator that places random crops; the trainer's own are 0 to 3.
-CROP_STREAM = 4
+CROP_STREAM = 4  # the Philox stream that places random crops; the trainer's own are 0 to 3
 
 
 @dataclass(frozen=True)
@@ -49,29 +48,12 @@ class Share:
         return philox_uniform(self.seed, step, places, 3, stream=CROP_STREAM).numpy()
 
 
-def stream_indices(
-    step: int, *, dataset_size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-) -> np.ndarray:
-    """Indices of the images that ``rank`` sees at ``step``: a pure function of its arguments.
-
-    Ranks take consecutive parts of the global batch, so the global batch does not depend on ``world_size``.
-
-    Args:
-        step: training step, from 0.
-        dataset_size: number of images n, at least 1.
-        batch_size, seed, rank, world_size: as of a `Share`.
-
-    Returns:
-        (batch_size // world_size,) int64.
-    """
-    local = batch_size // world_size
-    first = step * batch_size + rank * local
+def shuffled_indices(step: int, num_images: int, share: Share) -> np.ndarray:
+    """Which of ``num_images`` images a process reads at a step, (batch_size // world_size,) int64."""
+    epochs, places = np.divmod(step * share.batch_size + share.places, num_images)
     parts = []
-    while local > 0:
-        epoch, offset = divmod(first, dataset_size)
-        part = permutation(seed, epoch, dataset_size)[offset : offset + local]
-        parts.append(part)
-        first, local = first + len(part), local - len(part)
+    for epoch in np.unique(epochs):
+        parts.append(permutation(share.seed, int(epoch), num_images)[places[epochs == epoch]])
     return np.concatenate(parts)
 
 

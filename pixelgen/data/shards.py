@@ -2,7 +2,7 @@
 
 A shard is an Arrow IPC file with one record batch, the columns ``image`` (C * H * W bytes, CHW, as training
 wants them: a batch is then plain copies), ``label`` (int32) and ``path``. It holds the readable images of one
-stretch of the source's listing; its metadata say which, and what could not be read. Beside the shards lie
+range of the source's listing; its metadata say which, and what could not be read. Beside the shards lie
 ``settings.json``, what they depend on, and ``manifest.json``, which is written last and makes the folder
 complete.
 """
@@ -31,20 +31,13 @@ SETTINGS, MANIFEST = "settings.json", "manifest.json"
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Job(NamedTuple):
-    """What a worker made of a stretch of the source.
+class Decoded(NamedTuple):
+    """Decoded images of a range of the source."""
 
-    Attributes:
-        images: (n, C * H * W) uint8, the readable ones.
-        indices: (n,) their places in the source.
-        paths: what they are called there.
-        broken: path and reason of the others.
-    """
-
-    images: np.ndarray
-    indices: list[int]
-    paths: list[str]
-    broken: list[tuple[str, str]]
+    images: np.ndarray  # (n, C * H * W) uint8, the readable ones
+    labels: list[int]
+    paths: list[str]  # what they are called in the source
+    broken: list[tuple[str, str]]  # path and reason of the others
 
 
 def shard_name(number: int) -> str:
@@ -80,26 +73,21 @@ def replacing(path: Path) -> Iterator[IO[Any]]:
             yield file
     except OSError as error:
         if error.errno in _NOT_WRITABLE:
-            raise UserError(_cannot_write(path.parent, error)) from error
+            raise _not_writable(path.parent, error) from error
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; what was finished before is intact: make room "
             "and give the command again to continue"
         ) from error
 
 
-def _cannot_write(folder: Path, error: OSError) -> str:
-    return f"cannot write to folder {folder}: {error.strerror or error}; choose another folder"
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to folder {folder}: {error.strerror or error}; choose another folder")
 
 
 def write_json(path: Path, content: object) -> None:
     """Writes JSON as `replacing` does."""
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode())
-
-
-def broken_of(shard: pa.RecordBatch) -> list[tuple[str, str]]:
-    """Path and reason of the images that are missing in a shard."""
-    return [(path, reason) for path, reason in json.loads(shard.schema.metadata[b"broken"])]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,12 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # no JSON, or no object
         raise UserError(f"data: {path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"data: {path} is damaged: it must hold a JSON object")
-    return content
 
 
 class ShardFolder:
@@ -138,13 +123,13 @@ class ShardFolder:
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"{path} is no folder, or lies in a file; choose another folder") from error
         except OSError as error:
-            raise UserError(_cannot_write(path, error)) from error
+            raise _not_writable(path, error) from error
         try:
             self._claim(settings)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise UserError(_cannot_write(path, error)) from error
+                raise _not_writable(path, error) from error
             raise
 
     def _claim(self, settings: dict[str, object]) -> None:
@@ -159,29 +144,23 @@ class ShardFolder:
         found = read_json(self.path / SETTINGS)
         for name, value in settings.items():
             if found.get(name) != value:
-                of_source = name in ("listing", "class_names", "num_source_images")
-                what = "from another source" if of_source else f"with {name} {found.get(name)}, not {value}"
+                how = f"with {name} {found.get(name)}, not {value}"
+                if name in ("listing", "class_names", "num_source_images"):
+                    how = "from another source"
                 raise UserError(
-                    f"{self.path} was made {what}; choose another folder, or delete it and begin again"
+                    f"{self.path} was made {how}; choose another folder, or delete it and begin again"
                 )
 
     def close(self) -> None:
         """Unlocks the folder."""
         os.close(self._lock)
 
-    def write(self, number: int, jobs: Sequence[Job], labels: np.ndarray) -> None:
-        """Writes a shard, as `replacing` does.
-
-        Args:
-            number: of the shard.
-            jobs: its images, in order.
-            labels: of all images of the source.
-        """
+    def write(self, number: int, chunks: Sequence[Decoded]) -> None:
+        """Writes a shard of chunks of images, as `replacing` does."""
         import pyarrow as pa
 
-        images = np.concatenate([job.images for job in jobs])
-        indices = np.array([index for job in jobs for index in job.indices], dtype=np.int64)
-        broken = [entry for job in jobs for entry in job.broken]
+        images = np.concatenate([chunk.images for chunk in chunks])
+        broken = [entry for chunk in chunks for entry in chunk.broken]
         num_rows, image_bytes = images.shape
         schema = pa.schema(
             [("image", pa.binary(image_bytes)), ("label", pa.int32()), ("path", pa.string())],
@@ -189,21 +168,23 @@ class ShardFolder:
         )
         columns = [
             pa.FixedSizeBinaryArray.from_buffers(schema.types[0], num_rows, [None, pa.py_buffer(images)]),
-            pa.array(labels[indices], pa.int32()),
-            pa.array([path for job in jobs for path in job.paths], pa.string()),
+            pa.array([label for chunk in chunks for label in chunk.labels], pa.int32()),
+            pa.array([path for chunk in chunks for path in chunk.paths], pa.string()),
         ]
         with replacing(self.path / shard_name(number)) as file, pa.ipc.new_file(file, schema) as writer:
             writer.write_batch(pa.record_batch(columns, schema=schema))
 
-    def finished(self, number: int, size: int) -> pa.RecordBatch | None:
-        """The shard of ``size`` source images, or None where it is missing, cut short or another one's."""
-        path = self.path / shard_name(number)
-        if not path.exists():
-            return None
+    def broken(self, number: int, size: int) -> list[tuple[str, str]] | None:
+        """Path and reason of the images that are missing in a shard of ``size`` source images.
+
+        None where the shard itself is missing, cut short or another one's.
+        """
         try:
-            shard = open_shard(path)
+            shard = open_shard(self.path / shard_name(number))
         except UserError:
             return None
-        noted = shard.schema.metadata or {}
-        is_ours = (noted.get(b"key"), noted.get(b"number")) == (self.key.encode(), str(number).encode())
-        return shard if is_ours and len(shard) + len(broken_of(shard)) == size else None
+        found = shard.schema.metadata or {}
+        if (found.get(b"key"), found.get(b"number")) != (self.key.encode(), str(number).encode()):
+            return None
+        broken = [(path, reason) for path, reason in json.loads(found[b"broken"])]
+        return broken if len(shard) + len(broken) == size else None

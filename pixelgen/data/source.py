@@ -6,11 +6,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from pixelgen.data.order import Share, stream_indices
+from pixelgen.data.order import Share, shuffled_indices
 from pixelgen.errors import UserError
 from pixelgen.options import Section
 
@@ -48,19 +49,14 @@ class ReadBatch(NamedTuple):
     broken: Sequence[Broken] = ()
     num_replaced: int = 0
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Images and labels as tensors that share their memory."""
-        import torch
-
-        return torch.from_numpy(self.images), torch.from_numpy(self.labels)
-
 
 class Source(ABC):
     """Images with labels, and the order in which they come.
 
     A subclass has to say how images are read. It is a stream where it has a state: its images can then be
-    read only one batch after the other, by one process; ``begin`` takes up a state and ``state_dict`` tells
-    it. With all others the loader reads several batches at once, in processes to which the source is sent.
+    read only one batch after the other, by one process; ``begin`` takes up a state and ``state_dict``
+    returns it. With all others the loader reads several batches at once, in processes to which the source is
+    sent.
 
     Args:
         image_size: side of the square images in pixels.
@@ -74,6 +70,9 @@ class Source(ABC):
         num_images: number of images, N; None for a source without an end.
     """
 
+    #: What a message calls an image, before its number.
+    ITEM: ClassVar[str] = "image"
+
     def __init__(
         self,
         image_size: int,
@@ -82,15 +81,6 @@ class Source(ABC):
         labels: np.ndarray | None = None,
         crop: Crop = "center",
     ) -> None:
-        what = type(self).__name__
-        if image_size < 1:
-            raise UserError(f"{what}: image_size must be at least 1, got {image_size}")
-        if channels not in (1, 3):
-            raise UserError(f"{what}: channels must be 1 or 3, got {channels}")
-        if not class_names:
-            raise UserError(f"{what}: num_classes must be at least 1, got 0")
-        if crop not in ("center", "fast", "random"):
-            raise UserError(f"{what}: crop must be center, fast or random, got {crop}")
         self.image_size, self.channels, self.crop = image_size, channels, crop
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
@@ -114,20 +104,11 @@ class Source(ABC):
 
         Numbers of shuffled images; where they are not counted, the places of the share in the batch.
         """
-        if self.num_images is None:
-            return share.places
-        return stream_indices(
-            step,
-            dataset_size=self.num_images,
-            batch_size=share.batch_size,
-            seed=share.seed,
-            rank=share.rank,
-            world_size=share.world_size,
-        )
+        return share.places if self.num_images is None else shuffled_indices(step, self.num_images, share)
 
     def name(self, index: int) -> str | None:
         """What a message calls the image that ``order`` has as ``index``; None where that is not known."""
-        return None if self.num_images is None else f"image {index}"
+        return None if self.num_images is None else f"{self.ITEM} {index}"
 
     def begin(self, share: Share, state: Mapping[str, int] | None, threads: int) -> Source:
         """The source to read batches from, at the state after the one before ``share.start_step``.
@@ -149,9 +130,9 @@ class Source(ABC):
         return {}
 
     def examples(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Up to ``count`` images (N, C, H, W) uint8 and labels (N,) int64 to learn features from.
+        """Up to ``count`` images and labels, as of ``batch``, to learn features from.
 
-        Evenly spaced ones; of a stream its first. What cannot be read is told on stderr.
+        Evenly spaced ones; of a stream its first.
         """
         if self.num_images is not None:
             count = min(count, self.num_images)
@@ -166,9 +147,18 @@ class Source(ABC):
         return self.num_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``index``, uint8 (C, H, W), and its label."""
-        images, labels = self.batch([index])
-        return images[0], int(labels[0])
+        """Image ``index``, uint8 (C, H, W), and its label.
+
+        Raises:
+            UserError: it cannot be read; the message names it.
+        """
+        import torch
+
+        read = self.read(np.array([index]), None)
+        if read.num_replaced:
+            path, reason = read.broken[0]
+            raise UserError(f"data: cannot read image {path}: {reason}; repair or remove the file")
+        return torch.from_numpy(read.images[0]), int(read.labels[0])
 
     def batch(
         self, indices: Sequence[int] | np.ndarray, draws: np.ndarray | None = None
@@ -177,10 +167,12 @@ class Source(ABC):
 
         What cannot be read is reported on stderr, each image once per process.
         """
+        import torch
+
         read = self.read(np.asarray(indices, dtype=np.int64), draws)
         for broken in read.broken:
             report_broken(*broken)
-        return read.tensors()
+        return torch.from_numpy(read.images), torch.from_numpy(read.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,16 +185,11 @@ class SourceOptions(Section):
         self._require_choices()
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A source that is known by name.
-
-    Attributes:
-        options: the class of its options.
-        open: makes it from the ``data`` section and its own options.
-    """
+class Registered(NamedTuple):
+    """A source that is known by name; see `register`."""
 
     options: type[SourceOptions]
+    path: str | None
     open: Callable[[DataConfig, Any], Source]
 
 
@@ -211,13 +198,16 @@ SOURCES: dict[str, Registered] = {}
 Open = TypeVar("Open", bound=Callable[..., Source])
 
 
-def register(name: str, options: type[SourceOptions] = SourceOptions) -> Callable[[Open], Open]:
+def register(
+    name: str, options: type[SourceOptions] = SourceOptions, path: str | None = None
+) -> Callable[[Open], Open]:
     """Makes a source known to ``data.name``; decorates ``open(data, options) -> Source``.
 
     Args:
         name: what ``data.name`` calls it.
         options: a frozen, keyword-only dataclass of its options, which are then also those of the ``data``
             section. Its docstring's first line says what the source is, its ``Args:`` explain the options.
+        path: what ``data.path`` has to be, where the source needs it.
 
     Raises:
         ValueError: another source has the name.
@@ -226,7 +216,7 @@ def register(name: str, options: type[SourceOptions] = SourceOptions) -> Callabl
     def add(open_source: Open) -> Open:
         if name in SOURCES:
             raise ValueError(f"source {name} is registered already")
-        SOURCES[name] = Registered(options, open_source)
+        SOURCES[name] = Registered(options, path, open_source)
         return open_source
 
     return add
@@ -236,11 +226,14 @@ def build_dataset(data: DataConfig) -> Source:
     """Opens the source that the ``data`` section of a configuration describes.
 
     Raises:
-        FileNotFoundError: data.path does not exist.
         UserError: an option does not fit the data; the message names the option to change.
     """
     chosen = SOURCES[data.name]
+    if chosen.path and not data.path:
+        raise UserError(f"data: {data.name} needs --data.path, {chosen.path}")
     source = chosen.open(data, data.part(chosen.options))
+    if source.num_images == 0:
+        raise UserError(f"data: {data.path or data.name} holds no images")
     if source.num_classes != data.num_classes:
         where = f"{data.path} holds" if data.path else f"{data.name} has"
         raise UserError(
@@ -250,27 +243,12 @@ def build_dataset(data: DataConfig) -> Source:
     return source
 
 
-def needed_path(name: str, path: str | None, holds: str) -> str:
-    """``data.path`` of a source that cannot do without; ``holds`` says what it has to be.
-
-    Raises:
-        UserError: it was not given.
-    """
-    if not path:
-        raise UserError(f"data: {name} needs --data.path, {holds}")
-    return path
-
-
 def report_broken(path: str, reason: str) -> None:
-    """One line on stderr, the first time in this process."""
+    """One line on stderr about an image, the first time in this process."""
     print_once(f"data: cannot read image {path}: {reason}; another one takes its place")
 
 
-_printed: set[str] = set()
-
-
+@cache
 def print_once(line: str) -> None:
     """One line on stderr, the first time in this process."""
-    if line not in _printed:
-        _printed.add(line)
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -21,16 +22,8 @@ from tqdm import tqdm
 
 from pixelgen.config.command_line import parse
 from pixelgen.data.options import DataConfig
-from pixelgen.data.prepare.decoder import Decoder, stored_path
-from pixelgen.data.shards import (
-    FORMAT,
-    MANIFEST,
-    ShardFolder,
-    broken_of,
-    replacing,
-    shard_name,
-    write_json,
-)
+from pixelgen.data.prepare.decoder import decode_all, stored_path
+from pixelgen.data.shards import FORMAT, MANIFEST, ShardFolder, replacing, shard_name, write_json
 from pixelgen.data.source import SOURCES
 from pixelgen.errors import UserError
 
@@ -39,6 +32,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.jsonl"
 SHARD_BYTES, SHARD_ROWS = 2**28, 2**16  # of a shard by default; one shard is held in memory
+CHUNK_BYTES, CHUNK_ROWS = 2**23, 64  # of what one worker decodes at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,24 +92,14 @@ class PrepareOptions:
         """Source images per shard."""
         return self.shard_size or max(1, min(SHARD_ROWS, SHARD_BYTES // (self.channels * self.resolution**2)))
 
-    @property
-    def num_workers(self) -> int:
-        """Processes that decode."""
-        return usable_cpus() if self.workers is None else self.workers
-
 
 def usable_cpus() -> int:
-    """CPUs that this process may use, where the system tells; else all of them."""
+    """CPUs that this process may use, where the system says; else all of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_source(options: PrepareOptions) -> EncodedImages:
-    """Lists the images.
-
-    Raises:
-        FileNotFoundError: src does not exist.
-        UserError: it cannot be read.
-    """
+    """Lists the images; FileNotFoundError where src does not exist."""
     if options.name == "folder" and not Path(options.src).exists():
         raise FileNotFoundError(f"folder {options.src} does not exist; a data set of the hub needs --name hf")
     chosen = SOURCES[options.name]
@@ -152,9 +136,7 @@ def prepare(options: PrepareOptions) -> str:
         One line about what is there now.
 
     Raises:
-        FileNotFoundError: src does not exist.
-        UserError: src cannot be read, dst lies in it, is something else or cannot be written, or too much is
-            broken.
+        UserError: dst lies in src, or too much of it is broken.
     """
     started = time.perf_counter()
     if Path(options.src).is_dir() and Path(options.dst).resolve().is_relative_to(Path(options.src).resolve()):
@@ -164,27 +146,35 @@ def prepare(options: PrepareOptions) -> str:
         )
     source = open_source(options)
     settings = describe(source, options)
-    total, size = len(source), options.rows
-    stretches = [(begin, min(begin + size, total)) for begin in range(0, total, size)]
+    total = len(source)
+    shards = _split(range(total), options.rows)
+    chunk_rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // (options.channels * options.resolution**2)))
     with (
         closing(ShardFolder(Path(options.dst), settings)) as folder,
         tqdm(total=total, desc="preparing", unit="img", dynamic_ncols=True) as bar,
     ):
-        shards = [folder.finished(number, end - begin) for number, (begin, end) in enumerate(stretches)]
-        missing = [number for number, shard in enumerate(shards) if shard is None]
-        bar.update(total - sum(end - begin for begin, end in (stretches[number] for number in missing)))
-        broken = [entry for shard in shards if shard is not None for entry in broken_of(shard)]
-        _judge(broken, total, folder.path, options)
+        broken, missing = [], {}
+        for number, indices in enumerate(shards):
+            found = folder.broken(number, len(indices))
+            if found is None:
+                missing[number] = _split(indices, chunk_rows)
+            else:
+                broken += found
+                bar.update(len(indices))
         kept = bar.n
-        decoded = Decoder(source, options.num_workers).jobs(
-            [stretches[number] for number in missing], bar.update
-        )
-        with closing(decoded):
-            for number, jobs in zip(missing, decoded, strict=True):
-                folder.write(number, jobs, source.labels)
-                broken += [entry for job in jobs for entry in job.broken]
+        _judge(broken, total, folder.path, options)
+        chunks = chain.from_iterable(missing.values())
+        workers = usable_cpus() if options.workers is None else options.workers
+        with closing(decode_all(source, chunks, workers)) as decoded:
+            for number, parts in missing.items():
+                shard = []
+                for part in parts:
+                    shard.append(next(decoded))
+                    broken += shard[-1].broken
+                    bar.update(len(part))
+                folder.write(number, shard)
                 _judge(broken, total, folder.path, options)
-        _finish(folder, settings, stretches)
+        _finish(folder, settings, shards)
     seconds = time.perf_counter() - started
     speed = f"  {(total - kept) / seconds:.0f} img/s" if missing else ""
     notes = f"; {len(broken)} cannot be read, see {folder.path / REPORT}" if broken else ""
@@ -209,20 +199,23 @@ def _report(folder: Path, broken: list[tuple[str, str]]) -> None:
             file.write(json.dumps({"path": path, "reason": reason}).encode() + b"\n")
 
 
-def _finish(folder: ShardFolder, settings: dict[str, object], stretches: list[tuple[int, int]]) -> None:
+def _split(indices: range, size: int) -> list[range]:
+    return [indices[begin : begin + size] for begin in range(0, len(indices), size)]
+
+
+def _finish(folder: ShardFolder, settings: dict[str, object], shards: list[range]) -> None:
     """Checks all shards and writes the report and the manifest."""
     listed, broken = [], []
-    for number, (begin, end) in enumerate(stretches):
-        shard = folder.finished(number, end - begin)
-        if shard is None:
-            raise UserError(
-                f"{folder.path / shard_name(number)} was changed by another; give the command again"
-            )
-        broken += broken_of(shard)
+    for number, indices in enumerate(shards):
         file = folder.path / shard_name(number)
-        listed.append({"name": file.name, "num_images": len(shard), "bytes": file.stat().st_size})
+        found = folder.broken(number, len(indices))
+        if found is None:
+            raise UserError(f"{file} was changed by another; give the command again")
+        broken += found
+        num_images = len(indices) - len(found)
+        listed.append({"name": file.name, "num_images": num_images, "bytes": file.stat().st_size})
     _report(folder.path, broken)
-    num_images = sum(end - begin for begin, end in stretches) - len(broken)
+    num_images = sum(map(len, shards)) - len(broken)
     write_json(
         folder.path / MANIFEST,
         {**settings, "num_images": num_images, "num_broken": len(broken), "shards": listed},

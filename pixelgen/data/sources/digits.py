@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
 from pixelgen.errors import UserError
-
-if TYPE_CHECKING:
-    from pixelgen.data.options import DataConfig
 
 NATIVE_SIZE = 8
 MAX_LEVEL = 16  # the data set's own scale is 0..16
@@ -26,56 +22,35 @@ class Digits(Source):
     """The optical recognition of handwritten digits set (UCI, 1998), held in memory.
 
     A level ``v`` in 0..16 becomes ``round(v * 255 / 16)``; ``round(u * 16 / 255)`` gives it back exactly.
-    Larger sizes are bicubic enlargements.
+    Larger sizes, multiples of 8, are bicubic enlargements; several channels are equal.
 
     Attributes:
         images: (1797, channels, image_size, image_size) uint8.
         labels: (1797,) int64, 0..9.
     """
 
+    ITEM = "digit"
     labels: np.ndarray
 
     def __init__(self, image_size: int = NATIVE_SIZE, channels: int = 1):
-        """Loads the digits.
-
-        Args:
-            image_size: side in pixels, a positive multiple of 8.
-            channels: 1, or 3 for three equal channels.
-
-        Raises:
-            UserError: for another size or number of channels.
-        """
-        if image_size < NATIVE_SIZE or image_size % NATIVE_SIZE:
-            raise UserError(
-                f"Digits: image_size must be a positive multiple of {NATIVE_SIZE}, got {image_size}"
-            )
+        if image_size % NATIVE_SIZE:
+            raise UserError(f"Digits: image_size must be a multiple of {NATIVE_SIZE}, got {image_size}")
         from sklearn.datasets import load_digits
 
         levels, labels = load_digits(return_X_y=True)
         super().__init__(image_size, channels, tuple("0123456789"), labels.astype(np.int64))
         pixels = np.round(levels.reshape(-1, NATIVE_SIZE, NATIVE_SIZE) * (255 / MAX_LEVEL)).astype(np.uint8)
         if image_size != NATIVE_SIZE:
-            pixels = _enlarge(pixels, image_size)
+            from PIL import Image
+
+            side = (image_size, image_size)
+            enlarged = [Image.fromarray(digit).resize(side, Image.Resampling.BICUBIC) for digit in pixels]
+            pixels = np.stack([np.asarray(digit) for digit in enlarged])
         self.images = np.repeat(pixels[:, None], channels, axis=1)
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Looks the images up; see `Source.read`."""
+        """Looks the images up."""
         return ReadBatch(self.images[order], self.labels[order])
 
-    def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
-        return f"digit {index}"
 
-
-def _enlarge(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic enlargement of (N, 8, 8) uint8 to (N, size, size) uint8."""
-    from PIL import Image
-
-    enlarged = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC) for image in pixels]
-    return np.stack([np.asarray(image) for image in enlarged])
-
-
-@register("digits", DigitsOptions)
-def open_digits(data: DataConfig, options: DigitsOptions) -> Digits:
-    """The digits in the size and with the channels that are asked for."""
-    return Digits(data.image_size, data.channels)
+register("digits", DigitsOptions)(lambda data, options: Digits(data.image_size, data.channels))

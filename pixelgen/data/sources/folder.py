@@ -7,18 +7,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
 from pixelgen.data.encoded import EncodedImages
-from pixelgen.data.source import Crop, SourceOptions, needed_path, print_once, register
+from pixelgen.data.source import Crop, SourceOptions, print_once, register
 from pixelgen.errors import UserError
 
-if TYPE_CHECKING:
-    from pixelgen.data.options import DataConfig
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+_EXPECTED = "a folder that holds one sub-folder of images per class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +45,10 @@ class ClassFolder(EncodedImages):
     ) -> None:
         """Lists the images; none is opened yet.
 
-        Args:
-            root: folder that holds the class folders.
-            image_size: side of the square crop, in pixels.
-            channels: 3 for RGB, 1 for grey.
-            crop: as ``data.crop``.
-
         Raises:
             FileNotFoundError: root does not exist.
-            UserError: root is a file, has no class folder, or a class folder has no image; a folder cannot be
-                listed; or a bad size, channel count or crop.
+            UserError: root is a file, has no class folder, or a class folder has no image; or a folder cannot
+                be listed.
         """
         self.root = Path(root)
         class_names = _find_classes(self.root)
@@ -66,44 +58,34 @@ class ClassFolder(EncodedImages):
         self._paths = np.array([os.fsencode(path) for path in paths])
 
     def path(self, index: int) -> Path:
-        """Returns the file that holds image ``index``."""
+        """The file that holds image ``index``."""
         return Path(os.fsdecode(self._paths[index].item()))
 
-    def source(self, index: int) -> Path:
-        """Returns the file that holds image ``index``."""
-        return self.path(index)
+    encoded = path
 
     def name(self, index: int) -> str:
-        """Returns the path of image ``index``."""
+        """The path of image ``index``."""
         return str(self.path(index))
 
 
-@register("folder", FolderOptions)
-def open_folder(data: DataConfig, options: FolderOptions) -> ClassFolder:
-    """Lists the folder."""
-    path = needed_path("folder", options.path, "a folder that holds one sub-folder of images per class")
-    return ClassFolder(path, data.image_size, data.channels, options.crop)
+register("folder", FolderOptions, path=_EXPECTED)(
+    lambda data, options: ClassFolder(options.path, data.image_size, data.channels, options.crop)
+)
 
 
 def _find_classes(root: Path) -> tuple[str, ...]:
     """Sorted names of the class folders of ``root``."""
     if not root.exists():
-        raise FileNotFoundError(
-            f"data: folder {root} does not exist; data.path must hold one sub-folder of images per class"
-        )
+        raise FileNotFoundError(f"data: folder {root} does not exist; data.path must be {_EXPECTED}")
     if not root.is_dir():
-        raise UserError(
-            f"data: {root} is a file; data.path must be a folder with one sub-folder of images per class"
-        )
+        raise UserError(f"data: {root} is a file; data.path must be {_EXPECTED}")
     try:
         entries = list(os.scandir(root))
     except OSError as error:
         _cannot_list(error)
     names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(
-            f"data: no class folders in {root}; data.path must hold one sub-folder of images per class"
-        )
+        raise UserError(f"data: no class folders in {root}; data.path must be {_EXPECTED}")
     return tuple(names)
 
 
@@ -118,17 +100,12 @@ def _find_images(root: Path, class_names: tuple[str, ...]) -> tuple[list[str], l
             others.update(Path(name).suffix.lower() for name in set(files).difference(found))
             paths += [os.path.join(folder, name) for name in sorted(found)]
             labels += [label] * len(found)
-    kinds = " ".join(extension.removeprefix(".") for extension in EXTENSIONS)
-    if not paths:
-        raise UserError(
-            f"data: no images in the {len(class_names)} class folders of {root}; looked for {kinds}"
-        )
     empty = sorted(set(range(len(class_names))) - set(labels))
     if empty:
         shown = ", ".join(class_names[label] for label in empty[:3]) + (", ..." if len(empty) > 3 else "")
         raise UserError(
             f"data: {len(empty)} of {len(class_names)} class folders of {root} hold no images ({shown}); "
-            f"looked for {kinds}"
+            f"looked for {' '.join(extension.removeprefix('.') for extension in EXTENSIONS)}"
         )
     _report_others(root, others)
     return paths, labels

@@ -8,30 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixelgen.data.encoded import EncodedImages
-from pixelgen.data.hub import (
-    Columns,
-    HubOptions,
-    cell_name,
-    encoded,
-    find_columns,
-    only_images,
-    open_rows,
-)
-from pixelgen.data.source import Source, needed_path, register
+from pixelgen.data.hub import Columns, HubOptions, cell_name, encoded_image, open_images
+from pixelgen.data.source import register
 from pixelgen.data.sources.stream import HubStream
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from pixelgen.data.options import DataConfig
-
-
-@register("hf", HubOptions)
-def open_hf(data: DataConfig, options: HubOptions) -> Source:
-    """Opens the data set, as a stream or with its files downloaded."""
-    holds = "a hub id, or a folder or pattern of parquet files, webdataset tars or images"
-    needed_path("hf", options.path, holds)
-    return HubStream(data, options) if options.streaming else HubImages(data, options)
 
 
 class HubImages(EncodedImages):
@@ -42,45 +26,38 @@ class HubImages(EncodedImages):
     """
 
     def __init__(self, data: DataConfig, options: HubOptions) -> None:
-        """Opens, and where needed downloads, the data set; no image is decoded yet.
-
-        Raises:
-            FileNotFoundError: data.path is no hub id and does not exist.
-            UserError: it cannot be read, or its columns or labels do not fit.
-        """
+        """Opens, and where needed downloads, the data set; no image is decoded yet."""
         self.path = str(options.path)
-        rows = open_rows(options)
-        columns = find_columns(rows, options, data.num_classes)
+        rows, columns = open_images(options, data.num_classes)
         labels = _read_labels(rows, columns, self.path)
         super().__init__(data.image_size, data.channels, columns.class_names, labels, options.crop)
         self._image_column = columns.image
-        self._rows = only_images(rows.select_columns([columns.image]), columns.image)
+        self._rows = rows.select_columns([columns.image])
 
-    def source(self, index: int) -> bytes | Path:
-        """Returns the encoded image ``index``, or the file that holds it.
-
-        Raises:
-            ImageError: the row is empty.
-        """
-        return encoded(self._rows[int(index)][self._image_column])
+    def encoded(self, index: int) -> bytes | Path:
+        """The encoded image ``index``, or the file that holds it; an empty row is an ImageError."""
+        return encoded_image(self._rows[int(index)][self._image_column])
 
     def name(self, index: int) -> str:
-        """Returns the file, or the row and what its image is called there."""
-        cell = self._rows[int(index)][self._image_column] or {}
-        return cell_name(cell, f"row {index} of {self.path}")
+        """The file, or the row and what its image is called there."""
+        return cell_name(self._rows[int(index)][self._image_column], f"row {index} of {self.path}")
 
 
 def _read_labels(rows: Dataset, columns: Columns, path: str) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = rows.select_columns([columns.label]).with_format("arrow")[:][columns.label]
-    if columns.label_field is not None:
-        values = pc.struct_field(values, columns.label_field)
-    values = pc.cast(values, pa.int64())
+    column, *field = columns.label
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
+    values = pc.cast(pc.struct_field(values, field) if field else values, pa.int64())
     labels = values.fill_null(-1).to_numpy()
     outside = (labels < 0) | (labels >= len(columns.class_names))
     if outside.any():
         row = int(outside.argmax())
         columns.check_label(values[row].as_py(), f"row {row} of {path}")
     return np.array(labels, dtype=np.int64)
+
+
+register(
+    "hf", HubOptions, path="a hub id, or a folder or pattern of parquet files, webdataset tars or images"
+)(lambda data, options: (HubStream if options.streaming else HubImages)(data, options))

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pixelgen.data.shards import FORMAT, MANIFEST, SETTINGS, open_shard, read_json
-from pixelgen.data.source import ReadBatch, Source, SourceOptions, needed_path, register
+from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
 from pixelgen.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from pixelgen.data.options import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +39,14 @@ class PreparedImages(Source):
     def __init__(self, path: str | os.PathLike[str], image_size: int, channels: int = 3) -> None:
         """Opens the shards.
 
-        Args:
-            path: the folder.
-            image_size: side of the images it must hold.
-            channels: channels of the images it must hold.
-
         Raises:
             FileNotFoundError: path does not exist.
             UserError: it was not written by prepare, is incomplete or damaged, or holds other images.
         """
         self.path = Path(path)
         manifest = _read_manifest(self.path)
-        for option, name, asked in (
-            ("image_size", "resolution", image_size),
-            ("channels", "channels", channels),
-        ):
+        expected = (("image_size", "resolution", image_size), ("channels", "channels", channels))
+        for option, name, asked in expected:
             if manifest[name] != asked:
                 raise UserError(
                     f"data: {path} holds images of {name} {manifest[name]} but {option} is {asked}; set "
@@ -100,12 +91,12 @@ class PreparedImages(Source):
         self._open()
 
     def name(self, index: int) -> str:
-        """Returns the path below its source of image ``index``."""
+        """The path below its source of image ``index``."""
         shards, rows = self._find(np.array([index]))
         return self._batches[shards[0]].column(2)[int(rows[0])].as_py()
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Copies images out of the files; see `Source.read`."""
+        """Copies images out of the files."""
         shards, rows = self._find(order)
         images = np.empty((len(rows), *self._shape), dtype=np.uint8)
         for image, shard, row in zip(images, shards.tolist(), rows.tolist(), strict=True):
@@ -120,11 +111,9 @@ class PreparedImages(Source):
         return shards, order - self._starts[shards]
 
 
-@register("prepared", PreparedOptions)
-def open_prepared(data: DataConfig, options: PreparedOptions) -> PreparedImages:
-    """Maps the folder's files."""
-    path = needed_path("prepared", options.path, "a folder that pixelgen.data.prepare wrote")
-    return PreparedImages(path, data.image_size, data.channels)
+register("prepared", PreparedOptions, path="a folder that pixelgen.data.prepare wrote")(
+    lambda data, options: PreparedImages(options.path, data.image_size, data.channels)
+)
 
 
 _AGAIN = "give the command pixelgen.data.prepare again, which writes what is missing"

@@ -12,22 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pixelgen.data.encoded import read_or_next
-from pixelgen.data.hub import (
-    HubOptions,
-    cell_name,
-    encoded,
-    find_columns,
-    one_line,
-    only_images,
-    open_rows,
-    readable_errors,
-)
+from pixelgen.data.hub import HubOptions, cell_name, encoded_image, one_line, open_images, readable_errors
 from pixelgen.data.order import Share, permutation
 from pixelgen.data.source import Broken, ReadBatch, Source
 from pixelgen.errors import UserError
@@ -56,73 +46,7 @@ class Block(NamedTuple):
 _Batch = list[tuple[list[Row], int]]  # for each image the rows of its block, and its place among them
 
 
-class HubRows:
-    """The rows of a data set, opened as a stream, in blocks and in stored order.
-
-    Raises:
-        FileNotFoundError: data.path is no hub id and does not exist.
-        UserError: it cannot be read or streamed, or its columns do not fit.
-    """
-
-    def __init__(self, options: HubOptions, num_classes: int) -> None:
-        rows = open_rows(options)
-        if rows.info.builder_name == "imagefolder":
-            # One shard, sorted by class: blocks of it would hold a few classes each.
-            raise UserError(f"data: {options.path} is a folder of images; set --data.streaming false")
-        self.path, self.block_size = str(options.path), options.shuffle_block
-        self._columns = find_columns(rows, options, num_classes)
-        self.class_names = self._columns.class_names
-        rows = rows.select_columns([self._columns.image, self._columns.label])
-        self._rows = only_images(rows, self._columns.image)
-        self.num_shards: int = self._rows.num_shards  # files, which are visited in random order
-
-    def blocks(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
-        """The blocks from a position on, endless.
-
-        Raises:
-            UserError: the stream cannot be read, a label is not the number of a class, or it has no rows.
-        """
-        while True:
-            is_empty = (shard, row) == (0, 0)
-            for block in self._blocks_of_epoch(seed, epoch, shard, row):
-                is_empty = False
-                yield block
-            if is_empty:
-                raise UserError(f"data: {self.path} holds no images")
-            epoch, shard, row = epoch + 1, 0, 0
-
-    def _blocks_of_epoch(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
-        block = Block(epoch, shard, row, [])
-        order = permutation(seed, epoch, self.num_shards)  # a file's place in it is what "shard" counts
-        for place in range(shard, self.num_shards):
-            first = row if place == shard else 0
-            for number, found in enumerate(self._read_shard(int(order[place]), first), start=first):
-                block = block if block.rows else Block(epoch, place, number, [])
-                block.rows.append(found)
-                if len(block.rows) == self.block_size:
-                    yield block
-                    block = Block(epoch, shard, row, [])
-        if block.rows:
-            yield block
-
-    def _read_shard(self, shard: int, first: int) -> Iterator[Row]:
-        columns = self._columns
-        try:
-            rows = self._rows.shard(num_shards=self.num_shards, index=shard).skip(first)
-            for number, record in enumerate(rows, start=first):
-                place = f"row {number} of shard {shard} of {self.path}"
-                cell, label = record[columns.image], record[columns.label]
-                if columns.label_field is not None:
-                    label = (label or {}).get(columns.label_field)
-                yield Row(cell, columns.check_label(label, place), cell_name(cell, place))
-        except UserError:
-            raise
-        except readable_errors() as error:
-            raise UserError(f"data: cannot read shard {shard} of {self.path}: {one_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class _Position:
+class _Position(NamedTuple):
     """Where a batch begins; saved as it is."""
 
     step: int = 0
@@ -140,14 +64,15 @@ class HubStream(Source):
     """
 
     def __init__(self, data: DataConfig, options: HubOptions) -> None:
-        """Opens the stream and reads which columns it has; raises what `HubRows` does."""
-        self._rows = HubRows(options, data.num_classes)
-        super().__init__(data.image_size, data.channels, self._rows.class_names, crop=options.crop)
+        """Opens the stream and reads which columns it has."""
+        self._path, self._block_size = str(options.path), options.shuffle_block
+        self._rows, self._columns = open_images(options, data.num_classes)
+        super().__init__(data.image_size, data.channels, self._columns.class_names, crop=options.crop)
         self._share, self._position, self._threads = Share(1, seed=0), _Position(), 1
         self._batches: Iterator[tuple[_Batch, _Position]] | None = None
 
     def begin(self, share: Share, state: Mapping[str, int] | None, threads: int) -> HubStream:
-        """The same stream at a position, to read from with one thread or more; see `Source.begin`.
+        """The same stream at a position, to read from with one thread or more.
 
         Raises:
             ValueError: the state is of another step.
@@ -158,34 +83,32 @@ class HubStream(Source):
                 f"data: a stream cannot begin at step {share.start_step}: the checkpoint is of data that was "
                 f"not streamed; set --data.streaming false"
             )
+        position = _Position(**{name: state[name] for name in _Position._fields}) if state else _Position()
         placed = copy(self)
-        placed._share, placed._position, placed._threads = share, _Position(), max(1, threads)
+        placed._share, placed._position, placed._threads = share, position, max(1, threads)
         placed._batches = None
-        if state:
-            position = {name: state[name] for name in vars(_Position())}
-            for name, now in placed.state_dict().items():
-                if name not in position and state[name] != now:
-                    raise UserError(
-                        f"data: a stream continues only with the same {name}: it was {state[name]}, now it "
-                        f"is {now}"
-                    )
-            placed._position = _Position(**position)
-        if placed._position.step != share.start_step:
+        for name, now in placed.state_dict().items():
+            if state and state[name] != now:
+                raise UserError(
+                    f"data: a stream continues only with the same {name}: it was {state[name]}, now it "
+                    f"is {now}"
+                )
+        if position.step != share.start_step:
             raise ValueError(
-                f"build_loader: state must be that of step {share.start_step}, got {placed._position.step}"
+                f"build_loader: state must be that of step {share.start_step}, got {position.step}"
             )
         return placed
 
     def state_dict(self) -> dict[str, int]:
         """The position, and what it depends on."""
-        rows = self._rows
-        fixed = {"seed": self._share.seed, "num_shards": rows.num_shards, "shuffle_block": rows.block_size}
-        return {**vars(self._position), **fixed}
+        fixed = {"num_shards": self._rows.num_shards, "shuffle_block": self._block_size}
+        return {**self._position._asdict(), "seed": self._share.seed, **fixed}
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Reads the places ``order`` of the next batch; see `Source.read`."""
+        """Reads the places ``order`` of the next batch."""
         if self._batches is None:
-            self._batches = _batches(self._rows, self._share, self._position)
+            # A copy reads: a stream that its own generator refers to would stay in memory after its loader.
+            self._batches = copy(self)._read_batches()
             self._pool = ThreadPoolExecutor(self._threads)
         batch, self._position = next(self._batches)
         own = [batch[place] for place in order]
@@ -205,41 +128,83 @@ class HubStream(Source):
         rows, index = asked
 
         def read(index: int) -> np.ndarray:
-            return read_image(encoded(rows[index].cell), self.image_size, self.channels, self.crop, draws)
+            image = encoded_image(rows[index].cell)
+            return read_image(image, self.image_size, self.channels, self.crop, draws)
 
         image, found, broken = read_or_next(read, index, len(rows), lambda index: rows[index].name)
         return image, rows[found].label, broken
 
+    def _read_batches(self) -> Iterator[tuple[_Batch, _Position]]:
+        """Whole batches from the position on, and where the next one begins."""
+        batch_size, seed = self._share.batch_size, self._share.seed
+        step, epoch, shard, row, offset = self._position
+        with ThreadPoolExecutor(1) as reader:
+            blocks = _read_ahead(self._blocks(seed, epoch, shard, row), reader, seed)
+            block, order = next(blocks)
+            if offset > len(order):
+                raise UserError(
+                    f"data: {self._path} has changed: fewer rows than when the checkpoint was saved"
+                )
+            while True:
+                batch: _Batch = []
+                while len(batch) < batch_size:
+                    if offset == len(order):
+                        (block, order), offset = next(blocks), 0
+                    part = order[offset : offset + batch_size - len(batch)]
+                    batch += [(block.rows, int(index)) for index in part]
+                    offset += len(part)
+                step += 1
+                yield batch, _Position(step, block.epoch, block.shard, block.row, offset)
 
-def _batches(rows: HubRows, share: Share, at: _Position) -> Iterator[tuple[_Batch, _Position]]:
-    """Whole batches from a position on, and where the next one begins."""
-    step, offset = at.step, at.offset
-    with ThreadPoolExecutor(1) as reader:
-        blocks = _read_ahead(rows.blocks(share.seed, at.epoch, at.shard, at.row), reader)
-        block, order = _next_block(blocks, share.seed)
-        if offset > len(order):
-            raise UserError(f"data: {rows.path} has changed: fewer rows than when the checkpoint was saved")
+    def _blocks(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
+        """The blocks from a position on, endless."""
         while True:
-            batch: _Batch = []
-            while len(batch) < share.batch_size:
-                if offset == len(order):
-                    (block, order), offset = _next_block(blocks, share.seed), 0
-                part = order[offset : offset + share.batch_size - len(batch)]
-                batch += [(block.rows, int(index)) for index in part]
-                offset += len(part)
-            step += 1
-            yield batch, _Position(step, block.epoch, block.shard, block.row, offset)
+            is_empty = (shard, row) == (0, 0)
+            for block in self._blocks_of_epoch(seed, epoch, shard, row):
+                is_empty = False
+                yield block
+            if is_empty:
+                raise UserError(f"data: {self._path} holds no images")
+            epoch, shard, row = epoch + 1, 0, 0
+
+    def _blocks_of_epoch(self, seed: int, epoch: int, shard: int, row: int) -> Iterator[Block]:
+        block = Block(epoch, shard, row, [])
+        # Shards are files; a file's place in their random order is what "shard" counts.
+        order = permutation(seed, epoch, self._rows.num_shards)
+        for place in range(shard, len(order)):
+            first = row if place == shard else 0
+            for number, found in enumerate(self._read_shard(int(order[place]), first), start=first):
+                block = block if block.rows else Block(epoch, place, number, [])
+                block.rows.append(found)
+                if len(block.rows) == self._block_size:
+                    yield block
+                    block = Block(epoch, shard, row, [])
+        if block.rows:
+            yield block
+
+    def _read_shard(self, shard: int, first: int) -> Iterator[Row]:
+        columns = self._columns
+        column, *fields = columns.label
+        try:
+            rows = self._rows.shard(num_shards=self._rows.num_shards, index=shard).skip(first)
+            for number, record in enumerate(rows, start=first):
+                place = f"row {number} of shard {shard} of {self._path}"
+                cell, label = record[columns.image], record[column]
+                for field in fields:
+                    label = (label or {}).get(field)
+                yield Row(cell, columns.check_label(label, place), cell_name(cell, place))
+        except UserError:
+            raise
+        except readable_errors() as error:
+            raise UserError(f"data: cannot read shard {shard} of {self._path}: {one_line(error)}") from error
 
 
-def _next_block(blocks: Iterator[Block], seed: int) -> tuple[Block, np.ndarray]:
-    block = next(blocks)
-    return block, permutation(seed, block.epoch, len(block.rows), (block.shard, block.row))
-
-
-def _read_ahead(blocks: Iterator[Block], reader: ThreadPoolExecutor) -> Iterator[Block]:
-    """Reads a block while the one before it is used up, so that batches do not wait at its end."""
+def _read_ahead(
+    blocks: Iterator[Block], reader: ThreadPoolExecutor, seed: int
+) -> Iterator[tuple[Block, np.ndarray]]:
+    """Blocks and the random order of their rows; the next one is read while a block is used up."""
     coming = reader.submit(next, blocks)
     while True:
         block = coming.result()
         coming = reader.submit(next, blocks)
-        yield block
+        yield block, permutation(seed, block.epoch, len(block.rows), (block.shard, block.row))

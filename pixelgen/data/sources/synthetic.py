@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixelgen.data.source import ReadBatch, Source, SourceOptions, register
-
-if TYPE_CHECKING:
-    from pixelgen.data.options import DataConfig
 
 NUM_IMAGES = 100_000
 POOL_SIZE = 64  # different images; 12.6 MB at 256 pixels, which a batch only copies from
@@ -28,35 +24,21 @@ class SyntheticImages(Source):
         labels: (NUM_IMAGES,) int64, every class equally often; the classes are named "0", "1" and so on.
     """
 
+    ITEM = "synthetic image"
     labels: np.ndarray
 
     def __init__(self, image_size: int, channels: int = 3, num_classes: int = 1000):
-        """Makes the noise.
-
-        Args:
-            image_size: side in pixels, at least 1.
-            channels: 1 or 3.
-            num_classes: at least 1.
-
-        Raises:
-            UserError: an argument is out of range.
-        """
         names = [str(label) for label in range(num_classes)]
-        super().__init__(image_size, channels, names, np.arange(NUM_IMAGES) % max(1, num_classes))
+        super().__init__(image_size, channels, names, np.arange(NUM_IMAGES) % num_classes)
         shape = (POOL_SIZE, channels, image_size, image_size)
         self._pool = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
     def read(self, order: np.ndarray, draws: np.ndarray | None) -> ReadBatch:
-        """Copies images of the pool; see `Source.read`."""
+        """Copies images of the pool."""
         # NumPy gathers whole images; PyTorch's indexing goes pixel by pixel and took 18 times as long.
         return ReadBatch(self._pool[order % POOL_SIZE], self.labels[order])
 
-    def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
-        return f"synthetic image {index}"
 
-
-@register("synthetic", SyntheticOptions)
-def open_synthetic(data: DataConfig, options: SyntheticOptions) -> SyntheticImages:
-    """Noise of the shape that is asked for."""
-    return SyntheticImages(data.image_size, data.channels, data.num_classes)
+register("synthetic", SyntheticOptions)(
+    lambda data, options: SyntheticImages(data.image_size, data.channels, data.num_classes)
+)
