@@ -11,11 +11,6 @@ from torch import Tensor
 Condition = Mapping[str, Tensor]
 
 
-def num_rows(condition: Condition) -> int:
-    """Images that a condition is of."""
-    return len(next(iter(condition.values())))
-
-
 def part_of(condition: Condition, start: int, stop: int) -> Condition:
     """The condition of some consecutive images."""
     return {name: value[start:stop] for name, value in condition.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
-from pixelgen.encoders.embedded import EmbeddedStages, EmbeddedTokens
+from pixelgen.encoders.embedded import EmbeddedTokens
 from pixelgen.losses.gate import BUCKETS, Selection
 from pixelgen.losses.lpips import LPIPS
 
@@ -134,6 +134,5 @@ def _share_trunk(encoder: object, lpips: object) -> bool:
         isinstance(encoder, EmbeddedTokens)
         and isinstance(lpips, LPIPS)
         and lpips.resize_from_patch is None
-        and isinstance(lpips.stages, EmbeddedStages)
-        and lpips.stages.features is encoder.features
+        and lpips.stages is encoder.features
     )

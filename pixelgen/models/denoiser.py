@@ -1,4 +1,4 @@
-"""What a denoiser is to trainer, pipeline, sharding, planning and sampling: they know nothing else of it."""
+"""The interface of a denoiser: all that trainer, pipeline, sharding, planning and sampling use of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kernels = Literal["auto", "eager"]
 
 
 class Denoiser(nn.Module, ABC):
-    """A network on pixel patches that predicts what is clean, or where that lies.
+    """A network on noisy pixel patches that predicts the clean ones, or the velocity towards them.
 
     t = 0 is noise and t = 1 is data: x_t = t x + (1 - t) noise. A family whose published code has it
     otherwise converts inside of its own class.
@@ -59,7 +59,7 @@ class Denoiser(nn.Module, ABC):
             tokens: (B, T, P*P*channels) noisy patches in raster order, values in ``input_order``.
             grid: rows and columns of the patches; T is their product.
             t: (B,) time in [0, 1].
-            condition: what is known of each image, such as ``{"label": (B,)}``.
+            condition: such as ``{"label": (B,)}``.
             tap: L in [0, depth): also return the features that go into block L.
 
         Returns:
@@ -75,7 +75,7 @@ class Denoiser(nn.Module, ABC):
         """The condition that says nothing, for as many images and of the same shapes."""
 
     def example_condition(self, batch_size: int) -> Condition:
-        """Any condition of so many images, on the default device, to count and measure with."""
+        """Any condition for so many images, on the default device, to count and measure with."""
         return {"label": torch.zeros(batch_size, dtype=torch.int64)}
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Denoiser(nn.Module, ABC):
         return dict(published)
 
     def tables(self) -> dict[str, Tensor]:
-        """Buffers of ``state_dict`` that follow from the configuration, so that nobody's are loaded."""
+        """Buffers of ``state_dict`` that follow from the configuration, so that they are never loaded."""
         return {}
 
     def resized(
@@ -104,13 +104,13 @@ class Denoiser(nn.Module, ABC):
         """A tensor of another model of this family in the shape that it has here, and what was done.
 
         Args:
-            name: of the tensor.
+            name: its key in ``state_dict``.
             given: its value there.
-            own: of the fresh model here; its values only where ``name`` is ``class_table``.
+            own: that of the fresh model here; holds values only where ``name`` is ``class_table``.
             classes: classes here -> the same ones there.
 
         Returns:
-            None where no such thing makes sense.
+            None where it cannot be brought into this shape.
         """
         return None
 
@@ -131,14 +131,13 @@ class Denoiser(nn.Module, ABC):
             The prediction (B, channels, H, W), and with ``tap`` the features.
 
         Raises:
-            ValueError: an image of another shape, or no such block.
+            ValueError: an image of another shape.
         """
         P, channels = self.config.patch_size, self.config.channels
-        name = type(self).__name__
         if x_t.ndim != 4 or x_t.shape[1] != channels or x_t.shape[2] % P or x_t.shape[3] % P:
             raise ValueError(
-                f"{name}: x_t must have shape (B, {channels}, H, W), H and W multiples of {P}, "
-                f"got {tuple(x_t.shape)}"
+                f"{type(self).__name__}: x_t must have shape (B, {channels}, H, W), "
+                f"H and W multiples of {P}, got {tuple(x_t.shape)}"
             )
         height, width = x_t.shape[2:]
         if isinstance(condition, Tensor):
@@ -161,11 +160,10 @@ class Denoiser(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compiles the forward pass of every block by itself; equal blocks share their code.
 
-        They differ in dropout, in their tokens, and in what the block before has left to them, each in
-        training and in evaluation: more variants than PyTorch compiles of one function by default, after
-        which it would run the others uncompiled. Hooks on the blocks, such as those that gather sharded
-        weights, stay outside.
+        Hooks on the blocks, such as those that gather sharded weights, stay outside.
         """
+        # Blocks differ in dropout, tokens and pending branch, in training and in evaluation: more variants
+        # than PyTorch compiles of one function by default, after which it would run the others uncompiled.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in self.fsdp_units():
             block.forward = torch.compile(block.forward)
