@@ -31,8 +31,8 @@ from pixelgen.encoders.embedded import (
 )
 from pixelgen.encoders.vgg16 import VGG16
 from pixelgen.errors import UserError
+from pixelgen.losses.features import FeatureNetworks
 from pixelgen.losses.lpips import LPIPS
-from pixelgen.losses.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
 
@@ -155,16 +155,13 @@ def test_compiles_in_one_graph_forward_and_backward(name, request):
 
 
 def test_half_precision_networks_are_channels_last_and_close_to_float32(vgg, dino):
-    lpips = LPIPS(copy.deepcopy(vgg), ops=select("auto"))
-    objective = Objective(
-        feature_width=8, patch_size=16, image_size=(32, 32), encoder=copy.deepcopy(dino), lpips=lpips
-    )
-    objective.speed_up_networks(half=True, compiled=False)
+    networks = FeatureNetworks(copy.deepcopy(dino), LPIPS(copy.deepcopy(vgg), ops=select("auto")))
+    networks.speed_up(half=True, compiled=False)
     x, x_pred = draw(2, 2, 3, 32, 32).clamp(-1, 1)
     images = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        maps, tokens = objective.lpips.encode(images), objective.encoder(images)
-        distance = objective.lpips(x_pred, x)
+        maps, tokens = networks.lpips.encode(images), networks.encoder(images)
+        distance = networks.lpips(x_pred, x)
     for ours, exact in zip([*maps, tokens], [*vgg(x), dino(x)], strict=True):
         assert F.cosine_similarity(ours.float().flatten(), exact.flatten(), dim=0) > 0.999
     assert all(m.dtype == torch.bfloat16 for m in maps)

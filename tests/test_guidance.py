@@ -36,7 +36,7 @@ def velocity(x_t: Tensor, t: float, condition: Condition) -> Tensor:
     return (Net()(x_t, torch.full((3,), t), condition) - x_t) / max(1 - t, 0.05)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 0.5, 2.0, 4.5])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 4.5])
 def test_guided_velocity(scale):
     net, x_t = Net(), torch.randn(3, 2, 4, 4)
     v = guided(net, guidance=scale)
