@@ -20,7 +20,7 @@ MODELS = {
     "dinov2_vitl14": "vit_large_patch14_dinov2",
     "dinov2_vitg14": "vit_giant_patch14_dinov2",
 }
-# The hub's own file: who has loaded the hub's model has it in torch.hub's cache.
+# The hub's own file, which is in torch.hub's cache once the hub's model has been loaded.
 URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
 _NAMES = "cls_token, pos_embed, patch_embed.proj.weight, blocks.0.norm1.weight, ..., timm or hub naming"
 _PATCH = 14

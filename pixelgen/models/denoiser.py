@@ -20,19 +20,20 @@ class Denoiser(nn.Module, ABC):
     """A network on noisy pixel patches that predicts the clean ones, or the velocity towards them.
 
     t = 0 is noise and t = 1 is data: x_t = t x + (1 - t) noise. A family whose published code has it
-    otherwise converts inside of its own class.
+    otherwise converts inside its own class.
 
     Attributes:
         prediction: ``"x"``, the clean patches, or ``"velocity"``, x - noise.
-        input_order: whether the channel is the first index of a patch's values going in, or the last.
-        output_order: the same of those that come out.
+        class_table: key in ``state_dict`` of the class embedding, whose last row is the null label; None for
+            a model without one.
+        input_order: whether the channel is the first or the last index of an input patch's values.
+        output_order: the same for an output patch.
         config: the architecture: a frozen dataclass with ``image_size``, ``channels``, ``num_classes``,
-            ``patch_size``, ``width`` (of the tapped features) and ``depth`` (numbers of taps).
+            ``patch_size``, ``width`` (of the tapped features) and ``depth`` (number of blocks).
         ops: the kernels in use.
     """
 
     prediction: ClassVar[Literal["x", "velocity"]] = "x"
-    #: Name in the state of the table with a row for each class and a last one for none; None without classes.
     class_table: ClassVar[str | None] = None
     input_order: ClassVar[ChannelOrder] = "first"
     output_order: ClassVar[ChannelOrder] = "last"
@@ -72,7 +73,7 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def null(self, condition: Condition) -> Condition:
-        """The condition that says nothing, for as many images and of the same shapes."""
+        """The null condition of classifier-free guidance, for as many images and of the same shapes."""
 
     def example_condition(self, batch_size: int) -> Condition:
         """Any condition for so many images, on the default device, to count and measure with."""
@@ -87,11 +88,11 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def balance_weight(self) -> Tensor:
-        """The parameter by whose gradients loss terms are balanced: that of the last linear layer."""
+        """The parameter by whose gradients loss terms are balanced: the last linear layer's weight."""
 
     @classmethod
     def convert(cls, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state of this class from that of the published code; unknown names stay as they are."""
+        """The ``state_dict`` of this class from the published code's; unknown names stay as they are."""
         return dict(published)
 
     def tables(self) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ class Denoiser(nn.Module, ABC):
         """
         return None
 
-    # --- what follows from that ---
+    # --- what all families share ---
 
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Condition | Tensor, tap: int | None = None

@@ -22,7 +22,7 @@ class Architecture:
 
     Args:
         width: channels of the features that can be tapped.
-        depth: number of blocks, from 0 the numbers of the taps.
+        depth: number of blocks.
         patch_size: side P of a square patch in pixels.
         image_size: image side in pixels, or ``(height, width)``; both multiples of ``patch_size``.
         channels: image channels.
@@ -46,8 +46,8 @@ class Architecture:
         if not is_valid:
             raise UserError(f"{type(self).__name__}: {name} must {expected}, got {getattr(self, name)}")
 
-    def without_rates(self) -> Architecture:
-        """The same weights without what a run may change on its way, such as dropout."""
+    def without_dropout(self) -> Architecture:
+        """The same weights without dropout and whatever else a resumed run may change."""
         return self
 
     @property
@@ -76,12 +76,12 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A kind of denoiser, known from when it is registered.
+    """A kind of denoiser, known once it is registered.
 
     Attributes:
         name: what ``model.family`` calls it.
         config: frozen dataclass of the architecture. Its docstring explains the fields, each of which is an
-            option of the ``model`` section, but for those of ``DATA_FIELDS``.
+            option of the ``model`` section, except those of ``DATA_FIELDS``.
         sizes: published architectures by name.
         module: where the denoiser is, ``"package.module:Class"``; imported when one is built.
     """

@@ -98,17 +98,17 @@ class JiT(Denoiser):
         return list(self.blocks)
 
     def balance_weight(self) -> Tensor:
-        """That of the projection to pixels."""
+        """The weight of the projection to pixels."""
         return self.final_layer.linear.weight
 
     def tables(self) -> dict[str, Tensor]:
-        """Positions, which another resolution has others of."""
+        """Positions, which depend on the resolution."""
         return {"pos_embed": sincos_position_table(self.config.width, *self.config.grid)}
 
     def resized(
         self, name: str, given: Tensor, own: Tensor, classes: Mapping[int, int]
     ) -> tuple[Tensor, str] | None:
-        """Other classes; other numbers of channels, among which weights are shared out: grey stays grey."""
+        """Other classes; another number of channels, over which weights are averaged: grey stays grey."""
         if name == self.class_table and given.shape[1] == own.shape[1]:
             table = own.clone()
             table[-1] = given[-1]

@@ -35,9 +35,9 @@ class GuidedVelocity:
 
     Args:
         model_fn: ``model_fn(x_t (B, ...), t (B,), condition) -> prediction (B, ...)``.
-        condition: what each image is to be, on the device of the images.
-        null: the condition of the unguided direction, of the same names, shapes and dtypes.
-        settings: scale, interval, rule and sampler.
+        condition: of each image, on the device of the images.
+        null: the null condition, of the same names, shapes and dtypes.
+        settings: guidance scale, interval and rule, and the sampler.
         t_eps: smallest denominator of the velocity, positive; None for a model that predicts the velocity
             x - noise itself.
     """

@@ -36,7 +36,7 @@ class Pipeline:
 
     Args:
         model: the denoiser, in eval mode.
-        sample: default settings; every argument of ``sample`` overrides one of them.
+        sample: default settings of ``sample``.
         t_eps: floor of 1 - t in the velocity.
         noise_scale: standard deviation of the starting noise, as in training.
         dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
@@ -149,16 +149,16 @@ class Pipeline:
         Raises:
             UserError: a label or setting out of range.
         """
-        given = {name: value for name, value in settings.items() if value is not None}
-        chosen = replace(self.settings, **given)
+        overrides = {name: value for name, value in settings.items() if value is not None}
+        chosen = replace(self.settings, **overrides)
         config = self.model.config
         device = next(self.model.parameters()).device
         if batch_size < 1:
             raise UserError(f"sample: batch_size must be at least 1, got {batch_size}")
         labels = torch.as_tensor(labels, dtype=torch.int64)
-        if ((labels < 0) | (labels > config.num_classes)).any():
-            wrong = next(int(label) for label in labels if not 0 <= label <= config.num_classes)
-            raise UserError(f"sample: labels must lie in [0, {config.num_classes - 1}], got {wrong}")
+        wrong = labels[(labels < 0) | (labels > config.num_classes)]
+        if len(wrong):
+            raise UserError(f"sample: labels must lie in [0, {config.num_classes - 1}], got {int(wrong[0])}")
         times = timesteps(chosen.steps, chosen.timeshift)
         shape = (config.channels, *config.image_height_width)
         images = torch.empty(len(labels), *shape, dtype=torch.uint8)
