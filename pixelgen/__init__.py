@@ -14,12 +14,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pixelgen.config.load import load_config
-    from pixelgen.config.train_config import TrainConfig
-    from pixelgen.errors import UserError
-    from pixelgen.models.jit import JiT
-    from pixelgen.models.sizes import SIZES, ModelConfig, model_config
-    from pixelgen.sampling.pipeline import Pipeline
+    from pixelgen.config.load import load_config as load_config
+    from pixelgen.config.train_config import TrainConfig as TrainConfig
+    from pixelgen.errors import UserError as UserError
+    from pixelgen.models.jit import JiT as JiT
+    from pixelgen.models.sizes import SIZES as SIZES
+    from pixelgen.models.sizes import ModelConfig as ModelConfig
+    from pixelgen.models.sizes import model_config as model_config
+    from pixelgen.sampling.pipeline import Pipeline as Pipeline
 
     __version__: str
 
@@ -34,17 +36,7 @@ _HOME = {
     "model_config": "pixelgen.models.sizes",
 }
 
-__all__ = [
-    "SIZES",
-    "JiT",
-    "ModelConfig",
-    "Pipeline",
-    "TrainConfig",
-    "UserError",
-    "__version__",
-    "load_config",
-    "model_config",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> object:

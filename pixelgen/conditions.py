@@ -1,4 +1,4 @@
-"""What is known of the images of a batch besides their pixels: named tensors, one row per image."""
+"""What a batch of images is conditioned on, such as class labels: named tensors, one row per image."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# "label": (B,) int64 class indices. Others by the names that a denoiser knows them by.
+# "label": (B,) int64 class indices; a family of denoisers may read others.
 Condition = Mapping[str, Tensor]
-
-
-def num_rows(condition: Condition) -> int:
-    """Images that a condition is of."""
-    return len(next(iter(condition.values())))
 
 
 def part_of(condition: Condition, start: int, stop: int) -> Condition:
@@ -22,7 +17,7 @@ def part_of(condition: Condition, start: int, stop: int) -> Condition:
 
 
 def moved(condition: Condition, device: torch.device, *, non_blocking: bool = False) -> Condition:
-    """The same on a device."""
+    """The condition on a device."""
     return {name: value.to(device, non_blocking=non_blocking) for name, value in condition.items()}
 
 
@@ -32,13 +27,7 @@ def joined(first: Condition, second: Condition) -> Condition:
 
 
 def dropped(condition: Condition, null: Condition, is_dropped: Tensor) -> Condition:
-    """The condition, but that of ``null`` where an image's is dropped.
-
-    Args:
-        condition: values (B, ...).
-        null: what says nothing, of the same names and shapes.
-        is_dropped: (B,) bool.
-    """
+    """The condition, with the rows of ``null`` (same names and shapes) where ``is_dropped`` (B,) is set."""
 
     def choose(value: Tensor, nothing: Tensor) -> Tensor:
         return torch.where(is_dropped.view(-1, *[1] * (value.dim() - 1)), nothing, value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixelgen.config.command_line import parse, run
+from pixelgen.config.resolve import pick_device
 from pixelgen.errors import UserError
 
 
@@ -62,16 +63,16 @@ def main(argv: list[str] | None = None) -> int:
 
     from pixelgen.data.sources.digits import Digits
     from pixelgen.evaluation.metrics import evaluate_digits
-    from pixelgen.sampling.pipeline import load_pipeline
+    from pixelgen.sampling.pipeline import Pipeline
 
     torch.set_float32_matmul_precision("high")
-    pipeline = load_pipeline(options.model, weights=options.weights, device=options.device)
+    pipeline = Pipeline.from_run(options.model, weights=options.weights, device=pick_device(options.device))
     config = pipeline.model.config
     if (config.num_classes, config.channels, config.image_height_width) != (10, 1, (8, 8)):
         raise UserError(
             f"{options.model} was not trained on the 8x8 digits, the only images that can be evaluated"
         )
-    labels = Digits().labels.tolist()
+    labels = Digits().labels
     figures = []
     for scale in scales:
         started = time.perf_counter()
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             total=len(labels), desc=f"guidance {scale:g}", unit="img", leave=False, dynamic_ncols=True
         ) as bar:
             images = pipeline.sample(
-                labels,
+                torch.from_numpy(labels),
                 guidance=scale,
                 steps=options.steps,
                 seed=options.seed,
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                 progress=lambda done: bar.update(done - bar.n),
             )
         seconds = time.perf_counter() - started
-        report = evaluate_digits(images, labels)
+        report = evaluate_digits(images.numpy(), labels)
         figures.append({"guidance": scale, **report, "nfe": pipeline.nfe, "img_per_s": len(labels) / seconds})
     print(f"{options.model}, {options.weights} weights, {len(labels)} samples, seed {options.seed}")
     print(f"{'guidance':>8}  {'Frechet':>8}  {'variance':>8}  {'agreement':>9}  {'NFE':>4}")

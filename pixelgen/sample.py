@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pixelgen.config.command_line import parse, run
+from pixelgen.config.resolve import pick_device
 from pixelgen.errors import UserError
 
 
@@ -62,14 +63,17 @@ class SampleOptions:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed must lie in [0, 2^63), got {self.seed}")
+        is_released = Path(self.model).suffix == ".ckpt"
+        if is_released and self.size is None:
+            raise UserError(
+                f"{self.model}: a .ckpt does not name its architecture; give --size, such as PixelGen-XL/16"
+            )
+        if not is_released and self.size is not None:
+            raise UserError(f"{self.model}: --size is for .ckpt files; a run knows its architecture")
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
-    """``"0,1,2"`` or ``"all"`` to class indices.
-
-    Raises:
-        UserError: not a number, or no such class.
-    """
+    """``"0,1,2"`` or ``"all"`` to class indices; a UserError where one is no number or no class."""
     if text == "all":
         return list(range(num_classes))
     labels = []
@@ -85,11 +89,7 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
 
 
 def new_folder(path: Path) -> Path:
-    """Makes ``path``; refuses one that holds anything.
-
-    Raises:
-        UserError: it does.
-    """
+    """Makes ``path``; a UserError where it holds anything."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder; choose another --out")
     path.mkdir(parents=True, exist_ok=True)
@@ -107,16 +107,18 @@ def main(argv: list[str] | None = None) -> int:
 
     from pixelgen.sampling.images import save_grid
     from pixelgen.sampling.options import SampleConfig
-    from pixelgen.sampling.pipeline import load_pipeline
+    from pixelgen.sampling.pipeline import Pipeline
 
     torch.set_float32_matmul_precision("high")
-    pipeline = load_pipeline(
-        options.model,
-        size=options.size,
-        weights=options.weights,
-        device=options.device,
-        kernels=options.kernels,
-    )
+    device = pick_device(options.device)
+    if options.size is None:
+        pipeline = Pipeline.from_run(
+            options.model, weights=options.weights, device=device, kernels=options.kernels
+        )
+    else:
+        pipeline = Pipeline.from_released(
+            options.model, options.size, weights=options.weights, device=device, kernels=options.kernels
+        )
     labels = parse_labels(options.labels, pipeline.model.config.num_classes)
     labels = [label for label in labels for _ in range(options.samples_per_label)]
     name = Path(options.model).resolve().name.removesuffix(".ckpt")

@@ -24,9 +24,10 @@ from pixelgen.config import (
     load_config,
     preset_names,
 )
-from pixelgen.encoders.build import STAGE_ENCODERS, TOKEN_ENCODERS
+from pixelgen.encoders.dinov2 import MODELS
 from pixelgen.errors import UserError
-from pixelgen.models import JiT, ModelConfig
+from pixelgen.models.jit import JiT
+from pixelgen.models.sizes import ModelConfig
 from pixelgen.sampling.samplers import SAMPLERS
 
 PRESETS = ["digits", "jit-b-256", "jit-l-256", "pixelgen-l-256", "pixelgen-xl-256"]
@@ -279,8 +280,8 @@ def test_choices_are_what_the_code_behind_them_knows():
     def choices(section: type, name: str) -> set[str]:
         return set(typing.get_args(typing.get_type_hints(section)[name]))
 
-    assert choices(LossConfig, "stages") == set(STAGE_ENCODERS)
-    assert choices(LossConfig, "tokens") == set(TOKEN_ENCODERS)
+    assert choices(LossConfig, "stages") == {"vgg16", "embedded"}
+    assert choices(LossConfig, "tokens") == {*MODELS, "embedded"}
     assert choices(SampleConfig, "sampler") == set(SAMPLERS)
 
 

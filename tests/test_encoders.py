@@ -20,22 +20,19 @@ from torch import Tensor
 
 from pixelgen.data import Digits
 from pixelgen.encoders.base import StageEncoder, TokenEncoder, as_rgb
-from pixelgen.encoders.build import build_stage_encoder, build_token_encoder
 from pixelgen.encoders.dinov2 import DINOv2, interpolate_position_table
 from pixelgen.encoders.embedded import (
     FILE_NAME,
     EmbeddedConfig,
     EmbeddedFeatures,
-    EmbeddedStages,
     EmbeddedTokens,
     embedded_features,
-    load_embedded,
     train_embedded,
 )
 from pixelgen.encoders.vgg16 import VGG16
 from pixelgen.errors import UserError
+from pixelgen.losses.features import FeatureNetworks
 from pixelgen.losses.lpips import LPIPS
-from pixelgen.losses.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights:UserWarning")
 
@@ -59,16 +56,20 @@ def digits() -> tuple[Tensor, Tensor]:
 CONFIG = EmbeddedConfig(channels=1, patch_size=2, num_classes=10, seed=0)
 
 
+def never() -> tuple[Tensor, Tensor]:
+    raise AssertionError("the kept features must be read, not trained again")
+
+
 @pytest.fixture(scope="module")
 def embedded(embedded_file: Path) -> EmbeddedFeatures:
-    return load_embedded(embedded_file, CONFIG)
+    return embedded_features(embedded_file.parent, CONFIG, never)
 
 
 @pytest.fixture(params=["vgg", "dino", "stages", "tokens"])
 def encoder(
     request: pytest.FixtureRequest, vgg: VGG16, dino: DINOv2, embedded: EmbeddedFeatures
 ) -> StageEncoder | TokenEncoder:
-    own = {"stages": EmbeddedStages(embedded), "tokens": EmbeddedTokens(embedded)}
+    own = {"stages": embedded, "tokens": EmbeddedTokens(embedded)}
     return {"vgg": vgg, "dino": dino, **own}[request.param]
 
 
@@ -154,16 +155,13 @@ def test_compiles_in_one_graph_forward_and_backward(name, request):
 
 
 def test_half_precision_networks_are_channels_last_and_close_to_float32(vgg, dino):
-    lpips = LPIPS(copy.deepcopy(vgg), ops=select("auto"))
-    objective = Objective(
-        feature_width=8, patch_size=16, image_size=(32, 32), encoder=copy.deepcopy(dino), lpips=lpips
-    )
-    objective.speed_up_networks(half=True, compiled=False)
+    networks = FeatureNetworks(copy.deepcopy(dino), LPIPS(copy.deepcopy(vgg), ops=select("auto")))
+    networks.speed_up(half=True, compiled=False)
     x, x_pred = draw(2, 2, 3, 32, 32).clamp(-1, 1)
     images = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        maps, tokens = objective.lpips.encode(images), objective.encoder(images)
-        distance = objective.lpips(x_pred, x)
+        maps, tokens = networks.lpips.encode(images), networks.encoder(images)
+        distance = networks.lpips(x_pred, x)
     for ours, exact in zip([*maps, tokens], [*vgg(x), dino(x)], strict=True):
         assert F.cosine_similarity(ours.float().flatten(), exact.flatten(), dim=0) > 0.999
     assert all(m.dtype == torch.bfloat16 for m in maps)
@@ -358,7 +356,7 @@ def test_dino_refuses_bad_arguments(dino):
 
 def test_embedded_is_small_and_shaped_for_the_denoiser(embedded):
     x = torch.randn(3, 1, 8, 8)
-    stages, tokens = EmbeddedStages(embedded), EmbeddedTokens(embedded)
+    stages, tokens = embedded, EmbeddedTokens(embedded)
     assert [tuple(stage.shape) for stage in stages(x)] == [(3, 16, 8, 8), (3, 32, 4, 4), (3, 48, 4, 4)]
     assert tokens(x).shape == (3, 16, tokens.width)
     assert torch.equal(tokens.from_stages(stages(x)), tokens(x))
@@ -389,7 +387,7 @@ def test_embedded_separates_classes_and_keeps_variety_within_them(embedded, digi
 
 def test_embedded_lpips_puts_unrelated_images_at_the_distance_of_vgg(embedded, digits):
     x = to_images(digits[0][:300])
-    distance = LPIPS(EmbeddedStages(embedded), ops=select("auto"))
+    distance = LPIPS(embedded, ops=select("auto"))
     assert 0.6 < float(distance(x, x.roll(1, 0)).mean()) < 0.8
     assert float(distance(x, x).abs().max()) < 1e-6
 
@@ -409,10 +407,6 @@ def test_embedded_is_deterministic_and_leaves_the_global_generator_alone(digits,
 def test_embedded_is_kept_in_the_run_folder(tmp_path, digits, monkeypatch):
     few_steps(5, monkeypatch)
     trained = embedded_features(tmp_path / "run", CONFIG, lambda: digits)
-
-    def never() -> tuple[Tensor, Tensor]:
-        raise AssertionError("the kept features must be read, not trained again")
-
     start = time.perf_counter()
     read = embedded_features(tmp_path / "run", CONFIG, never)
     assert time.perf_counter() - start < 5
@@ -420,12 +414,12 @@ def test_embedded_is_kept_in_the_run_folder(tmp_path, digits, monkeypatch):
     assert load_file(tmp_path / "run" / FILE_NAME).keys() == read.state_dict().keys()  # tensors only
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(EmbeddedTokens(read)(x), EmbeddedTokens(trained)(x))
-    weights = zip(EmbeddedStages(read).layer_weights, EmbeddedStages(trained).layer_weights, strict=True)
+    weights = zip(read.layer_weights, trained.layer_weights, strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     assert not any(parameter.requires_grad for parameter in read.parameters())
 
     with pytest.raises(UserError, match=r'trained for .*"patch_size": 2.* this run needs .*"patch_size": 4'):
-        load_embedded(tmp_path / "run" / FILE_NAME, replace(CONFIG, patch_size=4))
+        embedded_features(tmp_path / "run", replace(CONFIG, patch_size=4), never)
     file = tmp_path / "run" / FILE_NAME
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="is it truncated"):
@@ -443,42 +437,11 @@ def test_embedded_fits_other_images_and_patches(channels, size, patch_size, monk
     features = train_embedded(config, images, torch.zeros(8, dtype=torch.int64))
     tokens = EmbeddedTokens(features)(to_images(images))
     assert tokens.shape == (8, (size // patch_size) ** 2, 64) and tokens.isfinite().all()
-    assert all(stage.isfinite().all() for stage in EmbeddedStages(features)(to_images(images)))
+    assert all(stage.isfinite().all() for stage in features(to_images(images)))
 
 
 def test_embedded_refuses_what_does_not_fit(embedded):
-    images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4)
-    with pytest.raises(UserError, match=r"images must be uint8 \(N, 1, H, W\) with N > 0, got torch.float32"):
-        train_embedded(CONFIG, images.float(), labels)
-    with pytest.raises(UserError, match="with N > 0"):
-        train_embedded(CONFIG, images[:0], labels[:0])
-    with pytest.raises(UserError, match=r"multiples of patch_size 2, got \(7, 8\)"):
-        train_embedded(CONFIG, images[:, :, 1:], labels)
-    with pytest.raises(UserError, match=r"labels must lie in \[0, 10\), got 7 to 10"):
-        train_embedded(CONFIG, images, labels + 7)
     with pytest.raises(ValueError, match=r"x must have shape \(B, 1, H, W\), got \(2, 3, 8, 8\)"):
         EmbeddedTokens(embedded)(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"multiples of patch_size 2, got \(7, 8\)"):
-        EmbeddedStages(embedded)(torch.zeros(2, 1, 7, 8))
-
-
-# --- names ---
-
-
-def test_build_by_name(embedded):
-    assert isinstance(build_stage_encoder("vgg16", weights="random"), VGG16)
-    assert isinstance(build_stage_encoder("embedded", embedded=embedded), EmbeddedStages)
-    assert isinstance(build_token_encoder("embedded", patch_size=2, embedded=embedded), EmbeddedTokens)
-    dino = build_token_encoder("dinov2_vits14", weights="random", patch_size=32, layer=1)
-    assert dino(torch.zeros(1, 3, 64, 32)).shape == (1, 2, 384)
-
-
-def test_build_refuses_unknown_names_and_missing_features(embedded):
-    with pytest.raises(UserError, match=r"loss.stages: must be one of vgg16, embedded, got 'alex'"):
-        build_stage_encoder("alex")
-    with pytest.raises(UserError, match=r"loss.tokens: must be one of dinov2_vits14.*, embedded, got 'clip'"):
-        build_token_encoder("clip", patch_size=16)
-    with pytest.raises(UserError, match="embedded features must be given"):
-        build_stage_encoder("embedded")
-    with pytest.raises(UserError, match="patch_size must be that of the embedded features, 2, got 4"):
-        build_token_encoder("embedded", patch_size=4, embedded=embedded)
+        embedded(torch.zeros(2, 1, 7, 8))

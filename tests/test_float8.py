@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pixelgen.errors import UserError
-from pixelgen.models import JiT, model_config
 from pixelgen.models.float8 import use_float8
+from pixelgen.models.jit import JiT
+from pixelgen.models.sizes import model_config
 
 pytest.importorskip("torchao")
 CPU = torch.device("cpu")

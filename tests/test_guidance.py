@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pixelgen.conditions import Condition
 from pixelgen.sampling.guidance import GuidedVelocity
+from pixelgen.sampling.options import SampleConfig
 from pixelgen.sampling.samplers import adams, euler, heun, timesteps
 
 LABELS, NULL = {"label": torch.tensor([0, 1, 2])}, {"label": torch.tensor([3, 3, 3])}
@@ -27,8 +28,8 @@ class Net:
         return 0.5 * x_t + OFFSETS[labels].view(-1, 1, 1, 1)
 
 
-def guided(net=None, **options) -> GuidedVelocity:
-    return GuidedVelocity(net or Net(), LABELS, NULL, **{"scale": 2.0, **options})
+def guided(net=None, t_eps: float | None = 0.05, **settings) -> GuidedVelocity:
+    return GuidedVelocity(net or Net(), LABELS, NULL, SampleConfig(**settings), t_eps)
 
 
 def velocity(x_t: Tensor, t: float, condition: Condition) -> Tensor:
@@ -38,7 +39,7 @@ def velocity(x_t: Tensor, t: float, condition: Condition) -> Tensor:
 @pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 4.5])
 def test_guided_velocity(scale):
     net, x_t = Net(), torch.randn(3, 2, 4, 4)
-    v = guided(net, scale=scale)
+    v = guided(net, guidance=scale)
     null, label = velocity(x_t, 0.5, NULL), velocity(x_t, 0.5, LABELS)
     torch.testing.assert_close(v(x_t, 0.5, 0.5), null + scale * (label - null))
     assert net.batches == [[3, 3, 3, 0, 1, 2]]  # one doubled batch, null labels first
@@ -46,7 +47,7 @@ def test_guided_velocity(scale):
     assert torch.equal(net.times[0], torch.full((6,), 0.5))
 
 
-@pytest.mark.parametrize("options", [{"scale": 1.0}, {"interval": (0.6, 0.9)}])
+@pytest.mark.parametrize("options", [{"guidance": 1.0}, {"guidance_low": 0.6, "guidance_high": 0.9}])
 def test_plain_batch_where_nothing_is_guided(options):
     net, x_t = Net(), torch.randn(3, 2, 4, 4)
     v = guided(net, **options)
@@ -56,33 +57,36 @@ def test_plain_batch_where_nothing_is_guided(options):
 
 def test_velocity_clamp():
     x_t = torch.randn(3, 2, 4, 4)
-    strict = guided(scale=1.0, t_eps=0.05)(x_t, 0.99, 0.99)
+    strict = guided(guidance=1.0, t_eps=0.05)(x_t, 0.99, 0.99)
     torch.testing.assert_close(strict, velocity(x_t, 0.99, LABELS))
-    torch.testing.assert_close(guided(scale=1.0, t_eps=0.1)(x_t, 0.99, 0.99), strict / 2)
+    torch.testing.assert_close(guided(guidance=1.0, t_eps=0.1)(x_t, 0.99, 0.99), strict / 2)
 
 
 def test_paper_rule_includes_both_ends_of_the_interval():
-    v = guided(interval=(0.1, 0.9))
+    v = guided(guidance_low=0.1, guidance_high=0.9)
     grid = timesteps(10)  # fp32: its 0.1 is a little less than 0.1
     assert grid[1] < 0.1
     assert [v.is_guided(t, t) for t in grid[:-1]] == [False] + [True] * 9
-    assert not guided(interval=(0.1001, 0.8999)).is_guided(0.1, 0.1)
+    assert not guided(guidance_low=0.1001, guidance_high=0.8999).is_guided(0.1, 0.1)
     assert guided().is_guided(0.0, 0.0)  # the first step is guided by default
 
 
 def test_released_rule_excludes_the_lower_end():
     grid = torch.linspace(0, 1, 11).tolist()
-    upper_in = guided(interval=(0.1, 0.9), rule="released")
+    upper_in = guided(guidance_low=0.1, guidance_high=0.9, guidance_rule="released")
     assert [upper_in.is_guided(t, t) for t in grid[:-1]] == [False, False] + [True] * 8
-    upper_out = guided(interval=(0.1, 0.9), rule="released", upper_inclusive=False)
+    upper_out = guided(guidance_low=0.1, guidance_high=0.9, guidance_rule="released", sampler="adams")
     assert [upper_out.is_guided(t, t) for t in grid[:-1]] == [False, False] + [True] * 7 + [False]
-    assert not guided(rule="released").is_guided(0.0, 0.0)  # never the first step
+    assert not guided(guidance_rule="released").is_guided(0.0, 0.0)  # never the first step
 
 
 def test_heun_corrector():
     """The paper's rule looks at the evaluation, the released one at the step it belongs to."""
     outside_to_inside, inside_to_outside = (0.5, 0.25), (0.75, 0.5)  # (t of the corrector, start of its step)
-    paper, released = guided(interval=(0.4, 0.6)), guided(interval=(0.4, 0.6), rule="released")
+    paper, released = (
+        guided(guidance_low=0.4, guidance_high=0.6),
+        guided(guidance_low=0.4, guidance_high=0.6, guidance_rule="released"),
+    )
     assert paper.is_guided(*outside_to_inside) and not released.is_guided(*outside_to_inside)
     assert released.is_guided(*inside_to_outside) and not paper.is_guided(*inside_to_outside)
 
@@ -90,15 +94,15 @@ def test_heun_corrector():
 @pytest.mark.parametrize(
     ("solver", "options", "nfe"),
     [
-        (euler, {"scale": 1.0}, 10),
+        (euler, {"guidance": 1.0}, 10),
         (euler, {}, 20),
-        (euler, {"rule": "released"}, 19),  # the first step is never guided
-        (euler, {"interval": (0.25, 0.75)}, 15),  # 0.3 to 0.7
-        (heun, {"scale": 1.0}, 19),
+        (euler, {"guidance_rule": "released"}, 19),  # the first step is never guided
+        (euler, {"guidance_low": 0.25, "guidance_high": 0.75}, 15),  # 0.3 to 0.7
+        (heun, {"guidance": 1.0}, 19),
         (heun, {}, 38),
-        (heun, {"interval": (0.25, 0.75)}, 29),  # predictors and correctors at 0.3 to 0.7
-        (heun, {"interval": (0.25, 0.75), "rule": "released"}, 29),
-        (adams, {"interval": (0.25, 0.75)}, 15),
+        (heun, {"guidance_low": 0.25, "guidance_high": 0.75}, 29),  # predictors and correctors at 0.3 to 0.7
+        (heun, {"guidance_low": 0.25, "guidance_high": 0.75, "guidance_rule": "released"}, 29),
+        (adams, {"guidance_low": 0.25, "guidance_high": 0.75}, 15),
     ],
 )
 def test_network_evaluations(solver, options, nfe):
@@ -110,7 +114,7 @@ def test_network_evaluations(solver, options, nfe):
 
 def test_the_model_may_answer_in_half_precision():
     x_t = torch.randn(3, 2, 4, 4)
-    v = GuidedVelocity(lambda x, t, y: x.bfloat16(), LABELS, NULL, scale=2.0)
+    v = guided(lambda x, t, y: x.bfloat16())
     assert v(x_t, 0.5, 0.5).dtype == torch.float32
 
 
@@ -119,20 +123,12 @@ def test_a_sampling_run_never_waits_for_the_device():
     labels = {"label": torch.empty(3, dtype=torch.int64, device="meta")}
     noise = torch.empty(3, 2, 4, 4, device="meta")
     for solver in (euler, heun, adams):
-        v = GuidedVelocity(lambda x, t, y: x * t.view(-1, 1, 1, 1), labels, labels, scale=2.0)
+        v = GuidedVelocity(lambda x, t, y: x * t.view(-1, 1, 1, 1), labels, labels, SampleConfig())
         assert solver(v, noise, timesteps(4)).shape == noise.shape
 
 
 def test_a_model_may_predict_the_velocity_itself():
     x_t = torch.randn(3, 2, 4, 4)
-    v = GuidedVelocity(lambda x, t, y: x * y["label"].view(-1, 1, 1, 1), LABELS, NULL, scale=2.0, t_eps=None)
+    v = guided(lambda x, t, y: x * y["label"].view(-1, 1, 1, 1), t_eps=None)
     own, null = (x_t * labels["label"].view(-1, 1, 1, 1) for labels in (LABELS, NULL))
     torch.testing.assert_close(v(x_t, 0.999, 0.999), null + 2 * (own - null))
-
-
-def test_errors():
-    for null in ({"label": NULL["label"][:2]}, {"text": NULL["label"]}):
-        with pytest.raises(ValueError, match=r"null must have the shapes of condition {'label': \(3,\)}"):
-            GuidedVelocity(Net(), LABELS, null, scale=2.0)
-    with pytest.raises(ValueError, match="x_t must have one image per row of the condition, 3, got 2"):
-        guided()(torch.zeros(2, 2, 4, 4), 0.5, 0.5)

@@ -25,7 +25,7 @@ from pixelgen_kernels import select
 from torch import Tensor
 
 from pixelgen.config import LossConfig
-from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedStages, EmbeddedTokens
+from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedTokens
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.gate import masked_sum
 from pixelgen.losses.lpips import LPIPS
@@ -166,22 +166,22 @@ def test_weights_scale_their_terms():
 
 def test_embedded_trunk_runs_once_per_image_and_changes_nothing(monkeypatch):
     features = EmbeddedFeatures(EmbeddedConfig(channels=C, patch_size=P))
-    stages, tokens = EmbeddedStages(features), EmbeddedTokens(features)
+    tokens = EmbeddedTokens(features)
     count = 0
-    run = EmbeddedFeatures.stages
+    run = EmbeddedFeatures.forward
 
     def counted(self: EmbeddedFeatures, x: Tensor) -> list[Tensor]:
         nonlocal count
         count += 1
         return run(self, x)
 
-    monkeypatch.setattr(EmbeddedFeatures, "stages", counted)
-    lpips = LPIPS(stages, ops=select("auto"))
+    monkeypatch.setattr(EmbeddedFeatures, "forward", counted)
+    lpips = LPIPS(features, ops=select("auto"))
     batch = make_batch()
     objective = make_objective(encoder=tokens, lpips=lpips)
     terms = terms_of(objective, batch)
     assert count == 2
-    apart = LPIPS(EmbeddedStages(features), ops=select("auto"), resize_from_patch=16)
+    apart = LPIPS(features, ops=select("auto"), resize_from_patch=16)
     plain = make_objective(encoder=tokens, lpips=apart)
     plain.load_state_dict(objective.state_dict())
     expected = terms_of(plain, batch)

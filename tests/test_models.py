@@ -11,9 +11,10 @@ from safetensors.torch import load_model, save_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from pixelgen.errors import UserError
-from pixelgen.models import SIZES, JiT, ModelConfig, model_config
 from pixelgen.models.embeddings import rope_table, sincos_position_table
+from pixelgen.models.jit import JiT
 from pixelgen.models.layers import packed_modulations
+from pixelgen.models.sizes import SIZES, ModelConfig, model_config
 
 PUBLISHED_MILLIONS = {
     "JiT-B/16": 131,

@@ -48,16 +48,16 @@ def _images(count, channels, height, width):
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_grid_places_every_image(tmp_path, channels, mode):
-    images = _images(7, channels, 10, 6)
-    path = save_grid(images, tmp_path / "new" / "grid.png", columns=3, scale=2)
-    grid = Image.open(path)
+    images = _images(7, channels, 30, 26)  # enlarged twice
+    save_grid(images, tmp_path / "new" / "grid.png", columns=3)
+    grid = Image.open(tmp_path / "new" / "grid.png")
     assert grid.mode == mode
-    assert grid.size == (3 * 12 + 4 * PADDING, 3 * 20 + 4 * PADDING)
+    assert grid.size == (3 * 52 + 4 * PADDING, 3 * 60 + 4 * PADDING)
     pixels = np.asarray(grid).reshape(grid.height, grid.width, channels)
     for index in range(9):
-        top = PADDING + index // 3 * (20 + PADDING)
-        left = PADDING + index % 3 * (12 + PADDING)
-        cell = pixels[top : top + 20, left : left + 12]
+        top = PADDING + index // 3 * (60 + PADDING)
+        left = PADDING + index % 3 * (52 + PADDING)
+        cell = pixels[top : top + 60, left : left + 52]
         if index < 7:
             for shift in (0, 1):
                 np.testing.assert_array_equal(cell[shift::2, shift::2], images[index].permute(1, 2, 0))
@@ -69,31 +69,28 @@ def test_grid_places_every_image(tmp_path, channels, mode):
 
 @pytest.mark.parametrize(("side", "cell"), [(8, 48), (32, 64), (48, 48), (256, 256), (1, 48), (20, 60)])
 def test_small_images_are_enlarged(tmp_path, side, cell):
-    path = save_grid(_images(1, 3, side, side), tmp_path / "grid.png")
-    assert Image.open(path).size == (cell + 2 * PADDING, cell + 2 * PADDING)
+    save_grid(_images(1, 3, side, side), tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (cell + 2 * PADDING, cell + 2 * PADDING)
 
 
 @pytest.mark.parametrize(
     ("count", "asked", "columns"), [(1, None, 1), (9, None, 3), (10, None, 4), (2, 10, 2)]
 )
 def test_grid_is_about_square_and_has_no_empty_columns(tmp_path, count, asked, columns):
-    images = _images(count, 1, 8, 8).numpy()
-    path = save_grid(images, tmp_path / "grid.png", scale=1, **({"columns": asked} if asked else {}))
-    rows = -(-count // columns)
-    assert Image.open(path).size == (columns * (8 + PADDING) + PADDING, rows * (8 + PADDING) + PADDING)
+    save_grid(_images(count, 1, 8, 8), tmp_path / "grid.png", columns=asked)
+    rows, step = -(-count // columns), 48 + PADDING
+    assert Image.open(tmp_path / "grid.png").size == (columns * step + PADDING, rows * step + PADDING)
 
 
 def test_grid_errors(tmp_path):
     path = tmp_path / "grid.png"
-    with pytest.raises(TypeError, match=r"save_grid: images must be uint8, got float32; see to_uint8"):
+    with pytest.raises(TypeError, match=r"save_grid: images must be uint8, got torch.float32; see to_uint8"):
         save_grid(torch.zeros(1, 1, 8, 8), path)
     for shape in [(0, 1, 8, 8), (1, 2, 8, 8), (1, 8, 8), (1, 8, 8, 3), (1, 1, 0, 8)]:
         with pytest.raises(ValueError, match="save_grid: images must have shape"):
             save_grid(torch.zeros(shape, dtype=torch.uint8), path)
     with pytest.raises(ValueError, match="save_grid: columns must be at least 1, got 0"):
         save_grid(_images(1, 1, 8, 8), path, columns=0)
-    with pytest.raises(ValueError, match="save_grid: scale must be at least 1, got -1"):
-        save_grid(_images(1, 1, 8, 8), path, scale=-1)
     assert not path.exists()
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from training import FLOW_ONLY, fails_with, refused
 
 from pixelgen import evaluate, sample, train
-from pixelgen.config import SampleConfig
 from pixelgen.data.sources.digits import Digits
 from pixelgen.errors import UserError
 from pixelgen.evaluation.metrics import evaluate_digits
-from pixelgen.models import JiT, model_config
+from pixelgen.models.jit import JiT
 from pixelgen.models.released import load_strictly
+from pixelgen.models.sizes import model_config
 from pixelgen.sampling.pipeline import Pipeline
 from pixelgen.training.checkpoint import read as checkpoints
 
@@ -86,16 +86,18 @@ def test_without_a_class(run_dir):
 
 
 def test_released_checkpoints_are_sampled(tmp_path):
-    config = model_config("tiny/4", image_size=16)
-    model = JiT(config)
+    model = JiT(model_config("tiny/4"))
     state = {
         f"{prefix}{key}": value
         for key, value in model.state_dict().items()
         for prefix in ("denoiser.", "ema_denoiser.")
     }
     torch.save({"state_dict": state}, tmp_path / "tiny.ckpt")
-    pipeline = Pipeline.from_released(tmp_path / "tiny.ckpt", config, SampleConfig(steps=2))
-    assert pipeline.sample([0]).shape == (1, 3, 16, 16)
+    pipeline = Pipeline.from_released(tmp_path / "tiny.ckpt", "tiny/4")
+    assert (pipeline.settings.sampler, pipeline.dtype) == ("heun", "bfloat16")
+    assert pipeline.sample([0], steps=2).shape == (1, 3, 32, 32)
+    with pytest.raises(UserError, match=r"tiny.ckpt: a .ckpt has ema and raw weights only, got '0.9999'"):
+        Pipeline.from_released(tmp_path / "tiny.ckpt", "tiny/4", weights="0.9999")
 
 
 @pytest.mark.slow
@@ -103,8 +105,9 @@ def test_sixty_seconds_of_training_already_give_digits(tmp_path):
     # The full figures are those of the default run (docs/digits.md); these bars are for 400 steps.
     trained(tmp_path, 400)
     pipeline = Pipeline.from_run(tmp_path / "short")
-    labels = Digits().labels.tolist()
-    report = evaluate_digits(pipeline.sample(labels, guidance=1.0, steps=10), labels)
+    labels = Digits().labels
+    images = pipeline.sample(torch.from_numpy(labels), guidance=1.0, steps=10)
+    report = evaluate_digits(images.numpy(), labels)
     assert report["frechet_distance"] < 150  # one picture per class: 451
     assert 0.5 < report["variance_ratio"] < 1.5
     assert report["svc_agreement"] > 0.5
@@ -133,6 +136,7 @@ def test_user_errors(run_dir, tmp_path, capsys):
     assert "numbers separated by commas" in refusal("--labels", "cat")
     assert "no run" in refusal("--model", str(tmp_path / "none"))
     assert "--size" in refusal("--model", str(tmp_path / "x.ckpt"))
+    assert "--size is for .ckpt files" in refusal("--size", "JiT-B/16")
     wrong = ["--model", str(tmp_path / "x.ckpt"), "--size", "JiT-B/16"]
     assert "no checkpoint at" in refusal(*wrong)
     (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")

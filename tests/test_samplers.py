@@ -121,7 +121,7 @@ def test_adams_weights_keep_their_digits():
 
 
 def test_half_precision_state_is_refused():
-    with pytest.raises(TypeError, match=r"euler: noise must be float32 or float64, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"sampler: noise must be float32 or float64, got torch\.bfloat16"):
         euler(growing, torch.ones(1, dtype=torch.bfloat16), timesteps(2))
 
 

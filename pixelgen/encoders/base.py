@@ -1,4 +1,4 @@
-"""What a frozen feature network is: two small interfaces, and what every one of them needs at its input."""
+"""The two interfaces of frozen feature networks, and checks of their input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FrozenEncoder(nn.Module):
     def freeze(self) -> None:
         """Stop and drop parameter gradients and switch to eval mode for good."""
         self.requires_grad_(False)
-        self.zero_grad(set_to_none=True)
+        self.zero_grad()
         super().train(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -42,11 +42,7 @@ class StageEncoder(FrozenEncoder):
     def register_layer_weights(self, weights: list[Tensor]) -> None:
         """Keep the (C_i,) channel weights as buffers, so that they follow the module to its device."""
         for i, weight in enumerate(weights):
-            self.register_buffer(f"layer_weight_{i}", weight.detach().clone())
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) in [-1, 1] to a list of (B, C_i, H_i, W_i)."""
-        raise TypeError(f"{type(self).__name__}: a StageEncoder must define forward")
+            self.register_buffer(f"layer_weight_{i}", weight)
 
 
 class TokenEncoder(FrozenEncoder):
@@ -57,28 +53,16 @@ class TokenEncoder(FrozenEncoder):
 
     width: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] to tokens (B, T, D)."""
-        raise TypeError(f"{type(self).__name__}: a TokenEncoder must define forward")
-
 
 def as_rgb(x: Tensor, function: str) -> Tensor:
-    """Images (B, 1 or 3, H, W) with three channels; a grey image is repeated (a view, no copy).
-
-    Raises:
-        ValueError: x is not (B, 1, H, W) or (B, 3, H, W).
-    """
+    """Images (B, 1 or 3, H, W) with three channels; a grey image is repeated (a view, no copy)."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"{function}: x must have shape (B, 1 or 3, H, W), got {tuple(x.shape)}")
     return x.expand(-1, 3, -1, -1)
 
 
 def check_dtype(x: Tensor, dtype: torch.dtype, function: str) -> None:
-    """Refuse images that a network of ``dtype`` cannot take: integers, and wider floats outside autocast.
-
-    Raises:
-        TypeError: names both dtypes.
-    """
+    """A TypeError for what a network of ``dtype`` cannot take: integers, wider floats outside autocast."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has no autocast
         dtype = torch.promote_types(dtype, torch.float32)  # autocast narrows float32 by itself
@@ -92,10 +76,7 @@ def check_dtype(x: Tensor, dtype: torch.dtype, function: str) -> None:
 def check_range(x: Tensor, function: str) -> None:
     """Refuse clean images in [0, 255]; on the CPU only, as the host of a GPU would have to wait.
 
-    What exceeds [-1, 1] by less, such as resized images, passes. So do NaN, which show in the loss.
-
-    Raises:
-        ValueError: values beyond 10; names the range that came.
+    A ValueError for values beyond 10: resized images exceed [-1, 1] by less. NaN pass and show in the loss.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
         return

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixelgen.encoders.base import TokenEncoder, as_rgb, check_dtype
-from pixelgen.encoders.weights import download_state_dict, load_strictly, read_state_dict, warn_random
+from pixelgen.encoders.weights import load_weights
 from pixelgen.errors import UserError
 
 # Our name to timm's.
@@ -20,7 +20,7 @@ MODELS = {
     "dinov2_vitl14": "vit_large_patch14_dinov2",
     "dinov2_vitg14": "vit_giant_patch14_dinov2",
 }
-# The hub's own file: who has loaded the hub's model has it in torch.hub's cache.
+# The hub's own file, which is in torch.hub's cache once the hub's model has been loaded.
 URL = "https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth"
 _NAMES = "cls_token, pos_embed, patch_embed.proj.weight, blocks.0.norm1.weight, ..., timm or hub naming"
 _PATCH = 14
@@ -37,7 +37,6 @@ class DINOv2(TokenEncoder):
             DINOv2's 14: for the published patch size 16, to 14/16 of its side.
         layer: number of blocks to run, counted from 1; the final norm is applied in any case. None: all.
         seed: seed of the random weights.
-        option: the name of the option that ``weights`` came from, for error texts.
 
     Raises:
         UserError: unknown name, layer out of range, weights cannot be downloaded, or the file is missing,
@@ -55,7 +54,6 @@ class DINOv2(TokenEncoder):
         patch_size: int = 16,
         layer: int | None = None,
         seed: int = 0,
-        option: str = "loss.tokens_weights",
     ) -> None:
         super().__init__()
         import timm
@@ -64,21 +62,19 @@ class DINOv2(TokenEncoder):
             raise UserError(f"DINOv2: name must be one of {', '.join(MODELS)}, got {name!r}")
         if patch_size < 1:
             raise UserError(f"DINOv2: patch_size must be at least 1, got {patch_size}")
-        state: dict[str, Tensor] | None = None
-        source = str(weights)
-        if weights == "random":
-            warn_random(name, option)
-        elif weights == "pretrained":
-            source = URL.format(name=name)
-            state = download_state_dict(source, what=name, option=option, names=_NAMES)
-        elif weights is not None:
-            state = read_state_dict(weights, what=name, option=option)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vit: Any = timm.create_model(MODELS[name], num_classes=0, dynamic_img_size=True)
-        if state is not None:
-            state = {_timm_key(key): value for key, value in state.items() if key != "mask_token"}
-            load_strictly(vit, state, source=source, what=f"{name} ({_NAMES})", option=option)
+        if weights is not None:
+            load_weights(
+                vit,
+                weights,
+                url=URL.format(name=name),
+                what=name,
+                option="loss.tokens_weights",
+                names=_NAMES,
+                own_key=_timm_key,
+            )
         depth = len(vit.blocks)
         if layer is not None and not 1 <= layer <= depth:
             raise UserError(f"DINOv2: layer must lie in [1, {depth}] for {name}, got {layer}")
@@ -126,8 +122,10 @@ class DINOv2(TokenEncoder):
         return self.vit.norm(tokens)[:, 1:]
 
 
-def _timm_key(key: str) -> str:
+def _timm_key(key: str) -> str | None:
     """A key of the hub's naming in timm's; they differ in the SwiGLU of the giant model only."""
+    if key == "mask_token":
+        return None
     return key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
 
 

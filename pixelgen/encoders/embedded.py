@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pixelgen.encoders.base import FrozenEncoder, StageEncoder, TokenEncoder, check_dtype
+from pixelgen.encoders.base import StageEncoder, TokenEncoder, check_dtype
 from pixelgen.encoders.weights import load_strictly, read_state_dict
 from pixelgen.errors import UserError
 from pixelgen.files import replacing
@@ -59,14 +59,11 @@ class EmbeddedConfig:
     num_classes: int = 1
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("channels", "patch_size", "num_classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"EmbeddedConfig: {name} must be at least 1, got {getattr(self, name)}")
 
+class EmbeddedFeatures(StageEncoder):
+    """The trained network: three feature maps for LPIPS. ``EmbeddedTokens`` makes tokens of the last one."""
 
-class EmbeddedFeatures(FrozenEncoder):
-    """The trained network; ``EmbeddedStages`` and ``EmbeddedTokens`` show it as encoders."""
+    stage_widths = _STAGE_WIDTHS
 
     token_mean: Tensor
     token_std: Tensor
@@ -85,11 +82,11 @@ class EmbeddedFeatures(FrozenEncoder):
         self.head = nn.Conv2d(_STAGE_WIDTHS[-1], _TOKEN_WIDTH, rest, stride=rest)
         self.register_buffer("token_mean", torch.zeros(_TOKEN_WIDTH))
         self.register_buffer("token_std", torch.ones(_TOKEN_WIDTH))
-        for i, width in enumerate(_STAGE_WIDTHS):
-            self.register_buffer(f"layer_weight_{i}", torch.ones(width))
+        self.register_layer_weights([torch.ones(width) for width in _STAGE_WIDTHS])
+        self.freeze()
 
-    def stages(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) in [-1, 1] to the three feature maps."""
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) in [-1, 1] to maps of 16, 32 and 48 channels."""
         if x.ndim != 4 or x.shape[1] != self.config.channels:
             raise ValueError(
                 f"EmbeddedFeatures: x must have shape (B, {self.config.channels}, H, W), got {tuple(x.shape)}"
@@ -114,24 +111,6 @@ class EmbeddedFeatures(FrozenEncoder):
         return (tokens - self.token_mean) / self.token_std
 
 
-class EmbeddedStages(StageEncoder):
-    """The three feature maps of ``features``, for LPIPS."""
-
-    stage_widths = _STAGE_WIDTHS
-
-    def __init__(self, features: EmbeddedFeatures) -> None:
-        super().__init__()
-        self.features = features
-        self.register_layer_weights(
-            [features.get_buffer(f"layer_weight_{i}") for i in range(len(_STAGE_WIDTHS))]
-        )
-        self.freeze()
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) in [-1, 1] to maps of 16, 32 and 48 channels."""
-        return self.features.stages(x)
-
-
 class EmbeddedTokens(TokenEncoder):
     """The tokens of ``features``, one per patch, for REPA and P-DINO."""
 
@@ -144,10 +123,10 @@ class EmbeddedTokens(TokenEncoder):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to tokens (B, T, 64), T = (H / patch_size) * (W / patch_size)."""
-        return self.from_stages(self.features.stages(x))
+        return self.from_stages(self.features(x))
 
     def from_stages(self, maps: list[Tensor]) -> Tensor:
-        """The same tokens from the maps that ``EmbeddedStages`` of the same features returned."""
+        """The same tokens from the maps of ``features``."""
         return self.features.tokens(maps[-1])
 
 
@@ -163,26 +142,16 @@ def embedded_features(
             (N,).
 
     Raises:
-        UserError: the file is broken or was trained for another configuration, or the images do not fit
-            ``config``.
-    """
-    path = Path(run_dir) / FILE_NAME
-    if path.exists():
-        return load_embedded(path, config)
-    features = train_embedded(config, *images())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous() for key, value in features.state_dict().items()}
-    with replacing(path) as file:
-        file.write(save(state, metadata={"config": json.dumps(asdict(config))}))
-    return features
-
-
-def load_embedded(path: str | Path, config: EmbeddedConfig) -> EmbeddedFeatures:
-    """Read features that ``embedded_features`` wrote.
-
-    Raises:
         UserError: the file is broken or was trained for another configuration.
     """
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        features = train_embedded(config, *images())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {key: value.contiguous() for key, value in features.state_dict().items()}
+        with replacing(path) as file:
+            file.write(save(state, metadata={"config": json.dumps(asdict(config))}))
+        return features
     what = "embedded features"
     state = read_state_dict(path, what=what, option="embedded")
     with safe_open(path, framework="pt") as file:
@@ -194,7 +163,6 @@ def load_embedded(path: str | Path, config: EmbeddedConfig) -> EmbeddedFeatures:
         )
     features = EmbeddedFeatures(config)
     load_strictly(features, state, source=str(path), what=what, option="embedded")
-    features.freeze()
     return features
 
 
@@ -208,19 +176,16 @@ def train_embedded(config: EmbeddedConfig, images: Tensor, labels: Tensor) -> Em
         config: what the features depend on, the seed among them.
         images: (N, C, H, W) uint8; sides are multiples of the patch size. Larger than 32 px, crops are used.
         labels: (N,) int64 in [0, num_classes); not read when there is one class.
-
-    Raises:
-        UserError: no images, or images or labels that do not fit ``config``.
     """
-    _check_images(config, images, labels)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        features = EmbeddedFeatures(config)
+        features = EmbeddedFeatures(config).requires_grad_(True)
         classify = nn.Linear(_TOKEN_WIDTH, config.num_classes)
         reconstruct = nn.Linear(_TOKEN_WIDTH, config.channels * config.patch_size**2)
     images, labels = images.cpu(), labels.cpu()
-    crop = [min(side, _training_side(config.patch_size)) for side in images.shape[2:]]
+    largest = max(_MAX_TRAINING_SIDE // config.patch_size, 2) * config.patch_size  # at least two patches
+    crop = [min(side, largest) for side in images.shape[2:]]
     batch = min(max(_PIXELS_PER_STEP // (crop[0] * crop[1]), _MIN_BATCH), _MAX_BATCH)
     steps = max(_PIXEL_BUDGET // (batch * crop[0] * crop[1]), 1)
     parameters = [p for module in (features, classify, reconstruct) for p in module.parameters()]
@@ -233,9 +198,8 @@ def train_embedded(config: EmbeddedConfig, images: Tensor, labels: Tensor) -> Em
             index = torch.randint(len(images), (batch,), generator=generator)
             x = _random_crop(images[index], crop, generator)
             noise = torch.randn(x.shape, generator=generator)
-            tokens = features.tokens(
-                features.stages(x + noise * _MAX_NOISE * torch.rand(batch, 1, 1, 1, generator=generator))[-1]
-            )
+            noisy = x + noise * _MAX_NOISE * torch.rand(batch, 1, 1, 1, generator=generator)
+            tokens = features.tokens(features(noisy)[-1])
             patches = F.pixel_unshuffle(x, config.patch_size).flatten(2).transpose(1, 2)  # (B, T, C*P*P)
             loss = _DENOISING_WEIGHT * F.mse_loss(reconstruct(tokens), patches)
             if config.num_classes > 1:
@@ -247,38 +211,6 @@ def train_embedded(config: EmbeddedConfig, images: Tensor, labels: Tensor) -> Em
     features.freeze()
     _calibrate(features, images, crop, generator)
     return features
-
-
-def _check_images(config: EmbeddedConfig, images: Tensor, labels: Tensor) -> None:
-    if (
-        images.dtype != torch.uint8
-        or images.ndim != 4
-        or images.shape[1] != config.channels
-        or not len(images)
-    ):
-        raise UserError(
-            f"embedded: images must be uint8 (N, {config.channels}, H, W) with N > 0, "
-            f"got {images.dtype} {tuple(images.shape)}"
-        )
-    if any(side % config.patch_size or not side for side in images.shape[2:]):
-        raise UserError(
-            f"embedded: image sides must be multiples of patch_size {config.patch_size}, "
-            f"got {tuple(images.shape[2:])}"
-        )
-    if config.num_classes > 1:
-        if labels.shape != (len(images),) or labels.dtype != torch.int64:
-            raise UserError(
-                f"embedded: labels must be int64 of shape ({len(images)},), "
-                f"got {labels.dtype} {tuple(labels.shape)}"
-            )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= config.num_classes:
-            raise UserError(f"embedded: labels must lie in [0, {config.num_classes}), got {low} to {high}")
-
-
-def _training_side(patch_size: int) -> int:
-    """The side of training crops: about 32 pixels, at least two patches."""
-    return max(_MAX_TRAINING_SIDE // patch_size, 2) * patch_size
 
 
 def _random_crop(images: Tensor, crop: list[int], generator: torch.Generator) -> Tensor:
@@ -298,13 +230,13 @@ def _calibrate(
     """Set the token statistics, and the channel weights that put unrelated images at the distance 0.7."""
     index = torch.randperm(len(images), generator=generator)[:512]
     x = images[index][:, :, : crop[0], : crop[1]].float() / 127.5 - 1
-    maps = features.stages(x)
+    maps = features(x)
     tokens = features.tokens(maps[-1]).flatten(0, 1)
     features.token_mean.copy_(tokens.mean(0))
     features.token_std.copy_(tokens.std(0, correction=0).clamp_min(1e-3))
-    for i, stage in enumerate(maps):
+    for channel_weight, stage in zip(features.layer_weights, maps, strict=True):
         unit = F.normalize(stage, dim=1, eps=1e-10)
         distance = (unit - unit.roll(1, 0)).square().sum(1).mean()
         # One image, or all the same: no distance to go by, so the weights stay 1.
         weight = torch.where(distance > 1e-6, _UNRELATED_DISTANCE / len(maps) / distance.clamp_min(1e-6), 1.0)
-        features.get_buffer(f"layer_weight_{i}").fill_(float(weight))
+        channel_weight.fill_(float(weight))

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import StageEncoder, as_rgb, check_dtype
-from pixelgen.encoders.weights import download_state_dict, load_strictly, read_state_dict, warn_random
+from pixelgen.encoders.weights import load_weights, read_state_dict
 from pixelgen.errors import UserError
 
-_WHAT = "VGG16"
-_NAMES = "features.0.weight to features.28.bias, torchvision naming"
 # Index one past relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's `features`.
 _TAPS = (4, 9, 16, 23, 30)
 _MIN_SIDE = 16  # four 2x2 poolings lie before the last tap
@@ -28,7 +26,6 @@ class VGG16(StageEncoder):
             of a file with them (torchvision's naming), ``"random"`` (seeded, with a warning), or None: left
             as made on the default device, to count and measure with.
         seed: seed of the random weights.
-        option: the name of the option that ``weights`` came from, for error texts.
 
     Raises:
         UserError: the weights cannot be downloaded, or the file is missing, truncated or of another network.
@@ -39,9 +36,7 @@ class VGG16(StageEncoder):
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self, weights: str | Path | None = "pretrained", *, seed: int = 0, option: str = "loss.stages_weights"
-    ) -> None:
+    def __init__(self, weights: str | Path | None = "pretrained", *, seed: int = 0) -> None:
         super().__init__()
         import torchvision
 
@@ -50,17 +45,17 @@ class VGG16(StageEncoder):
             features = torchvision.models.vgg16(weights=None).features[: _TAPS[-1]]
         if weights is not None:
             features = features.to_empty(device="cpu")
-        if weights == "random":
-            warn_random(_WHAT, option)
-            _init_random(features, seed)
-        elif weights is not None:
-            source = str(weights)
-            if weights == "pretrained":
-                source = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
-                state = download_state_dict(source, what=_WHAT, option=option, names=_NAMES)
-            else:
-                state = read_state_dict(weights, what=_WHAT, option=option)
-            _load(features, state, source=source, option=option)
+            if weights == "random":
+                _init_random(features, seed)
+            load_weights(
+                features,
+                weights,
+                url=torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
+                what="VGG16",
+                option="loss.stages_weights",
+                names="features.0.weight to features.28.bias, torchvision naming",
+                own_key=lambda key: None if key.startswith("classifier.") else key.removeprefix("features."),
+            )
         self.features = features
         # LPIPS' ScalingLayer: the ImageNet mean and deviation, moved to [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -99,24 +94,13 @@ class VGG16(StageEncoder):
         return stages
 
 
-def _load(features: nn.Module, state: dict[str, Tensor], *, source: str, option: str) -> None:
-    """Load ``features.*`` of a torchvision state dict; its classifier is not used."""
-    convolutions = {
-        key.removeprefix("features."): value
-        for key, value in state.items()
-        if not key.startswith("classifier.")
-    }
-    load_strictly(features, convolutions, source=source, what=f"{_WHAT} ({_NAMES})", option=option)
-
-
 def _init_random(features: nn.Module, seed: int) -> None:
     """Torchvision's initialisation (He normal), from a seed of its own."""
     generator = torch.Generator().manual_seed(seed)
     for layer in features.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
 def _lpips_layer_weights() -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,17 +19,48 @@ from pixelgen.errors import UserError
 _ANSWER_SECONDS = 5
 
 
+def load_weights(
+    module: nn.Module,
+    weights: str | Path,
+    *,
+    url: str,
+    what: str,
+    option: str,
+    names: str,
+    own_key: Callable[[str], str | None],
+) -> None:
+    """Load the weights that an option asks for; ``"random"`` leaves the module as it is, with a warning.
+
+    Args:
+        module: the network.
+        weights: ``"pretrained"``, the path of a file, or ``"random"``.
+        url: where the pretrained weights are.
+        what, option, names: the network, the option and the keys of the file, as error texts call them.
+        own_key: the module's key for one of the file; None for what the module does not have.
+
+    Raises:
+        UserError: the weights cannot be downloaded or read, or are those of another network.
+    """
+    if weights == "random":
+        warnings.warn(
+            f"{option}: {what} has random weights: good for tests and timing only, as a loss it costs as "
+            "much as the trained network and was measured to gain nothing",
+            UserWarning,
+            stacklevel=3,
+        )
+        return
+    if weights == "pretrained":
+        source, found = url, download_state_dict(url, what=what, option=option, names=names)
+    else:
+        source, found = str(weights), read_state_dict(weights, what=what, option=option)
+    state = {own: value for key, value in found.items() if (own := own_key(key)) is not None}
+    load_strictly(module, state, source=source, what=f"{what} ({names})", option=option)
+
+
 def download_state_dict(url: str, *, what: str, option: str, names: str) -> dict[str, Tensor]:
     """Read a state dict from torch.hub's cache; a file that is not there yet is downloaded into it first.
 
-    Args:
-        url: the address; a file name that ends in -HASH.pth is checked against that SHA-256.
-        what: the network the file holds, for the error texts.
-        option: the configuration option that asked for it, for the error texts.
-        names: what the keys of the file are called, for the error texts.
-
-    Raises:
-        UserError: the file cannot be downloaded, or the one in the cache cannot be read.
+    A file name that ends in -HASH.pth is checked against that SHA-256.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlsplit(url).path).name)
     if not path.exists():
@@ -55,11 +86,6 @@ def download_state_dict(url: str, *, what: str, option: str, names: str) -> dict
 
 def read_state_dict(path: str | Path, *, what: str, option: str) -> dict[str, Tensor]:
     """Read a state dict from a ``.safetensors`` file or a PyTorch file (``weights_only=True``).
-
-    Args:
-        path: the file.
-        what: the network the file should hold, for the error texts.
-        option: the configuration option that named the file, for the error texts.
 
     Raises:
         UserError: the file is missing, truncated, not a weights file, or holds something else than tensors.
@@ -121,11 +147,7 @@ def _check_flat(state: Any, path: Path, *, what: str, option: str) -> None:
 def load_strictly(
     module: nn.Module, state: Mapping[str, Tensor], *, source: str, what: str, option: str
 ) -> None:
-    """Load ``state`` into ``module``; every key and every shape must match.
-
-    Raises:
-        UserError: lists the missing, unexpected and misshapen keys.
-    """
+    """Load ``state`` into ``module``; a UserError counts keys that are missing, unexpected or misshapen."""
     expected = module.state_dict()
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -150,13 +172,3 @@ def load_strictly(
 def _first_sentence(error: BaseException) -> str:
     line = (str(error).splitlines() or [""])[0]
     return line.split(". ")[0].rstrip(".") or type(error).__name__
-
-
-def warn_random(what: str, option: str) -> None:
-    """Say what random weights are worth."""
-    warnings.warn(
-        f"{option}: {what} has random weights: good for tests and timing only, as a loss it costs as "
-        "much as the trained network and was measured to gain nothing",
-        UserWarning,
-        stacklevel=3,
-    )

@@ -11,8 +11,9 @@ from pixelgen_kernels import select
 from torch import Tensor
 
 from pixelgen.encoders.base import TokenEncoder
-from pixelgen.encoders.build import build_stage_encoder, build_token_encoder
-from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, embedded_features
+from pixelgen.encoders.dinov2 import DINOv2
+from pixelgen.encoders.embedded import EmbeddedConfig, EmbeddedFeatures, EmbeddedTokens, embedded_features
+from pixelgen.encoders.vgg16 import VGG16
 from pixelgen.losses.lpips import LPIPS
 from pixelgen.losses.objective import Objective
 
@@ -106,7 +107,7 @@ def build_networks(
         has_weights: whether weights are loaded, or drawn.
     """
     needs_lpips, needs_tokens = loss.needs("maps"), loss.needs("tokens", "target_tokens")
-    features: EmbeddedFeatures | None = None
+    features: Any = None
     if (needs_lpips and loss.stages == "embedded") or (needs_tokens and loss.tokens == "embedded"):
         config = EmbeddedConfig(
             channels=model.channels, patch_size=model.patch_size, num_classes=model.num_classes, seed=seed
@@ -115,18 +116,19 @@ def build_networks(
     lpips = None
     if needs_lpips:
         weights = loss.stages_weights if has_weights else None
-        stages = build_stage_encoder(loss.stages, weights=weights, seed=seed, embedded=features)
+        stages = features if loss.stages == "embedded" else VGG16(weights, seed=seed)
         # VGG16 is meant to see 16 pixels per patch; the embedded network was trained on the images as is.
         is_resized = loss.stages != "embedded" and model.patch_size != 16
         lpips = LPIPS(stages, ops=select(kernels), resize_from_patch=model.patch_size if is_resized else None)
-    encoder = None
-    if needs_tokens:
-        encoder = build_token_encoder(
+    encoder: TokenEncoder | None = None
+    if needs_tokens and loss.tokens == "embedded":
+        encoder = EmbeddedTokens(features)
+    elif needs_tokens:
+        encoder = DINOv2(
             loss.tokens,
-            weights=loss.tokens_weights if has_weights else None,
+            loss.tokens_weights if has_weights else None,
             patch_size=model.patch_size,
             layer=loss.p_dino_layer,
             seed=seed,
-            embedded=features,
         )
     return lpips, encoder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelgen.encoders.base import TokenEncoder
-from pixelgen.encoders.embedded import EmbeddedStages, EmbeddedTokens
+from pixelgen.encoders.embedded import EmbeddedTokens
 from pixelgen.losses.gate import BUCKETS, Selection
 from pixelgen.losses.lpips import LPIPS
 
@@ -31,8 +31,7 @@ class FeatureNetworks:
             isinstance(encoder, EmbeddedTokens)
             and isinstance(lpips, LPIPS)
             and lpips.resize_from_patch is None
-            and isinstance(lpips.stages, EmbeddedStages)
-            and lpips.stages.features is encoder.features
+            and lpips.stages is encoder.features
         )
 
     def apply(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:

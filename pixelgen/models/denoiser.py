@@ -1,4 +1,4 @@
-"""What a denoiser is to trainer, pipeline, sharding, planning and sampling: they know nothing else of it."""
+"""The interface of a denoiser: all that trainer, pipeline, sharding, planning and sampling use of it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ Kernels = Literal["auto", "eager"]
 
 
 class Denoiser(nn.Module, ABC):
-    """A network on pixel patches that predicts what is clean, or where that lies.
+    """A network on noisy pixel patches that predicts the clean ones, or the velocity towards them.
 
     t = 0 is noise and t = 1 is data: x_t = t x + (1 - t) noise. A family whose published code has it
-    otherwise converts inside of its own class.
+    otherwise converts inside its own class.
 
     Attributes:
         prediction: ``"x"``, the clean patches, or ``"velocity"``, x - noise.
-        input_order: whether the channel is the first index of a patch's values going in, or the last.
-        output_order: the same of those that come out.
+        class_table: key in ``state_dict`` of the class embedding, whose last row is the null label; None for
+            a model without one.
+        input_order: whether the channel is the first or the last index of an input patch's values.
+        output_order: the same for an output patch.
         config: the architecture: a frozen dataclass with ``image_size``, ``channels``, ``num_classes``,
-            ``patch_size``, ``width`` (of the tapped features) and ``depth`` (numbers of taps).
+            ``patch_size``, ``width`` (of the tapped features) and ``depth`` (number of blocks).
         ops: the kernels in use.
     """
 
     prediction: ClassVar[Literal["x", "velocity"]] = "x"
-    #: Name in the state of the table with a row for each class and a last one for none; None without classes.
     class_table: ClassVar[str | None] = None
     input_order: ClassVar[ChannelOrder] = "first"
     output_order: ClassVar[ChannelOrder] = "last"
@@ -59,7 +60,7 @@ class Denoiser(nn.Module, ABC):
             tokens: (B, T, P*P*channels) noisy patches in raster order, values in ``input_order``.
             grid: rows and columns of the patches; T is their product.
             t: (B,) time in [0, 1].
-            condition: what is known of each image, such as ``{"label": (B,)}``.
+            condition: such as ``{"label": (B,)}``.
             tap: L in [0, depth): also return the features that go into block L.
 
         Returns:
@@ -72,10 +73,10 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def null(self, condition: Condition) -> Condition:
-        """The condition that says nothing, for as many images and of the same shapes."""
+        """The null condition of classifier-free guidance, for as many images and of the same shapes."""
 
     def example_condition(self, batch_size: int) -> Condition:
-        """Any condition of so many images, on the default device, to count and measure with."""
+        """Any condition for so many images, on the default device, to count and measure with."""
         return {"label": torch.zeros(batch_size, dtype=torch.int64)}
 
     @abstractmethod
@@ -87,15 +88,15 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def balance_weight(self) -> Tensor:
-        """The parameter by whose gradients loss terms are balanced: that of the last linear layer."""
+        """The parameter by whose gradients loss terms are balanced: the last linear layer's weight."""
 
     @classmethod
     def convert(cls, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state of this class from that of the published code; unknown names stay as they are."""
+        """The ``state_dict`` of this class from the published code's; unknown names stay as they are."""
         return dict(published)
 
     def tables(self) -> dict[str, Tensor]:
-        """Buffers of ``state_dict`` that follow from the configuration, so that nobody's are loaded."""
+        """Buffers of ``state_dict`` that follow from the configuration, so that they are never loaded."""
         return {}
 
     def resized(
@@ -104,17 +105,17 @@ class Denoiser(nn.Module, ABC):
         """A tensor of another model of this family in the shape that it has here, and what was done.
 
         Args:
-            name: of the tensor.
+            name: its key in ``state_dict``.
             given: its value there.
-            own: of the fresh model here; its values only where ``name`` is ``class_table``.
+            own: that of the fresh model here; holds values only where ``name`` is ``class_table``.
             classes: classes here -> the same ones there.
 
         Returns:
-            None where no such thing makes sense.
+            None where it cannot be brought into this shape.
         """
         return None
 
-    # --- what follows from that ---
+    # --- what all families share ---
 
     def forward(
         self, x_t: Tensor, t: Tensor, condition: Condition | Tensor, tap: int | None = None
@@ -131,14 +132,13 @@ class Denoiser(nn.Module, ABC):
             The prediction (B, channels, H, W), and with ``tap`` the features.
 
         Raises:
-            ValueError: an image of another shape, or no such block.
+            ValueError: an image of another shape.
         """
         P, channels = self.config.patch_size, self.config.channels
-        name = type(self).__name__
         if x_t.ndim != 4 or x_t.shape[1] != channels or x_t.shape[2] % P or x_t.shape[3] % P:
             raise ValueError(
-                f"{name}: x_t must have shape (B, {channels}, H, W), H and W multiples of {P}, "
-                f"got {tuple(x_t.shape)}"
+                f"{type(self).__name__}: x_t must have shape (B, {channels}, H, W), "
+                f"H and W multiples of {P}, got {tuple(x_t.shape)}"
             )
         height, width = x_t.shape[2:]
         if isinstance(condition, Tensor):
@@ -161,11 +161,10 @@ class Denoiser(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compiles the forward pass of every block by itself; equal blocks share their code.
 
-        They differ in dropout, in their tokens, and in what the block before has left to them, each in
-        training and in evaluation: more variants than PyTorch compiles of one function by default, after
-        which it would run the others uncompiled. Hooks on the blocks, such as those that gather sharded
-        weights, stay outside.
+        Hooks on the blocks, such as those that gather sharded weights, stay outside.
         """
+        # Blocks differ in dropout, tokens and pending branch, in training and in evaluation: more variants
+        # than PyTorch compiles of one function by default, after which it would run the others uncompiled.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         for block in self.fsdp_units():
             block.forward = torch.compile(block.forward)

@@ -22,8 +22,7 @@ def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
 
     Args:
         width: channels C, a multiple of 4.
-        rows: rows of the patch grid.
-        columns: columns of the patch grid.
+        rows, columns: of the patch grid.
 
     Returns:
         (1, rows * columns, C) fp32 in raster order.
@@ -45,8 +44,7 @@ def rope_table(head_dim: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
     Args:
         head_dim: head dimension D, a multiple of 4.
-        rows: rows of the patch grid.
-        columns: columns of the patch grid.
+        rows, columns: of the patch grid.
 
     Returns:
         cos and sin, each (rows * columns, D / 2) fp32, for adjacent channel pairs (2i, 2i + 1).
@@ -130,13 +128,12 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time in [0, 1] to a vector: 128 cosines and 128 sines of t * max_period^(-k/128), then an MLP."""
+    """Time in [0, 1] to a vector: 128 cosines and 128 sines of t * 10000^(-k/128), then an MLP."""
 
     num_features = 256
 
-    def __init__(self, width: int, max_period: float = 10000.0) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.max_period = max_period
         self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def reset_parameters(self) -> None:
@@ -151,7 +148,7 @@ class TimestepEmbedder(nn.Module):
         """(B,) to (B, C). The features are fp32 whatever the weights are."""
         half = self.num_features // 2
         frequency = torch.exp(
-            torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(self.max_period) / half)
+            torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half)
         )
         angle = t.float()[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -22,7 +22,7 @@ class Architecture:
 
     Args:
         width: channels of the features that can be tapped.
-        depth: number of blocks, from 0 the numbers of the taps.
+        depth: number of blocks.
         patch_size: side P of a square patch in pixels.
         image_size: image side in pixels, or ``(height, width)``; both multiples of ``patch_size``.
         channels: image channels.
@@ -37,19 +37,17 @@ class Architecture:
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        for key in ("width", "depth", "patch_size", "channels", "num_classes"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{name}: {key} must be at least 1, got {getattr(self, key)}")
-        for side in self.image_height_width:
-            if side < 1 or side % self.patch_size:
-                raise UserError(
-                    f"{name}: image_size must be a multiple of patch_size {self.patch_size}, "
-                    f"got {self.image_size}"
-                )
+        for name in ("width", "depth", "patch_size", "channels", "num_classes"):
+            self._require(name, getattr(self, name) >= 1, "be at least 1")
+        fits = all(side >= 1 and side % self.patch_size == 0 for side in self.image_height_width)
+        self._require("image_size", fits, f"be a multiple of patch_size {self.patch_size}")
 
-    def without_rates(self) -> Architecture:
-        """The same weights without what a run may change on its way, such as dropout."""
+    def _require(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise UserError(f"{type(self).__name__}: {name} must {expected}, got {getattr(self, name)}")
+
+    def without_dropout(self) -> Architecture:
+        """The same weights without dropout and whatever else a resumed run may change."""
         return self
 
     @property
@@ -78,12 +76,12 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A kind of denoiser, known from when it is registered.
+    """A kind of denoiser, known once it is registered.
 
     Attributes:
         name: what ``model.family`` calls it.
         config: frozen dataclass of the architecture. Its docstring explains the fields, each of which is an
-            option of the ``model`` section, but for those of ``DATA_FIELDS``.
+            option of the ``model`` section, except those of ``DATA_FIELDS``.
         sizes: published architectures by name.
         module: where the denoiser is, ``"package.module:Class"``; imported when one is built.
     """
@@ -110,31 +108,18 @@ class Family:
             raise UserError(f"model.size must be one of {', '.join(self.sizes)}, got {size!r}{hint}")
         return replace(self.sizes[size], **overrides)
 
-    def denoiser(self) -> type[Denoiser]:
-        """The class, which needs torch."""
-        module, _, name = self.module.partition(":")
-        return getattr(importlib.import_module(module), name)
-
 
 FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Makes a family known to ``model.family``, before the command line is read.
-
-    Raises:
-        ValueError: another one has its name.
-    """
+    """Makes a family known to ``model.family``, before the command line is read; its name must be new."""
     if FAMILIES.setdefault(family.name, family) is not family:
         raise ValueError(f"family {family.name} is registered already")
 
 
 def family_of(architecture: Architecture) -> Family:
-    """The family that an architecture belongs to.
-
-    Raises:
-        ValueError: none has such ones.
-    """
+    """The family that an architecture belongs to; a ValueError where it was not registered."""
     for family in FAMILIES.values():
         if type(architecture) is family.config:
             return family
@@ -142,10 +127,6 @@ def family_of(architecture: Architecture) -> Family:
 
 
 def build_denoiser(architecture: Architecture, kernels: Literal["auto", "eager"] = "auto") -> Denoiser:
-    """A fresh denoiser.
-
-    Args:
-        architecture: an instance of a family's ``config``.
-        kernels: ``"auto"`` for the fused ops, ``"eager"`` for plain PyTorch.
-    """
-    return family_of(architecture).denoiser()(architecture, kernels)
+    """A fresh denoiser; ``kernels`` are ``"auto"``, the fused ops, or ``"eager"``, plain PyTorch."""
+    module, _, name = family_of(architecture).module.partition(":")
+    return getattr(importlib.import_module(module), name)(architecture, kernels)

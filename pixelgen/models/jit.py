@@ -54,9 +54,9 @@ class JiT(Denoiser):
                 config.width,
                 config.heads,
                 config.mlp_width,
-                attn_dropout=config.attn_dropout if index in middle else 0.0,
-                proj_dropout=config.proj_dropout if index in middle else 0.0,
-                ops=self.ops,
+                config.attn_dropout if index in middle else 0.0,
+                config.proj_dropout if index in middle else 0.0,
+                self.ops,
             )
             for index in range(config.depth)
         )
@@ -98,17 +98,17 @@ class JiT(Denoiser):
         return list(self.blocks)
 
     def balance_weight(self) -> Tensor:
-        """That of the projection to pixels."""
+        """The weight of the projection to pixels."""
         return self.final_layer.linear.weight
 
     def tables(self) -> dict[str, Tensor]:
-        """Positions, which another resolution has others of."""
+        """Positions, which depend on the resolution."""
         return {"pos_embed": sincos_position_table(self.config.width, *self.config.grid)}
 
     def resized(
         self, name: str, given: Tensor, own: Tensor, classes: Mapping[int, int]
     ) -> tuple[Tensor, str] | None:
-        """Other classes; other numbers of channels, among which weights are shared out: grey stays grey."""
+        """Other classes; another number of channels, over which weights are averaged: grey stays grey."""
         if name == self.class_table and given.shape[1] == own.shape[1]:
             table = own.clone()
             table[-1] = given[-1]
@@ -117,9 +117,9 @@ class JiT(Denoiser):
             return table, f"{len(classes)} classes kept, {len(own) - 1 - len(classes)} new"
         P, channels = self.config.patch_size, self.config.channels
         if name == "x_embedder.proj1.weight" and given.shape[::2] == own.shape[::2]:
-            theirs = given.shape[1]
-            value = given.mean(1, keepdim=True).expand(own.shape) * (theirs / channels)
-            return value, f"{theirs} channels to {channels}"
+            given_channels = given.shape[1]
+            value = given.mean(1, keepdim=True).expand(own.shape) * (given_channels / channels)
+            return value, f"{given_channels} channels to {channels}"
         if name.startswith("final_layer.linear.") and len(given) % P**2 == 0:
             pixels = given.unflatten(0, (P**2, -1))  # the channel is the last index of a patch's values
             if given.shape[1:] != own.shape[1:] or pixels.shape[1] not in (1, 3):
@@ -148,7 +148,7 @@ class JiT(Denoiser):
         label = self.y_embedder(condition["label"])  # (B, C)
         c = self.t_embedder(t) + label
         x = self.x_embedder(tokens)
-        # The stream keeps the embedding's dtype (bf16 under autocast) from the first block to the last.
+        # The residual stream has the embedding's dtype (bf16 under autocast) from first block to last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
         modulations = packed_modulations(c, self._adaln_modules(), x.dtype)

@@ -64,11 +64,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """silu(x W1) * (x W2), projected back; W1 and W2 are one packed matrix ``w12``."""
 
-    def __init__(self, width: int, inner: int, dropout: float, ops: Ops, bias: bool = True) -> None:
+    def __init__(self, width: int, inner: int, dropout: float, ops: Ops) -> None:
         super().__init__()
         self.dropout, self.ops = dropout, ops
-        self.w12 = nn.Linear(width, 2 * inner, bias=bias)
-        self.w3 = nn.Linear(inner, width, bias=bias)
+        self.w12 = nn.Linear(width, 2 * inner)
+        self.w3 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -80,9 +80,8 @@ def packed_modulations(
 ) -> Sequence[Tensor | None]:
     """The modulation of every AdaLN layer from one matrix product, for the training step.
 
-    They all read the same condition, and their weights change at every step; where weights stay as they are,
-    packing them would cost more than it saves. Each layer keeps its own parameters, under their published
-    names; the product reads them in the dtype of autocast where that is on.
+    Their weights change at every step; where they stay as they are, packing would cost more than it saves.
+    Each layer keeps its own parameters; the product reads them in the dtype of autocast where that is on.
 
     Args:
         condition: (B, C).
@@ -151,7 +150,7 @@ def add_pending(x: Tensor, pending: Pending | None) -> Tensor:
 def norm_after_pending(
     x: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, norm: RMSNorm, ops: Ops
 ) -> tuple[Tensor, Tensor]:
-    """The stream with the pending branch added, and its norm with shift and scale."""
+    """The residual stream with the pending branch added, and its norm with shift and scale."""
     if pending is None:
         return x, ops.rms_norm_modulate(x, shift, scale, norm.weight, eps=norm.eps)
     branch, gate = pending
@@ -187,7 +186,7 @@ _keep_products_and_attention = _keep(_PRODUCTS | _ATTENTION)
 class Block(nn.Module):
     """AdaLN transformer block: x + gate * f(norm(x) * (1 + scale) + shift), attention then MLP.
 
-    The sum with the MLP's branch is left to whoever norms the stream next, usually the next block.
+    The MLP's branch is added by the norm that follows, usually that of the next block.
     """
 
     #: What the backward pass computes again; see ``JiT.checkpoint_blocks``.
@@ -198,9 +197,8 @@ class Block(nn.Module):
         width: int,
         heads: int,
         mlp_width: int,
-        *,
-        attn_dropout: float = 0.0,
-        proj_dropout: float = 0.0,
+        attn_dropout: float,
+        proj_dropout: float,
         ops: Ops,
     ) -> None:
         super().__init__()
@@ -217,8 +215,8 @@ class Block(nn.Module):
         pending: Pending | None,
         condition: Tensor,
         rope: tuple[Tensor, Tensor],
-        num_prefix_tokens: int = 0,
-        modulation: Tensor | None = None,
+        num_prefix_tokens: int,
+        modulation: Tensor | None,
     ) -> tuple[Tensor, Pending]:
         """One block on the residual stream.
 
@@ -232,7 +230,7 @@ class Block(nn.Module):
                 dtype of x, shift, scale, gate of attention, then of the MLP.
 
         Returns:
-            The stream (B, T, C) and the MLP's branch with its gate, in x's dtype.
+            The residual stream (B, T, C) and the MLP's branch with its gate, in x's dtype.
         """
         arguments = x, pending, condition, rope, num_prefix_tokens, modulation
         if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -273,19 +271,9 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = adaln(width, 2)
 
     def forward(
-        self, x: Tensor, pending: Pending | None, condition: Tensor, modulation: Tensor | None = None
+        self, x: Tensor, pending: Pending | None, condition: Tensor, modulation: Tensor | None
     ) -> Tensor:
-        """The pixels of every patch.
-
-        Args:
-            x: (B, T, C).
-            pending: what is left to be added to it.
-            condition: (B, C).
-            modulation: see ``Block``; (B, 2C), shift and scale.
-
-        Returns:
-            (B, T, P*P*channels).
-        """
+        """(B, T, C) to (B, T, P*P*channels); arguments as of ``Block``, modulation (B, 2C) without gate."""
         if modulation is None:
             modulation = self.adaLN_modulation(condition).to(x.dtype)
         shift, scale = modulation.chunk(2, dim=1)

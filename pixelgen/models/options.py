@@ -55,8 +55,8 @@ class ModelOptions(OpenSection):
         family = FAMILIES[self.family]
         given = {name: getattr(self, name) for name in family.options}
         overrides = {name: value for name, value in given.items() if value is not None}
-        of_data = {name: getattr(data, name) for name in DATA_FIELDS}
-        return family.architecture(self.size, **of_data, **overrides)
+        shapes = {name: getattr(data, name) for name in DATA_FIELDS}
+        return family.architecture(self.size, **shapes, **overrides)
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.sizes import ModelConfig
 
-PREFIX = {"raw": "denoiser.", "ema": "ema_denoiser."}
+_PREFIX = {"raw": "denoiser.", "ema": "ema_denoiser."}
 
 
 def load_strictly(model: Denoiser, state: dict[str, Tensor], source: str) -> None:
@@ -23,13 +23,8 @@ def load_strictly(model: Denoiser, state: dict[str, Tensor], source: str) -> Non
     The one exception are fixed tables, such as positions: a checkpoint trained at another resolution may
     carry another shape, and the model's own table is kept.
 
-    Args:
-        model: the model to fill.
-        state: tensors under the published key names, any float dtype.
-        source: what the error message calls it, usually the file's path.
-
     Raises:
-        UserError: lists every missing, unexpected and misshapen key.
+        UserError: begins with ``source`` and lists every missing, unexpected and misshapen key.
     """
     own = model.state_dict()
     state = dict(state)
@@ -48,8 +43,8 @@ def load_strictly(model: Denoiser, state: dict[str, Tensor], source: str) -> Non
     model.load_state_dict(state)
 
 
-def read_released_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The ``state_dict`` of a Lightning checkpoint, read without running any pickled code.
+def read_released_checkpoint(path: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The ``raw`` and ``ema`` weights of a Lightning checkpoint, read without running any pickled code.
 
     Raises:
         FileNotFoundError: no such file.
@@ -65,13 +60,16 @@ def read_released_checkpoint(path: str | Path) -> dict[str, Tensor]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not any(key.startswith("denoiser.") for key in state):
         raise UserError(f"{path} is not a PixelGen checkpoint: it has no 'state_dict' with 'denoiser.*' keys")
-    return state
+    return {
+        name: {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        for name, prefix in _PREFIX.items()
+    }
 
 
 def load_released_checkpoint(
     path: str | Path,
     config: ModelConfig,
-    weights: Literal["raw", "ema"] = "ema",
+    weights: str = "ema",
     kernels: Literal["auto", "eager"] = "auto",
 ) -> Denoiser:
     """A denoiser with the weights of a published checkpoint.
@@ -83,12 +81,11 @@ def load_released_checkpoint(
         kernels: as in ``JiT``.
 
     Raises:
-        FileNotFoundError: no such file.
-        UserError: a file of another kind, or weights that do not fit ``config``.
+        UserError: other weights than those two, or ones that do not fit ``config``.
     """
-    state = read_released_checkpoint(path)
-    prefix = PREFIX[weights]
-    published = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if weights not in _PREFIX:
+        raise UserError(f"{path}: a .ckpt has ema and raw weights only, got {weights!r}")
+    published = read_released_checkpoint(path)[weights]
     model = build_denoiser(config, kernels)
     load_strictly(model, model.convert(published), str(path))
     return model.eval()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pixelgen.errors import UserError
-from pixelgen.models.families import Architecture, Family, register
+from pixelgen.models.families import FAMILIES, Architecture, Family, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,31 +37,20 @@ class ModelConfig(Architecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1:
-            raise UserError(f"ModelConfig: heads must be at least 1, got {self.heads}")
-        if self.width % self.heads or (self.width // self.heads) % 4:
-            raise UserError(
-                f"ModelConfig: width / heads must be a multiple of 4, got {self.width} / {self.heads}"
-            )
-        if self.width > 8192 or self.head_dim > 256:
-            raise UserError(
-                f"ModelConfig: width must be at most 8192 and width / heads at most 256, "
-                f"got {self.width} and {self.head_dim}"
-            )
-        if self.mlp_width < 1:
-            raise UserError(f"ModelConfig: mlp_ratio {self.mlp_ratio} leaves the MLP no width")
-        if self.bottleneck_dim < 0 or self.in_context_len < 0:
-            raise UserError("ModelConfig: bottleneck_dim and in_context_len must not be negative")
-        if self.in_context_len and not 0 <= self.in_context_start < self.depth:
-            raise UserError(
-                f"ModelConfig: in_context_start must lie in [0, depth) = [0, {self.depth}), "
-                f"got {self.in_context_start}"
-            )
+        self._require("heads", self.heads >= 1, "be at least 1")
+        is_multiple = self.width % self.heads == 0 and self.head_dim % 4 == 0
+        self._require("heads", is_multiple, f"make width / heads, {self.width} / heads, a multiple of 4")
+        self._require("width", self.width <= 8192, "be at most 8192")
+        self._require("heads", self.head_dim <= 256, f"make width / heads, {self.width} / heads, at most 256")
+        self._require("mlp_ratio", self.mlp_width >= 1, "leave the MLP a width of at least 1")
+        for name in ("bottleneck_dim", "in_context_len"):
+            self._require(name, getattr(self, name) >= 0, "not be negative")
+        is_block = not self.in_context_len or 0 <= self.in_context_start < self.depth
+        self._require("in_context_start", is_block, f"lie in [0, depth) = [0, {self.depth})")
         for name in ("attn_dropout", "proj_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"ModelConfig: {name} must lie in [0, 1), got {getattr(self, name)}")
+            self._require(name, 0.0 <= getattr(self, name) < 1.0, "lie in [0, 1)")
 
-    def without_rates(self) -> ModelConfig:
+    def without_dropout(self) -> ModelConfig:
         """The same weights without dropout."""
         return replace(self, attn_dropout=0.0, proj_dropout=0.0)
 
@@ -88,6 +76,8 @@ _JIT = {
     ),
 }
 
+_TINY = ModelConfig(width=64, depth=3, heads=4, num_classes=10, in_context_start=1)
+
 SIZES: dict[str, ModelConfig] = {
     **{f"JiT-{name}/16": config for name, config in _JIT.items()},
     **{f"JiT-{name}/32": replace(config, patch_size=32, image_size=512) for name, config in _JIT.items()},
@@ -96,30 +86,12 @@ SIZES: dict[str, ModelConfig] = {
         width=1152, depth=28, heads=16, bottleneck_dim=0, in_context_start=8, proj_dropout=0.1
     ),
     # Small ones: for 8x8 grey digits (the embedded data set) and for tests at 32 px.
-    "tiny/2": ModelConfig(
-        width=64,
-        depth=3,
-        heads=4,
-        patch_size=2,
-        image_size=8,
-        channels=1,
-        num_classes=10,
-        bottleneck_dim=0,
-        in_context_len=2,
-        in_context_start=1,
-    ),
-    "tiny/4": ModelConfig(
-        width=64,
-        depth=3,
-        heads=4,
-        patch_size=4,
-        image_size=32,
-        num_classes=10,
-        bottleneck_dim=16,
-        in_context_len=4,
-        in_context_start=1,
-    ),
+    "tiny/2": replace(_TINY, patch_size=2, image_size=8, channels=1, bottleneck_dim=0, in_context_len=2),
+    "tiny/4": replace(_TINY, patch_size=4, image_size=32, bottleneck_dim=16, in_context_len=4),
 }
+
+
+register(Family(name="jit", config=ModelConfig, sizes=SIZES, module="pixelgen.models.jit:JiT"))
 
 
 def model_config(size: str, **overrides: object) -> ModelConfig:
@@ -132,9 +104,4 @@ def model_config(size: str, **overrides: object) -> ModelConfig:
     Raises:
         UserError: unknown size; the message lists the known ones.
     """
-    if size not in SIZES:
-        raise UserError(f"model_config: size must be one of {', '.join(SIZES)}, got {size!r}")
-    return replace(SIZES[size], **overrides)  # type: ignore[arg-type]
-
-
-register(Family(name="jit", config=ModelConfig, sizes=SIZES, module="pixelgen.models.jit:JiT"))
+    return FAMILIES["jit"].architecture(size, **overrides)  # type: ignore[return-value]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pixelgen.conditions import Condition, joined, num_rows
+from pixelgen.conditions import Condition, joined
 from pixelgen.flow import round_to_float32, velocity_from_x_pred
+from pixelgen.sampling.options import SampleConfig
 
 BORDER_MARGIN = 1e-6  # ten times the rounding of an fp32 grid of times
 
@@ -25,29 +26,20 @@ class GuidedVelocity:
 
     - rule ``"paper"``: low <= t <= high, t being the time of the evaluation itself, with a margin of 1e-6 so
       that a grid time is on the border where it is meant to be;
-    - rule ``"released"``: low < step_t <= high (``< high`` unless ``upper_inclusive``) compared in fp32,
-      step_t being the time at which the solver step began. So Heun's corrector follows its predictor, and
-      with low = 0 the first step is never guided.
-
-    The settings are those of a ``SampleConfig`` and a ``TimeConfig``, which check them.
+    - rule ``"released"``: low < step_t <= high (``< high`` for its Adams) compared in fp32, step_t being the
+      time at which the solver step began. So Heun's corrector follows its predictor, and with low = 0 the
+      first step is never guided.
 
     Attributes:
         nfe: network evaluations per image so far: 1 for a plain batch, 2 for a doubled one.
 
     Args:
         model_fn: ``model_fn(x_t (B, ...), t (B,), condition) -> prediction (B, ...)``.
-        condition: what each image is to be, on the device of the images.
-        null: the condition of the unguided direction, of the same names, shapes and dtypes.
-        scale: guidance scale, not negative; 1 means no guidance.
-        interval: (low, high) with 0 <= low < high <= 1, where t = 0 is noise.
-        rule: ``"paper"`` or ``"released"``.
-        upper_inclusive: whether the released rule includes ``high`` (its Euler and Heun do, its Adams does
-            not).
+        condition: of each image, on the device of the images.
+        null: the null condition, of the same names, shapes and dtypes.
+        settings: guidance scale, interval and rule, and the sampler.
         t_eps: smallest denominator of the velocity, positive; None for a model that predicts the velocity
             x - noise itself.
-
-    Raises:
-        ValueError: ``condition`` and ``null`` differ in a name or a shape.
     """
 
     def __init__(
@@ -55,26 +47,16 @@ class GuidedVelocity:
         model_fn: Callable[[Tensor, Tensor, Condition], Tensor],
         condition: Condition,
         null: Condition,
-        *,
-        scale: float,
-        interval: tuple[float, float] = (0.0, 1.0),
-        rule: str = "paper",
-        upper_inclusive: bool = True,
+        settings: SampleConfig,
         t_eps: float | None = 0.05,
     ) -> None:
-        low, high = interval
-        shapes, null_shapes = (
-            {name: tuple(value.shape) for name, value in each.items()} for each in (condition, null)
-        )
-        if shapes != null_shapes:
-            raise ValueError(f"guidance: null must have the shapes of condition {shapes}, got {null_shapes}")
         self.model_fn = model_fn
         self.condition = condition
-        self.doubled = joined(null, condition) if scale != 1.0 else condition
-        self.scale = scale
-        self.low, self.high = round_to_float32(low), round_to_float32(high)
-        self.rule = rule
-        self.upper_inclusive = upper_inclusive
+        self.scale = settings.guidance
+        self.doubled = joined(null, condition) if self.scale != 1.0 else condition
+        self.settings = settings
+        self.low = round_to_float32(settings.guidance_low)
+        self.high = round_to_float32(settings.guidance_high)
         self.t_eps = t_eps
         self.nfe = 0
 
@@ -82,18 +64,13 @@ class GuidedVelocity:
         """Whether an evaluation at ``t``, in a step that began at ``step_t``, runs the doubled batch."""
         if self.scale == 1.0:
             return False
-        if self.rule == "paper":
+        if self.settings.guidance_rule == "paper":
             return self.low - BORDER_MARGIN <= t <= self.high + BORDER_MARGIN
         start = round_to_float32(step_t)
-        return self.low < start < self.high or (self.upper_inclusive and start == self.high)
+        return self.low < start < self.high or (start == self.high and self.settings.sampler != "adams")
 
     def __call__(self, x_t: Tensor, t: float, step_t: float) -> Tensor:
         """Velocity of ``x_t`` (B, ...) at ``t``, in a step that began at ``step_t``; shape of ``x_t``."""
-        if x_t.shape[0] != num_rows(self.condition):
-            raise ValueError(
-                f"guidance: x_t must have one image per row of the condition, {num_rows(self.condition)}, "
-                f"got {x_t.shape[0]}"
-            )
         if not self.is_guided(t, step_t):
             self.nfe += 1
             return self._velocity(x_t, t, self.condition)

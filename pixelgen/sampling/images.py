@@ -32,43 +32,32 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(
-    images: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
-    *,
-    columns: int | None = None,
-    scale: int | None = None,
-) -> Path:
-    """Writes images as one PNG, row by row.
+def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None) -> None:
+    """Writes images as one PNG, row by row; small ones enlarged until both sides have at least 48 pixels.
 
     Args:
         images: (N, C, H, W) uint8 with C 1 or 3, N at least 1.
         path: file to write; its folder is made if missing.
         columns: images per row; None makes the grid about square. The last row may be short.
-        scale: whole factor of enlargement (nearest); None enlarges until both sides have at least 48 pixels.
-
-    Returns:
-        The path.
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: another shape, no image, or columns or scale below 1.
+        ValueError: another shape, no image, or columns below 1.
     """
-    pixels = images.cpu().numpy() if isinstance(images, Tensor) else images
-    if pixels.dtype != np.uint8:
-        raise TypeError(f"save_grid: images must be uint8, got {pixels.dtype}; see to_uint8")
-    if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or 0 in pixels.shape:
-        raise ValueError(f"save_grid: images must have shape (N >= 1, 1 or 3, H, W), got {pixels.shape}")
-    count, channels, height, width = pixels.shape
+    if images.dtype != torch.uint8:
+        raise TypeError(f"save_grid: images must be uint8, got {images.dtype}; see to_uint8")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"save_grid: images must have shape (N >= 1, 1 or 3, H, W), got {tuple(images.shape)}"
+        )
+    count, channels, height, width = images.shape
     if columns is None:
         columns = math.ceil(math.sqrt(count))
-    if scale is None:
-        scale = math.ceil(MIN_CELL / min(height, width, MIN_CELL))
-    for name, value in (("columns", columns), ("scale", scale)):
-        if value < 1:
-            raise ValueError(f"save_grid: {name} must be at least 1, got {value}")
+    if columns < 1:
+        raise ValueError(f"save_grid: columns must be at least 1, got {columns}")
     from PIL import Image
 
+    scale = math.ceil(MIN_CELL / min(height, width, MIN_CELL))
     rows = math.ceil(count / columns)
     columns = min(columns, count)
     height, width = height * scale, width * scale
@@ -77,7 +66,7 @@ def save_grid(
         BACKGROUND,
         dtype=np.uint8,
     )
-    for index, image in enumerate(pixels):
+    for index, image in enumerate(images.cpu().numpy()):
         top = PADDING + index // columns * (height + PADDING)
         left = PADDING + index % columns * (width + PADDING)
         enlarged = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
@@ -85,4 +74,3 @@ def save_grid(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(canvas.squeeze(2) if channels == 1 else canvas).save(path, format="PNG")
-    return path

@@ -9,17 +9,16 @@ from typing import Any, Literal
 
 import torch
 from pixelgen_kernels import philox_normal
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixelgen.conditions import Condition
 from pixelgen.config.load import PRESET_DIR, config_from_yaml
-from pixelgen.config.resolve import pick_device
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
 from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.released import load_released_checkpoint, load_strictly
-from pixelgen.models.sizes import ModelConfig, model_config
+from pixelgen.models.sizes import model_config
 from pixelgen.sampling.guidance import GuidedVelocity
 from pixelgen.sampling.images import to_uint8
 from pixelgen.sampling.options import SampleConfig
@@ -37,7 +36,7 @@ class Pipeline:
 
     Args:
         model: the denoiser, in eval mode.
-        sample: default settings; every argument of ``sample`` overrides one of them.
+        sample: default settings of ``sample``.
         t_eps: floor of 1 - t in the velocity.
         noise_scale: standard deviation of the starting noise, as in training.
         dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
@@ -52,8 +51,8 @@ class Pipeline:
         noise_scale: float = 1.0,
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        self.model, self.settings, self.t_eps, self.noise_scale = model, sample, t_eps, noise_scale
-        self.dtype = dtype
+        self.model, self.settings = model, sample
+        self.t_eps, self.noise_scale, self.dtype = t_eps, noise_scale, dtype
         self.nfe = 0  # network evaluations per image of the last call
 
     @classmethod
@@ -99,43 +98,36 @@ class Pipeline:
     def from_released(
         cls,
         path: str | Path,
-        config: ModelConfig,
-        sample: SampleConfig,
+        size: str,
         *,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: str = "ema",
         device: str | torch.device = "cpu",
-        dtype: Literal["float32", "bfloat16"] = "float32",
         kernels: Literal["auto", "eager"] = "auto",
     ) -> Pipeline:
-        """Loads a ``.ckpt`` of the public PixelGen code.
+        """Loads a ``.ckpt`` of the public PixelGen code, with the sampling settings and dtype of its preset.
 
         Args:
             path: the file.
-            config: its architecture, such as ``model_config("PixelGen-XL/16")``.
-            sample: sampling settings.
-            weights: the averaged or the raw weights.
+            size: its architecture, a key of ``pixelgen.SIZES``.
+            weights: ``"ema"`` for the averaged weights, or ``"raw"``.
             device: where to sample.
-            dtype: ``"float32"``, or ``"bfloat16"`` for autocast.
             kernels: as in ``JiT``.
         """
-        return cls(load_released_checkpoint(path, config, weights, kernels).to(device), sample, dtype=dtype)
+        model = load_released_checkpoint(path, model_config(size), weights, kernels)
+        preset = PRESET_OF_SIZE.get(size, "pixelgen-xl-256")
+        config = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset)
+        return cls(model.to(device), config.sample, dtype=config.dtype)
 
     @torch.inference_mode()
     def sample(
         self,
         labels: Sequence[int] | Tensor,
         *,
-        guidance: float | None = None,
-        guidance_low: float | None = None,
-        guidance_high: float | None = None,
-        guidance_rule: Literal["paper", "released"] | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        timeshift: float | None = None,
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 256,
         progress: Callable[[int], object] | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Draws one image per label.
 
@@ -144,17 +136,12 @@ class Pipeline:
 
         Args:
             labels: one class index per image, in [0, num_classes); ``num_classes`` draws without a class.
-            guidance: scale of classifier-free guidance; 1 is none.
-            guidance_low: guidance acts from this t on.
-            guidance_high: guidance acts up to this t.
-            guidance_rule: how a time is tested against the interval; see ``GuidedVelocity``.
-            steps: solver steps.
-            sampler: a key of ``pixelgen.sampling.samplers.SAMPLERS``.
-            timeshift: moves the steps towards the noise for values above 1.
             seed: of the starting noise.
             first_index: index of the first image, to continue a series.
             batch_size: images drawn at once.
             progress: called with the number of finished images after every batch.
+            **settings: fields of ``SampleConfig``, such as ``steps`` and ``guidance``, to use instead of the
+                pipeline's; None keeps the pipeline's.
 
         Returns:
             (N, C, H, W) uint8 on the CPU.
@@ -162,25 +149,17 @@ class Pipeline:
         Raises:
             UserError: a label or setting out of range.
         """
-        given: dict[str, Any] = {
-            "guidance": guidance,
-            "guidance_low": guidance_low,
-            "guidance_high": guidance_high,
-            "guidance_rule": guidance_rule,
-            "steps": steps,
-            "sampler": sampler,
-            "timeshift": timeshift,
-        }
-        settings = replace(self.settings, **{key: value for key, value in given.items() if value is not None})
+        overrides = {name: value for name, value in settings.items() if value is not None}
+        chosen = replace(self.settings, **overrides)
         config = self.model.config
         device = next(self.model.parameters()).device
         if batch_size < 1:
             raise UserError(f"sample: batch_size must be at least 1, got {batch_size}")
         labels = torch.as_tensor(labels, dtype=torch.int64)
-        if ((labels < 0) | (labels > config.num_classes)).any():
-            wrong = next(int(label) for label in labels if not 0 <= label <= config.num_classes)
-            raise UserError(f"sample: labels must lie in [0, {config.num_classes - 1}], got {wrong}")
-        grid = timesteps(settings.steps, timeshift=settings.timeshift)
+        wrong = labels[(labels < 0) | (labels > config.num_classes)]
+        if len(wrong):
+            raise UserError(f"sample: labels must lie in [0, {config.num_classes - 1}], got {int(wrong[0])}")
+        times = timesteps(chosen.steps, chosen.timeshift)
         shape = (config.channels, *config.image_height_width)
         images = torch.empty(len(labels), *shape, dtype=torch.uint8)
         self.nfe = 0
@@ -193,13 +172,10 @@ class Pipeline:
                 self._predict,
                 condition,
                 self.model.null(condition),
-                scale=settings.guidance,
-                interval=(settings.guidance_low, settings.guidance_high),
-                rule=settings.guidance_rule,
-                upper_inclusive=settings.sampler != "adams",
-                t_eps=self.t_eps if self.model.prediction == "x" else None,
+                chosen,
+                self.t_eps if self.model.prediction == "x" else None,
             )
-            x = SAMPLERS[settings.sampler](velocity, noise.view(count, *shape) * self.noise_scale, grid)
+            x = SAMPLERS[chosen.sampler](velocity, noise.view(count, *shape) * self.noise_scale, times)
             images[start : start + count] = to_uint8(x).cpu()
             self.nfe = velocity.nfe
             if progress is not None:
@@ -210,54 +186,3 @@ class Pipeline:
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             prediction = self.model(x_t, t, condition)
         return prediction.to(x_t.dtype)  # the velocity is formed in fp32
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def load_pipeline(
-    path: str | Path,
-    *,
-    size: str | None = None,
-    weights: str = "ema",
-    device: str = "auto",
-    kernels: Literal["auto", "eager"] = "auto",
-) -> Pipeline:
-    """A pipeline from a run, a checkpoint's folder, or a ``.ckpt`` of the public PixelGen code.
-
-    Args:
-        path: where it is.
-        size: architecture of a ``.ckpt``, a key of ``pixelgen.models.SIZES``; runs know their own.
-        weights: ``"ema"``, ``"raw"``, or for a run the name of one of its averages.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        kernels: as in ``JiT``.
-
-    Raises:
-        FileNotFoundError: nothing at ``path``.
-        UserError: not a model, or ``size`` missing or out of place.
-    """
-    is_released = Path(path).suffix == ".ckpt"
-    if is_released and size is None:
-        raise UserError(
-            f"{path}: a .ckpt does not name its architecture; give --size, such as PixelGen-XL/16"
-        )
-    if not is_released and size is not None:
-        raise UserError(f"{path}: --size is for .ckpt files; a run knows its architecture")
-    if is_released and weights not in ("ema", "raw"):
-        raise UserError(f"{path}: a .ckpt has ema and raw weights only, got {weights!r}")
-    target = pick_device(device)
-    if size is None:
-        return Pipeline.from_run(path, weights=weights, device=target, kernels=kernels)
-    preset = PRESET_OF_SIZE.get(size, "pixelgen-xl-256")
-    config = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset)
-    return Pipeline.from_released(
-        path,
-        model_config(size),
-        config.sample,
-        weights="raw" if weights == "raw" else "ema",
-        device=target,
-        dtype=config.dtype,
-        kernels=kernels,
-    )

@@ -2,7 +2,7 @@
 
 A solver knows nothing of labels, guidance or prediction type: those live in the velocity function
 (``guidance.py``). Times are Python floats, so no step waits for the device. Only the current state is kept;
-whoever wants the trajectory takes it from the callback.
+the callback sees the trajectory.
 
 ``velocity(x_t, t, step_t)`` gets the state, the time of the evaluation, and the time at which the current
 solver step began. The times differ in Heun's corrector only; the released guidance rule reads the second.
@@ -64,7 +64,6 @@ def timesteps(num_steps: int, timeshift: float = 1.0, last_step: float | None = 
     return times
 
 
-@torch.no_grad()
 def euler(
     velocity: Velocity, noise: Tensor, timesteps: Sequence[float], *, callback: Callback | None = None
 ) -> Tensor:
@@ -83,15 +82,7 @@ def euler(
         UserError: fewer than two times, or times that do not increase.
         TypeError: ``noise`` is not float32 or float64.
     """
-    _check_arguments("euler", noise, timesteps)
-    x = noise
-    for i in range(len(timesteps) - 1):
-        t, t_next = timesteps[i], timesteps[i + 1]
-        v = velocity(x, t, t)
-        x = torch.add(x, v, alpha=t_next - t)
-        if callback is not None:
-            callback(i, t_next, x, v)
-    return x
+    return adams(velocity, noise, timesteps, order=1, callback=callback)
 
 
 @torch.no_grad()
@@ -111,21 +102,11 @@ def heun(
     degenerates.
 
     Args:
-        velocity: ``velocity(x_t, t, step_t)``, see the module's docstring.
-        noise: state at the first time, float32 or float64, any shape.
-        timesteps: at least two strictly increasing times (n steps are n + 1 times).
-        exact: True evaluates v_i in every step, 2n - 1 evaluations. False takes the v' of the step before for
-            it, n evaluations; the last step then needs none.
-        callback: called after every step, see the module's docstring.
-
-    Returns:
-        The state at the last time, shape of ``noise``.
-
-    Raises:
-        UserError: fewer than two times, or times that do not increase.
-        TypeError: ``noise`` is not float32 or float64.
+        velocity, noise, timesteps, callback: as in ``euler``, which also says what is returned and raised.
+        exact: True evaluates v_i in each of the n steps, 2n - 1 evaluations. False takes the v' of the step
+            before for it, n evaluations; the last step then needs none.
     """
-    _check_arguments("heun", noise, timesteps)
+    _check_arguments(noise, timesteps)
     x, num_steps = noise, len(timesteps) - 1
     reused: Tensor | None = None
     for i in range(num_steps):
@@ -183,22 +164,12 @@ def adams(
     second order: orders 3 and 4 reach theirs only where the velocity is flat at first.
 
     Args:
-        velocity: ``velocity(x_t, t, step_t)``, see the module's docstring.
-        noise: state at the first time, float32 or float64, any shape.
-        timesteps: at least two strictly increasing times.
-        order: 1 (Euler) to 4.
-        callback: called after every step, see the module's docstring.
-
-    Returns:
-        The state at the last time, shape of ``noise``.
-
-    Raises:
-        UserError: ``order`` is not 1 to 4, fewer than two times, or times that do not increase.
-        TypeError: ``noise`` is not float32 or float64.
+        velocity, noise, timesteps, callback: as in ``euler``, which also says what is returned and raised.
+        order: 1 (Euler) to 4; a UserError otherwise.
     """
     if order not in range(1, MAX_ADAMS_ORDER + 1):
         raise UserError(f"adams: order must be an integer from 1 to {MAX_ADAMS_ORDER}, got {order!r}")
-    _check_arguments("adams", noise, timesteps)
+    _check_arguments(noise, timesteps)
     x = noise
     history: deque[tuple[float, Tensor]] = deque(maxlen=order)
     for i in range(len(timesteps) - 1):
@@ -229,11 +200,11 @@ def _increases(times: Sequence[float]) -> bool:
     return all(earlier < later for earlier, later in pairwise(times))
 
 
-def _check_arguments(function: str, noise: Tensor, timesteps: Sequence[float]) -> None:
+def _check_arguments(noise: Tensor, timesteps: Sequence[float]) -> None:
     if noise.dtype not in (torch.float32, torch.float64):
         # In bf16 a step of 1/50 loses most of its digits; the model may still compute in bf16.
-        raise TypeError(f"{function}: noise must be float32 or float64, got {noise.dtype}")
+        raise TypeError(f"sampler: noise must be float32 or float64, got {noise.dtype}")
     if len(timesteps) < 2:
-        raise UserError(f"{function}: timesteps must hold at least two times, got {len(timesteps)}")
+        raise UserError(f"sampler: timesteps must hold at least two times, got {len(timesteps)}")
     if not _increases(timesteps):
-        raise UserError(f"{function}: timesteps must increase strictly, got {list(timesteps)}")
+        raise UserError(f"sampler: timesteps must increase strictly, got {list(timesteps)}")

@@ -14,7 +14,7 @@ from pixelgen.config.load import config_from_yaml
 from pixelgen.errors import UserError
 from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import family_of
-from pixelgen.models.released import PREFIX, read_released_checkpoint
+from pixelgen.models.released import read_released_checkpoint
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.ema import Averages
 from pixelgen.training.processes.shard import local, whole
@@ -47,13 +47,7 @@ def read_source(path: str, model: Denoiser) -> Source:
         UserError: something else is there, it is damaged, or its model is of another family.
     """
     if Path(path).suffix == ".ckpt":
-        state = read_released_checkpoint(path)
-        parts = {
-            kind: model.convert(
-                {key.removeprefix(start): v for key, v in state.items() if key.startswith(start)}
-            )
-            for kind, start in PREFIX.items()
-        }
+        parts = {kind: model.convert(state) for kind, state in read_released_checkpoint(path).items()}
         return Source(path, parts["raw"], {"ema": parts["ema"] or parts["raw"]})
     checkpoint = checkpoints.find_checkpoint(path)
     meta = checkpoints.read_meta(checkpoint)

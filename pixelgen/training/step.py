@@ -21,7 +21,6 @@ from pixelgen.losses.objective import Outcome
 from pixelgen.losses.times import Times
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.float8 import use_float8
-from pixelgen.sampling.pipeline import count_parameters
 from pixelgen.training.begin import begin, fit, fresh_state, read_source
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.same_parts import check_same_parts
@@ -64,7 +63,7 @@ class Trainer:
         self.step = 0
         torch.manual_seed(config.seed)  # initialisation: the same in every process
         self.model = build_denoiser(config.model_config(), config.kernels)
-        self.num_parameters = count_parameters(self.model)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.objective = self.world.in_turn(
             "preparing the losses",
             lambda: build_objective(

@@ -28,7 +28,7 @@ def check_same_parts(config: TrainConfig, checkpoint: Path, *, is_stream: bool) 
 
     def parts(config: TrainConfig, is_stream: bool) -> Iterator[tuple[str, object]]:
         loss = config.loss
-        yield "model", config.model_config().without_rates()
+        yield "model", config.model_config().without_dropout()
         yield "optimizer.name", config.optimizer.name
         for options in loss.of_terms().values():
             yield from options.trained().items()
