@@ -52,7 +52,7 @@ def test_a_run_folder_holds_everything(tmp_path, capsys, with_embedded):
 
 
 def test_a_log_line_tells_the_share_of_the_peak(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pixelgen.training.log._peak_of", lambda device, dtype: 1e9)
+    monkeypatch.setattr("pixelgen.training.log._stated_peak", lambda device, dtype: 1e9)
     arguments = options(tmp_path, "peak", 2, "--train.log_every", "2", *FLOW_ONLY)
     assert main(arguments) == 0
     (record,) = curve(tmp_path / "peak")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import family_of
 from pixelgen.models.released import PREFIX, read_released_checkpoint
 from pixelgen.training.checkpoint import read as checkpoints
-from pixelgen.training.ema import Averages
 from pixelgen.training.processes.shard import local, whole
+from pixelgen.training.step import Trainer
 
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Source:
+class SavedWeights(NamedTuple):
     """Weights to begin from, whole and on the CPU.
 
     Attributes:
@@ -39,12 +38,52 @@ class Source:
     class_names: tuple[str, ...] = ()
 
 
-def read_source(path: str, model: Denoiser) -> Source:
-    """The weights of a run, of one of its checkpoints, or of a ``.ckpt`` of the public code.
+@torch.no_grad()
+def begin_from(trainer: Trainer, path: str) -> None:
+    """Takes the weights of another run, or of the public code, into a trainer's model and its averages.
+
+    An average begins with the other run's average of the same name, else with that run's first.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
-        UserError: something else is there, it is damaged, or its model is of another family.
+        UserError: not a model, a damaged one, or one that does not fit.
+    """
+    world, model, averages = trainer.world, trainer.model, trainer.averages.values
+    saved = world.in_turn("reading the weights to begin from", lambda: read_weights(path, model))
+    own = {name: value.detach() for name, value in model.state_dict().items()}
+    if model.class_table is not None:
+        own[model.class_table] = whole(own[model.class_table]).cpu()
+    rows = len(saved.raw[model.class_table]) - 1 if model.class_table in saved.raw else 0
+    classes = same_classes(trainer.dataset.class_names, saved.class_names, model.config.num_classes, rows)
+    first = next(iter(saved.averages.values()))
+
+    def fit() -> tuple[dict[str, State], State, list[str]]:
+        raw, changes = fitted(model, own, saved.raw, classes, saved.name)
+        states = {name: saved.averages.get(name, first) for name in averages}
+        fits = {name: fitted(model, own, state, classes, saved.name)[0] for name, state in states.items()}
+        return fits, raw, changes
+
+    fitted_averages, raw, changes = world.together(fit)
+    for name, state in fitted_averages.items():
+        _load(model, state)
+        for key, parameter in model.named_parameters():
+            local(averages[name][key]).copy_(local(parameter.detach()))
+    _load(model, raw)
+    if world.is_main:
+        kept = f"begins from {saved.name}: {len(own) - len(changes)} of {len(own)} tensors as they are"
+        print("; ".join([kept, *changes]), flush=True)
+
+
+def _load(model: Denoiser, state: State) -> None:
+    """Fills a model, sharded or not, from whole tensors."""
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def read_weights(path: str, model: Denoiser) -> SavedWeights:
+    """The weights of a run, of one of its checkpoints, or of a ``.ckpt`` of the public code.
+
+    Raises:
+        UserError: the model at ``path`` is of another family than ``model``.
     """
     if Path(path).suffix == ".ckpt":
         state = read_released_checkpoint(path)
@@ -54,7 +93,7 @@ def read_source(path: str, model: Denoiser) -> Source:
             )
             for kind, start in PREFIX.items()
         }
-        return Source(path, parts["raw"], {"ema": parts["ema"] or parts["raw"]})
+        return SavedWeights(path, parts["raw"], {"ema": parts["ema"] or parts["raw"]})
     checkpoint = checkpoints.find_checkpoint(path)
     meta = checkpoints.read_meta(checkpoint)
     config = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
@@ -63,14 +102,28 @@ def read_source(path: str, model: Denoiser) -> Source:
         raise UserError(
             f"--init: {checkpoint} is of model.family {config.model.family}, and the run is of {own}"
         )
-    names = meta["averages"]
-    averages = {name: checkpoints.load_ema_weights(checkpoint, name) for name in names}
+    averages = {name: checkpoints.load_ema_weights(checkpoint, name) for name in meta["averages"]}
     raw = checkpoints.load_part(checkpoint, "model.")
-    return Source(str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ())))
+    return SavedWeights(str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ())))
+
+
+def same_classes(own: tuple[str, ...], theirs: tuple[str, ...], count: int, rows: int) -> dict[int, int]:
+    """Classes of the data -> the same classes of the other run: by name, or where it has none, by number.
+
+    Args:
+        own: names of the classes of the data.
+        theirs: those of the other run.
+        count: classes of the model.
+        rows: classes of the other run's model.
+    """
+    if not theirs:
+        return {number: number for number in range(count)} if rows == count else {}
+    places = {name: number for number, name in enumerate(theirs)}
+    return {number: places[name] for number, name in enumerate(own) if name in places}
 
 
 def fitted(
-    model: Denoiser, own: Mapping[str, Tensor], state: State, classes: Mapping[int, int], source: str
+    model: Denoiser, own: State, state: State, classes: Mapping[int, int], source: str
 ) -> tuple[State, list[str]]:
     """The state in the shapes of a model, and a line on each tensor that is not as it was.
 
@@ -78,11 +131,11 @@ def fitted(
         model: the fresh model.
         own: its state, for the shapes and for new rows of the table of classes.
         state: of a model of its family.
-        classes: of the model -> the same ones of the state.
+        classes: from ``same_classes``.
         source: begins the error message.
 
     Raises:
-        UserError: lists every tensor that fits in no way.
+        UserError: lists every tensor that cannot be used.
     """
     found, changes = {}, []
     tables = model.tables()
@@ -97,9 +150,9 @@ def fitted(
                 changes.append(f"{name}: that of the new size")
         elif given.shape == fresh.shape and (name != model.class_table or _is_identity(classes, fresh)):
             found[name] = given
-        elif (changed := model.resized(name, given, fresh, classes)) is not None:
-            found[name], told = changed
-            changes.append(f"{name}: {told}")
+        elif (resized := model.resized(name, given, fresh, classes)) is not None:
+            found[name], change = resized
+            changes.append(f"{name}: {change}")
         else:
             problems.append(f"{name} has shape {tuple(given.shape)}, expected {tuple(fresh.shape)}")
     if problems:
@@ -109,78 +162,3 @@ def fitted(
 
 def _is_identity(classes: Mapping[int, int], table: Tensor) -> bool:
     return all(classes.get(row) == row for row in range(len(table) - 1))
-
-
-def same_classes(own: tuple[str, ...], theirs: tuple[str, ...], count: int, rows: int) -> dict[int, int]:
-    """Which classes of the data are which of the source's: by name, or where it has none, by number.
-
-    Args:
-        own: names of the classes of the data.
-        theirs: those of the source.
-        count: classes of the model.
-        rows: classes of the source's model.
-    """
-    if not theirs:
-        return {number: number for number in range(count)} if rows == count else {}
-    places = {name: number for number, name in enumerate(theirs)}
-    return {number: places[name] for number, name in enumerate(own) if name in places}
-
-
-def fresh_state(model: Denoiser) -> State:
-    """A model's state, for its shapes, with the whole table of classes on the CPU; every process calls it."""
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    if model.class_table is not None:
-        state[model.class_table] = whole(state[model.class_table]).cpu()
-    return state
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What a model and its averages begin with, and what was kept, resized or is new."""
-
-    raw: State
-    averages: dict[str, State]
-    told: str
-
-
-def fit(
-    source: Source, model: Denoiser, own: State, averages: list[str], class_names: tuple[str, ...]
-) -> Beginning:
-    """A source's weights in the shapes of a model.
-
-    An average begins with the source's of the same name, else with the source's first.
-
-    Args:
-        source: from ``read_source``.
-        model: the fresh model.
-        own: from ``fresh_state``.
-        averages: names of the run's averages.
-        class_names: of its data.
-
-    Raises:
-        UserError: they fit in no way.
-    """
-    rows = len(source.raw[model.class_table]) - 1 if model.class_table in source.raw else 0
-    classes = same_classes(class_names, source.class_names, model.config.num_classes, rows)
-    raw, changes = fitted(model, own, source.raw, classes, source.name)
-    first = next(iter(source.averages.values()))
-    of_averages = {
-        name: fitted(model, own, source.averages.get(name, first), classes, source.name)[0]
-        for name in averages
-    }
-    kept = f"begins from {source.name}: {len(own) - len(changes)} of {len(own)} tensors as they are"
-    return Beginning(raw, of_averages, "; ".join([kept, *changes]))
-
-
-@torch.no_grad()
-def begin(model: Denoiser, averages: Averages, beginning: Beginning) -> None:
-    """Fills a model and its averages, sharded or not; every process calls it."""
-
-    def load(state: State) -> None:
-        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
-
-    for name, values in averages.values.items():
-        load(beginning.averages[name])
-        for key, parameter in model.named_parameters():
-            local(values[key]).copy_(local(parameter.detach()))
-    load(beginning.raw)

@@ -1,4 +1,4 @@
-"""The grid of samples that a run draws on its way."""
+"""The grid of samples that a run draws as it trains."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROWS, COLUMNS = 10, 8
 
 
 def sample_grid(trainer: Trainer) -> Tensor:
-    """Samples of the first average, (N, C, H, W) uint8: a row for each of up to ten classes.
+    """Samples of the first average with fixed noise, (N, C, H, W) uint8: a row for each of up to 10 classes.
 
-    Their noise is fixed. All processes draw a part and get the whole.
+    Each process draws a part; all get the whole grid.
     """
     config, model, world = trainer.config, trainer.model, trainer.world
     pipeline = Pipeline(
@@ -30,7 +30,7 @@ def sample_grid(trainer: Trainer) -> Tensor:
     share = -(-len(labels) // world.size)
     first = world.rank * share
     own = [labels[place % len(labels)] for place in range(first, first + share)]
-    with trainer.averages.exchanged(model, trainer.averages.names[0]):
+    with trainer.averages.exchanged(model, next(iter(trainer.averages.values))):
         model.eval()
         images = pipeline.sample(own, seed=config.seed, first_index=first)
         model.train()

@@ -24,11 +24,7 @@ class NotFinite:
 
 
 class FiniteGuard:
-    """Watches every step on the device and is read on the host only when the log is written.
-
-    Args:
-        device: the device of the losses.
-    """
+    """Watches every step on the device and is read on the host only when the log is written."""
 
     def __init__(self, device: torch.device) -> None:
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -36,7 +32,7 @@ class FiniteGuard:
         self._samples: dict[str, Tensor] = {}
 
     def update(self, step: int, terms: dict[str, Tensor], per_sample: dict[str, Tensor]) -> None:
-        """Notes what is not finite, unless an earlier step was.
+        """Remembers what is not finite, unless an earlier step had something.
 
         Args:
             step: number of the step, from 1.

@@ -1,4 +1,4 @@
-"""Starting a run, continuing one, and keeping its folder to one process."""
+"""Starting a run, continuing one, and locking its folder."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pixelgen.data.identity import compare, identify
 from pixelgen.data.source import build_dataset
 from pixelgen.errors import UserError
 from pixelgen.files import lock
+from pixelgen.training.begin import begin_from
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.log import check_logging
 from pixelgen.training.loop import Run, write_config
@@ -33,7 +34,7 @@ def start_run(config: TrainConfig, world: World) -> Run:
     # Before the folder is made: a wrong path must not leave an empty run.
     dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
     check_logging(config)
-    folder = ExitStack()
+    folder_lock = ExitStack()
 
     def make() -> None:
         if run_dir.exists():
@@ -44,17 +45,17 @@ def start_run(config: TrainConfig, world: World) -> Run:
             run_dir.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"{run_dir} cannot be made: {error.strerror}") from error
-        folder.enter_context(locked(run_dir))
-        write_config(run_dir, config)  # before anything that takes time: by this a job queued again knows it
+        folder_lock.enter_context(locked(run_dir))
+        write_config(run_dir, config)  # before anything that takes time: by this --resume auto knows a run
 
     world.on_main(make)
     try:
         trainer = Trainer(config, run_dir, dataset, world)
         if config.init is not None:
-            trainer.begin_from(config.init)
-        return Run(trainer, folder, {})
+            begin_from(trainer, config.init)
+        return Run(trainer, folder_lock, {})
     except BaseException:  # whatever it was, also Ctrl-C: a folder without a run would block its name
-        folder.close()
+        folder_lock.close()
         if world.is_main:
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
@@ -72,7 +73,7 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
         FileNotFoundError: nothing at ``path``.
         UserError: no checkpoint there, or not the newest one of its run; or another process trains there.
     """
-    folder = ExitStack()
+    folder_lock = ExitStack()
 
     def find() -> Path:
         checkpoint = checkpoints.find_checkpoint(path)
@@ -85,10 +86,10 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
                 f"{checkpoint} is not the newest checkpoint of its run, {found[-1].name} is: remove the "
                 f"later ones first, or work on a copy of the run's folder"
             )
-        folder.enter_context(locked(run_dir))
+        folder_lock.enter_context(locked(run_dir))
         return checkpoint
 
-    # One process looks: others may still see an older state of a disk that they share.
+    # In one process: others may still see an older state of a disk that they share.
     checkpoint = world.on_main(find)
     check_logging(config)
     try:
@@ -97,9 +98,9 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
         trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
         position = trainer.load(checkpoint)
     except BaseException:
-        folder.close()
+        folder_lock.close()
         raise
-    return Run(trainer, folder, position)
+    return Run(trainer, folder_lock, position)
 
 
 def continue_or_start(config: TrainConfig, world: World) -> Run:
@@ -112,7 +113,7 @@ def continue_or_start(config: TrainConfig, world: World) -> Run:
     """
     run_dir = Path(config.out_dir) / str(config.name)
 
-    def look() -> bool:
+    def has_checkpoint() -> bool:
         if not run_dir.exists():
             return False
         if any((run_dir / "checkpoints").glob("step_*")):
@@ -127,18 +128,14 @@ def continue_or_start(config: TrainConfig, world: World) -> Run:
         print(f"{run_dir} stopped before its first checkpoint: now {aside}, and the run starts anew")
         return False
 
-    if world.on_main(look):
+    if world.on_main(has_checkpoint):
         return resume_run(str(run_dir), config, world)
     return start_run(config, world)
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keeps a run's folder to this process; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: another process trains there.
-    """
+    """Locks a run's folder, until this process ends in whatever way; raises UserError if it is locked."""
     try:
         file = (run_dir / LOCK_FILE).open("w")
     except OSError as error:

@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pixelgen.errors import UserError
 
 FORMAT = 2
-
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-
 META_FILE, CONFIG_FILE = "meta.json", "config.yaml"
 
 
@@ -50,7 +49,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` names: a checkpoint's folder, or a run's folder and then its newest one.
+    """The checkpoint at ``path``: a checkpoint's own folder, or a run's folder and then its newest one.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
@@ -106,24 +105,19 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
     Raises:
         UserError: a damaged checkpoint, or one of another configuration.
     """
-    read_meta(checkpoint)
     try:
-        with quiet_alone():
+        with single_process():
             dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     except dcp.api.CheckpointException as error:
         raise _damaged(checkpoint, first_failure(error)) from error
 
 
-def stored_names(checkpoint: Path) -> set[str]:
-    """Names of everything in a checkpoint, nested ones joined by dots.
+def stored_entries(checkpoint: Path) -> dict[str, Any]:
+    """Metadata of everything in a checkpoint by name, nested names joined by dots.
 
     Raises:
         UserError: a damaged checkpoint.
     """
-    return set(_stored(checkpoint))
-
-
-def _stored(checkpoint: Path) -> dict[str, Any]:
     try:
         return dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # it is a pickle: a part of one may raise anything
@@ -137,19 +131,19 @@ def _damaged(checkpoint: Path, reason: str) -> UserError:
 
 
 def stored_values(checkpoint: Path, prefix: str) -> dict[str, Any]:
-    """A place for each value that a checkpoint has under ``prefix.``, for ``load_state`` to fill."""
-    names = stored_names(checkpoint)
-    return {name.removeprefix(f"{prefix}."): None for name in names if name.startswith(f"{prefix}.")}
+    """None for each value that a checkpoint has under ``prefix.``, for ``load_state`` to fill in."""
+    prefix = f"{prefix}."
+    return {name.removeprefix(prefix): None for name in stored_entries(checkpoint) if name.startswith(prefix)}
 
 
 def load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors whose names in the checkpoint begin with ``prefix``, without it, whole and on the CPU."""
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in _stored(checkpoint).items()
+        for key, entry in stored_entries(checkpoint).items()
         if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-    with quiet_alone():
+    with single_process():
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
@@ -162,8 +156,8 @@ def first_failure(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet_alone() -> Iterator[None]:
-    """torch warns that no process group takes part; where one process reads or writes, that is right."""
+def single_process() -> Iterator[None]:
+    """Silences torch's warning that no process group takes part, which here is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*in a single process.*")
         yield
@@ -179,8 +173,6 @@ def load_ema_weights(checkpoint: Path, name: str | None = None) -> dict[str, Ten
     Raises:
         UserError: no such average, a missing or damaged file.
     """
-    from safetensors import SafetensorError
-
     names = read_meta(checkpoint)["averages"]
     if name is not None and name not in names:
         raise UserError(f"{checkpoint} has no average {name}; it has {', '.join(names)}")

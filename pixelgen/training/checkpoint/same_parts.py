@@ -1,4 +1,4 @@
-"""What must not have changed where a run goes on."""
+"""Options that must not have changed when a run resumes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
 from pixelgen.losses.term import TERMS
 from pixelgen.training.checkpoint import read as checkpoints
-from pixelgen.training.ema import average_settings
+from pixelgen.training.ema import decay_schedules
 
 
 def check_same_parts(config: TrainConfig, checkpoint: Path, *, is_stream: bool) -> None:
-    """What a run trains is settled when it starts; weights and schedules may change at a resume.
+    """What a run trains is settled when it starts; weights of terms and schedules may change at a resume.
 
     Args:
-        config: of the run that goes on.
-        checkpoint: where it goes on.
-        is_stream: whether its data have a state; a checkpoint holds that of the data until then.
+        config: of the resumed run.
+        checkpoint: that it resumes from.
+        is_stream: whether its data source has a state.
 
     Raises:
         UserError: an option would add or remove something that the checkpoint does or does not hold.
@@ -34,10 +34,10 @@ def check_same_parts(config: TrainConfig, checkpoint: Path, *, is_stream: bool) 
             yield from options.trained().items()
         yield "loss.gate", loss.gate == "learned"
         yield "loss.balance", loss.balance != "off"
-        # of the tokens' width are the networks that are trained on them
+        # networks that are trained on tokens have the width of these
         yield "loss.tokens", any(TERMS[name].trains for name in loss.used_terms()) and loss.tokens
         yield "data.name or data.streaming", is_stream
-        yield "ema.decay or ema.power", list(average_settings(config.ema))
+        yield "ema.decay or ema.power", list(decay_schedules(config.ema))
 
     was_stream = bool(checkpoints.stored_values(checkpoint, "data"))
     before, now = dict(parts(saved, was_stream)), dict(parts(config, is_stream))

@@ -8,12 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
@@ -31,17 +30,15 @@ class Save:
 
     Attributes:
         step: optimizer steps done.
-        stall_s: seconds for which training waited.
         seconds: until the checkpoint was in its place; 0 while it is not.
         error: why it could not be written; the folder is not there then.
-        is_told: whether the user knows of the error.
+        is_reported: whether the error was printed.
     """
 
     step: int
-    stall_s: float = 0.0
     seconds: float = 0.0
     error: str | None = None
-    is_told: bool = False
+    is_reported: bool = False
 
 
 class CheckpointWriter:
@@ -50,7 +47,7 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder, on a disk that all machines share.
         world: the processes.
-        averages: names of the averages, which get files of their own.
+        averages: names of the averages; each gets its own file.
         keep: how many of the newest checkpoints stay; 0 keeps all.
         keep_every: checkpoints of steps that this divides stay too; 0 for none.
         data: what the run is trained on, from ``identify``.
@@ -63,20 +60,15 @@ class CheckpointWriter:
         averages: list[str],
         keep: int,
         keep_every: int,
-        data: dict[str, Any] | None = None,
+        data: dict[str, Any],
     ) -> None:
-        self._root, self._world, self._averages = run_dir / "checkpoints", world, averages
-        self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
-        self._data = data or {}
-        self._group = gloo_group(world.size)
+        self._run_dir, self._root, self._averages = run_dir, run_dir / "checkpoints", averages
+        self._keep, self._keep_every, self._data = keep, keep_every, data
+        self._world = replace(world, group=gloo_group(world.size))  # for the thread that writes
         # What DefaultStager uses; that one gives its memory up after the first copy in torch 2.11.
         self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self.last: Save | None = None  #: the newest save, done or not
-
-    def prepare(self, state: dict[str, Any]) -> None:
-        """Takes the memory for copies of ``state``, so that the first save is as quick as the others."""
-        self._stage(state)
 
     def start(self, step: int, state: dict[str, Any], config_yaml: str) -> None:
         """Takes a copy of ``state`` and begins to write it; waits for the one before if that is not done.
@@ -89,15 +81,14 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         self.wait()
-        staged = self._stage(state)
+        staged = self.stage(state)
         self.last = Save(step)
-        self._thread = threading.Thread(
-            target=self._write, args=(self.last, started, staged, config_yaml), name="checkpoint", daemon=True
-        )
+        arguments = (self.last, started, staged, config_yaml)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-        self.last.stall_s = time.perf_counter() - started
 
-    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+    def stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy of ``state`` on the host. The first call takes its memory, which later ones use again."""
         on_gpu = self._world.device.type == "cuda"
         staged = self._stager.stage(state, non_blocking=on_gpu)
         if on_gpu:
@@ -105,11 +96,7 @@ class CheckpointWriter:
         return staged
 
     def wait(self, beat: Callable[[], object] = lambda: None) -> Save | None:
-        """Waits until nothing is being written; returns the newest save.
-
-        Args:
-            beat: called every few seconds meanwhile.
-        """
+        """Waits until nothing is being written, calls ``beat`` every 2 s, and returns the newest save."""
         while self._thread is not None:
             self._thread.join(_BEAT_S)
             if not self._thread.is_alive():
@@ -133,15 +120,14 @@ class CheckpointWriter:
             torch.cuda.set_device(self._world.device)  # a thread begins on the first GPU, and would use it
 
         def write() -> None:
-            with checkpoints.quiet_alone():
-                dcp.save(
-                    staged, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
-                )
+            group = self._world.group
+            with checkpoints.single_process():
+                dcp.save(staged, checkpoint_id=partial, process_group=group, no_dist=group is None)
 
         error: str | None = "the processes lost each other"
         try:
             error = (
-                self._attempt(lambda: _make_anew(partial), only_main=True)
+                self._attempt(lambda: _make_empty(partial), only_main=True)
                 or self._attempt(write)
                 or self._attempt(lambda: self._complete(partial, save.step, config_yaml), only_main=True)
             )
@@ -152,23 +138,19 @@ class CheckpointWriter:
             save.error = error
 
     def _attempt(self, action: Callable[[], None], *, only_main: bool = False) -> str | None:
-        """Does something, in the main process or in all; what went wrong in any of them, told to all."""
+        """Calls ``action`` in the main process or in all; returns the first error of any of them, in all."""
         error: str | None = None
         if self._world.is_main or not only_main:
             try:
                 action()
             except (Exception, dcp.api.CheckpointException) as failure:  # the latter is a BaseException
                 error = checkpoints.first_failure(failure)
-        if self._group is None:
-            return error
-        found: list[Any] = [None] * self._world.size
-        dist.all_gather_object(found, error, group=self._group)
-        return next((told for told in found if told is not None), None)
+        return next((found for found in self._world.gather(error) if found is not None), None)
 
     def _complete(self, partial: Path, step: int, config_yaml: str) -> None:
         """Adds what a checkpoint has besides the state, flushes it to disk and gives it its name."""
         # From the files and not from memory, where every process has only its part. What a process on another
-        # machine has written to a disk of its own is missed here, and not at a resume.
+        # machine has written to another disk is missed here, and not at a resume.
         config = partial / checkpoints.CONFIG_FILE
         config.write_text(config_yaml)
         tables = checkpoints.load_part(partial, "tables.")
@@ -205,7 +187,7 @@ class CheckpointWriter:
                     print(f"warning: {old} could not be removed: {error}", file=sys.stderr)
 
 
-def _make_anew(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
     folder.mkdir(parents=True)
 
