@@ -34,7 +34,7 @@ def make_state(value: float) -> dict:
 
 
 def make_writer(run_dir: Path, keep: int = 0, keep_every: int = 0) -> CheckpointWriter:
-    return CheckpointWriter(run_dir, World(torch.device("cpu")), ["0.9"], keep, keep_every, {})
+    return CheckpointWriter(run_dir, World(torch.device("cpu")), keep, keep_every, {})
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):

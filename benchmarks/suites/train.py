@@ -201,9 +201,7 @@ class Saver:
         self.device, self.run_dir = device, run_dir
         self.config, _ = load_config(command)
         self.runner = processes.Runner(self.config, World(device))
-        self.writer = CheckpointWriter(
-            run_dir, World(device), list(self.runner.trainer.averages.values), 1, 0, {}
-        )
+        self.writer = CheckpointWriter(run_dir, World(device), 1, 0, {})
         self.writer.stage(self.runner.trainer.state_dict())  # as the training loop does
 
     def step_ms(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,22 +21,6 @@ from pixelgen.training.step import Trainer
 State = dict[str, Tensor]
 
 
-class SavedWeights(NamedTuple):
-    """Weights to begin from, whole and on the CPU.
-
-    Attributes:
-        name: what they were read from.
-        raw: the trained weights, by their names in the model.
-        averages: averaged ones by the name of the average, the default one first.
-        class_names: of the data that they were trained on; empty where they are not known.
-    """
-
-    name: str
-    raw: State
-    averages: dict[str, State]
-    class_names: tuple[str, ...] = ()
-
-
 @torch.no_grad()
 def begin_from(trainer: Trainer, path: str) -> None:
     """Takes the weights of another run, or of the public code, into a trainer's model and its averages.
@@ -49,19 +32,19 @@ def begin_from(trainer: Trainer, path: str) -> None:
         UserError: not a model, a damaged one, or one that does not fit.
     """
     world, model, averages = trainer.world, trainer.model, trainer.averages.values
-    saved = world.in_turn("reading the weights to begin from", lambda: read_weights(path, model))
+    found = world.in_turn("reading the weights to begin from", lambda: read_weights(path, model))
+    source, saved, saved_averages, class_names = found
     own = {name: value.detach() for name, value in model.state_dict().items()}
     if model.class_table is not None:
         own[model.class_table] = whole(own[model.class_table]).cpu()
-    rows = len(saved.raw[model.class_table]) - 1 if model.class_table in saved.raw else 0
-    classes = same_classes(trainer.dataset.class_names, saved.class_names, model.config.num_classes, rows)
-    first = next(iter(saved.averages.values()))
+    rows = len(saved[model.class_table]) - 1 if model.class_table in saved else 0
+    classes = same_classes(trainer.dataset.class_names, class_names, model.config.num_classes, rows)
+    first = next(iter(saved_averages.values()))
 
     def fit() -> tuple[dict[str, State], State, list[str]]:
-        raw, changes = fitted(model, own, saved.raw, classes, saved.name)
-        states = {name: saved.averages.get(name, first) for name in averages}
-        fits = {name: fitted(model, own, state, classes, saved.name)[0] for name, state in states.items()}
-        return fits, raw, changes
+        raw, changes = fitted(model, own, saved, classes, source)
+        states = {name: saved_averages.get(name, first) for name in averages}
+        return {n: fitted(model, own, state, classes, source)[0] for n, state in states.items()}, raw, changes
 
     fitted_averages, raw, changes = world.together(fit)
     for name, state in fitted_averages.items():
@@ -70,7 +53,7 @@ def begin_from(trainer: Trainer, path: str) -> None:
             local(averages[name][key]).copy_(local(parameter.detach()))
     _load(model, raw)
     if world.is_main:
-        kept = f"begins from {saved.name}: {len(own) - len(changes)} of {len(own)} tensors as they are"
+        kept = f"begins from {source}: {len(own) - len(changes)} of {len(own)} tensors as they are"
         print("; ".join([kept, *changes]), flush=True)
 
 
@@ -79,8 +62,12 @@ def _load(model: Denoiser, state: State) -> None:
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
 
 
-def read_weights(path: str, model: Denoiser) -> SavedWeights:
-    """The weights of a run, of one of its checkpoints, or of a ``.ckpt`` of the public code.
+def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, State], tuple[str, ...]]:
+    """Weights of a run, of a checkpoint, or of a ``.ckpt`` of the public code, whole and on the CPU.
+
+    Returns:
+        What they were read from; the trained weights; the averaged ones by the name of the average, the
+        default one first; and the names of the classes that they were trained on, empty where not known.
 
     Raises:
         UserError: the model at ``path`` is of another family than ``model``.
@@ -93,7 +80,7 @@ def read_weights(path: str, model: Denoiser) -> SavedWeights:
             )
             for kind, start in PREFIX.items()
         }
-        return SavedWeights(path, parts["raw"], {"ema": parts["ema"] or parts["raw"]})
+        return path, parts["raw"], {"ema": parts["ema"] or parts["raw"]}, ()
     checkpoint = checkpoints.find_checkpoint(path)
     meta = checkpoints.read_meta(checkpoint)
     config = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
@@ -104,17 +91,13 @@ def read_weights(path: str, model: Denoiser) -> SavedWeights:
         )
     averages = {name: checkpoints.load_ema_weights(checkpoint, name) for name in meta["averages"]}
     raw = checkpoints.load_part(checkpoint, "model.")
-    return SavedWeights(str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ())))
+    return str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ()))
 
 
 def same_classes(own: tuple[str, ...], theirs: tuple[str, ...], count: int, rows: int) -> dict[int, int]:
-    """Classes of the data -> the same classes of the other run: by name, or where it has none, by number.
+    """Classes of the data -> those of the other run: by their names, ``own`` and ``theirs``.
 
-    Args:
-        own: names of the classes of the data.
-        theirs: those of the other run.
-        count: classes of the model.
-        rows: classes of the other run's model.
+    Where those are not known, by number, if the model's ``count`` and the other model's ``rows`` agree.
     """
     if not theirs:
         return {number: number for number in range(count)} if rows == count else {}
@@ -125,20 +108,21 @@ def same_classes(own: tuple[str, ...], theirs: tuple[str, ...], count: int, rows
 def fitted(
     model: Denoiser, own: State, state: State, classes: Mapping[int, int], source: str
 ) -> tuple[State, list[str]]:
-    """The state in the shapes of a model, and a line on each tensor that is not as it was.
+    """The state of a model of the same family in the shapes of ``model``, and a line on each changed tensor.
 
     Args:
         model: the fresh model.
         own: its state, for the shapes and for new rows of the table of classes.
-        state: of a model of its family.
+        state: of the other model.
         classes: from ``same_classes``.
-        source: begins the error message.
+        source: what the error message calls the other model.
 
     Raises:
         UserError: lists every tensor that cannot be used.
     """
     found, changes = {}, []
     tables = model.tables()
+    is_same_order = all(classes.get(label) == label for label in range(model.config.num_classes))
     problems = [f"unexpected {name}" for name in state.keys() - own.keys()]
     for name, fresh in own.items():
         given = state.get(name)
@@ -148,7 +132,7 @@ def fitted(
             found[name] = tables[name]
             if given.shape != fresh.shape:
                 changes.append(f"{name}: that of the new size")
-        elif given.shape == fresh.shape and (name != model.class_table or _is_identity(classes, fresh)):
+        elif given.shape == fresh.shape and (name != model.class_table or is_same_order):
             found[name] = given
         elif (resized := model.resized(name, given, fresh, classes)) is not None:
             found[name], change = resized
@@ -158,7 +142,3 @@ def fitted(
     if problems:
         raise UserError(f"--init: {source} does not fit {model.config}: {'; '.join(sorted(problems))}")
     return found, changes
-
-
-def _is_identity(classes: Mapping[int, int], table: Tensor) -> bool:
-    return all(classes.get(row) == row for row in range(len(table) - 1))

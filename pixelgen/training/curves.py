@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# What a run logs besides rates and clocks, and what stands at the axis.
+# Names in the log -> labels of the axes.
 CURVES = {
     "loss": "loss",
     **{name: term.label for name, term in TERMS.items() if term.label},
@@ -36,28 +36,21 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np
 
     Returns:
         name -> (steps (n,) int64 ascending, values (n,) float64), in order of first appearance.
-
-    Raises:
-        FileNotFoundError: there is no such file.
     """
     by_step: dict[int, dict[str, float]] = {}
-    names: dict[str, None] = {}
     broken = 0
-    lines = Path(path).read_bytes().splitlines(keepends=True)
-    for line in lines:
+    for line in Path(path).read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError):
+            step = int(record.pop("step"))
+        except (ValueError, TypeError, KeyError, AttributeError):
             broken += line.endswith(b"\n") and not line.isspace()
             continue
         by_step[step] = {name: float(value) for name, value in record.items() if _is_number(value)}
-        names.update(dict.fromkeys(by_step[step]))
     if broken:
         warnings.warn(f"read_metrics: {path} has {broken} unreadable lines, left out", stacklevel=2)
-    names.pop("step", None)
     curves = {}
-    for name in names:
+    for name in dict.fromkeys(name for record in by_step.values() for name in record):
         steps = sorted(step for step in by_step if name in by_step[step])
         values = np.array([by_step[step][name] for step in steps])
         curves[name] = (np.array(steps, dtype=np.int64), values)
@@ -78,11 +71,7 @@ def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[st
         metrics: file that ``read_metrics`` reads.
         path: file to write; its folder is made if missing.
 
-    Returns:
-        The path.
-
     Raises:
-        FileNotFoundError: there is no metrics file.
         UserError: the file has no value of any.
     """
     curves = read_metrics(metrics)
@@ -96,7 +85,7 @@ def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[st
 
 
 def _draw(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Figure with a panel per curve; one of its own, not pyplot: no global state, no backend is chosen."""
+    """Figure with a panel per curve, without pyplot: no global state, no backend is chosen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

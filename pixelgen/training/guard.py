@@ -15,7 +15,7 @@ class NotFinite:
     Attributes:
         step: its number, from 1.
         terms: names of the scalars that are not finite.
-        samples: by term, the places in the batch of the samples that are not.
+        samples: places in the batch of the samples that are not, by term.
     """
 
     step: int

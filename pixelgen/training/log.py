@@ -150,7 +150,7 @@ class TrainLog:
         rates["tflop_per_s_per_process"] = flops / size / 1e12
         if self._peak is not None:
             rates["mfu"] = flops / size / self._peak
-        rates["memory_gb"] = _memory_bytes(self.trainer.device) / 1e9
+        rates["memory_gb"] = _most_memory(self.trainer.device) / 1e9
         rates["eta_s"] = (self.config.train.max_steps - step) * seconds / self._count
         return rates
 
@@ -193,7 +193,7 @@ class TrainLog:
             self._files.curves()
 
     def _fail_not_finite(self) -> NoReturn:
-        """Ends the run in all processes; says where it failed, from where it can go on, and what to change."""
+        """Ends the run in all processes; says where it failed, where it can go on, and what to change."""
         self._writer.wait()  # what is being written is from before
         problems = self.world.gather(self.trainer.guard.first())
         step = min(problem.step for problem in problems if problem is not None)
@@ -302,8 +302,8 @@ def _stated_peak(device: torch.device, dtype: str) -> float | None:
     return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the device's allocator, or of this process on a CPU."""
+def _most_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

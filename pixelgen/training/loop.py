@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pixelgen.conditions import moved
 from pixelgen.config.load import config_to_yaml
 from pixelgen.config.train_config import TrainConfig
@@ -19,9 +21,9 @@ from pixelgen.data.identity import identify
 from pixelgen.data.loader import Batch, build_loader
 from pixelgen.errors import UserError
 from pixelgen.files import write_whole
+from pixelgen.sampling.pipeline import Pipeline
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter, clean_leftovers
-from pixelgen.training.grid import COLUMNS, sample_grid
 from pixelgen.training.log import METRICS_FILE, TrainLog, truncate_metrics
 from pixelgen.training.optim import learning_rate
 from pixelgen.training.processes.watchdog import Watchdog
@@ -29,6 +31,7 @@ from pixelgen.training.step import Trainer
 
 _NO_DATA = 1000  # above all signal numbers: a reason to stop where a process has no images for its next step
 _REPEATED_SIGNAL_S = 2.0
+_GRID_ROWS, _GRID_COLUMNS = 10, 8
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
@@ -67,31 +70,26 @@ class Run:
             UserError: a loss that is not finite, images that cannot be read, or a last checkpoint that could
                 not be written.
         """
-        config, trainer, world = self.config, self.trainer, self.world
+        config, train, trainer, world = self.config, self.config.train, self.trainer, self.world
         with self._folder_lock, ExitStack() as stack:
             if world.is_main:
                 self._print_start()
-            if trainer.step >= config.train.max_steps:
+            if trainer.step >= train.max_steps:
                 if world.is_main:
-                    print(f"nothing to do: train.max_steps is {config.train.max_steps}")
+                    print(f"nothing to do: train.max_steps is {train.max_steps}")
                 return 0
             world.on_main(self._open_folder)
             self._watchdog = Watchdog(world, config.parallel.timeout_s)
             stack.callback(self._watchdog.close)
             self._writer = CheckpointWriter(
-                self.run_dir,
-                world,
-                list(trainer.averages.values),
-                config.train.keep_checkpoints,
-                config.train.keep_every,
-                identify(trainer.dataset),
+                self.run_dir, world, train.keep_checkpoints, train.keep_every, identify(trainer.dataset)
             )
             # Whatever ends the run: a checkpoint that is being written is good.
             stack.callback(self._writer.close)
             self._writer.stage(trainer.state_dict())  # takes the memory, which would make the first save slow
             self._batches = build_loader(
                 trainer.dataset,
-                config.train.batch_size,
+                train.batch_size,
                 seed=config.seed,
                 start_step=trainer.step,
                 num_workers=config.data.workers,
@@ -154,7 +152,7 @@ class Run:
             batch = self._next_batch()
 
     def _next_batch(self) -> Batch | None:
-        """The images of the next step; None after the last one, or when there are none: ``_data_error``."""
+        """The images of the next step; None after the last one, or with ``_data_error`` where they failed."""
         step = self.trainer.step
         if step >= self.config.train.max_steps:
             return None
@@ -218,7 +216,7 @@ class Run:
     def _draw(self) -> None:
         self._watchdog.progress(self.trainer.step, "sampling")
         with self._log.paused():
-            self._log.image(self.trainer.step, sample_grid(self.trainer), COLUMNS)
+            self._log.image(self.trainer.step, sample_grid(self.trainer), _GRID_COLUMNS)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -245,6 +243,28 @@ class Run:
                 signal.signal(which, handler)
             signal.set_wakeup_fd(numbers)
             os.close(writer)
+
+
+def sample_grid(trainer: Trainer) -> Tensor:
+    """Samples of the first average with fixed noise, (N, C, H, W) uint8: a row for each of up to 10 classes.
+
+    Each process draws a part; all get the whole grid.
+    """
+    config, model, world = trainer.config, trainer.model, trainer.world
+    time, num_classes = config.time, model.config.num_classes
+    pipeline = Pipeline(
+        model, config.sample, t_eps=time.t_eps, noise_scale=time.noise_scale, dtype=config.dtype
+    )
+    rows = min(_GRID_ROWS, num_classes)
+    labels = [row * num_classes // rows for row in range(rows) for _ in range(_GRID_COLUMNS)]
+    share = -(-len(labels) // world.size)
+    first = world.rank * share
+    own = [labels[place % len(labels)] for place in range(first, first + share)]
+    with trainer.averages.exchanged(model, next(iter(trainer.averages.values))):
+        model.eval()
+        images = pipeline.sample(own, seed=config.seed, first_index=first)
+        model.train()
+    return world.gather_rows(images.to(trainer.device)).cpu()[: len(labels)]
 
 
 def _end_at_once(reader: int) -> None:

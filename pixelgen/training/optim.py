@@ -110,10 +110,10 @@ class Optimizers:
         self.trained = nn.ModuleDict({"model": model, **together, "gate": objective.gate})
         # Too small to be sharded: their gradients are summed one by one.
         self._gate_parameters = list(objective.gate.parameters())
-        self._gate_ids = {id(p) for p in self._gate_parameters}
+        gate_ids = {id(p) for p in self._gate_parameters}
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         groups: Groups = [
-            {"params": [p for p in self.parameters if id(p) not in self._gate_ids]},
+            {"params": [p for p in self.parameters if id(p) not in gate_ids]},
             # Decay would pull the gate's learned weights to 1.
             {"params": self._gate_parameters, "weight_decay": 0.0},
         ]
@@ -139,7 +139,7 @@ class Optimizers:
         """Sums what is not sharded over the processes, clips and moves all parameters. No host sync.
 
         Args:
-            step: the training step, for the learning rate.
+            step: sets the learning rate.
             computed: names of the losses that were computed, the same in all processes.
 
         Returns:
@@ -179,15 +179,20 @@ class Optimizers:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` gave; the options stay those of this run's configuration."""
-        set_optimizer_state_dict(self.trained, self.main, state["optimizer"])
+        _load(self.trained, self.main, state["optimizer"])
         for name, optimizer in self.alone.items():
-            set_optimizer_state_dict(self._networks[name], optimizer, state[f"{name}_optimizer"])
-            for group in optimizer.param_groups:
-                group |= self._terms[name].own_optimizer()
-        options = self._config.optimizer
-        for group in (group for optimizer in self.main for group in optimizer.param_groups):
-            if "betas" in group:
-                group["betas"] = options.betas
-            if id(group["params"][0]) not in self._gate_ids:
-                group["weight_decay"] = options.weight_decay
+            _load(self._networks[name], [optimizer], state[f"{name}_optimizer"])
         self.skipped.copy_(state["skipped"])
+
+
+def _load(module: nn.Module, optimizers: list[torch.optim.Optimizer], state: Any) -> None:
+    """Restores the state of optimizers, but not their options."""
+    options = [
+        {name: value for name, value in group.items() if name != "params"}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    set_optimizer_state_dict(module, optimizers, state)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, kept in zip(groups, options, strict=True):
+        group.update(kept)

@@ -9,13 +9,16 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
+from pixelgen.config.load import config_from_yaml
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.identity import compare, identify
-from pixelgen.data.source import build_dataset
+from pixelgen.data.source import Source, build_dataset
 from pixelgen.errors import UserError
 from pixelgen.files import lock
+from pixelgen.losses.term import TERMS
 from pixelgen.training.begin import begin_from
 from pixelgen.training.checkpoint import read as checkpoints
+from pixelgen.training.ema import decay_schedules
 from pixelgen.training.log import check_logging
 from pixelgen.training.loop import Run, write_config
 from pixelgen.training.processes.world import World
@@ -94,13 +97,45 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
     check_logging(config)
     try:
         dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
-        world.on_main(lambda: compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset)))
+        world.on_main(lambda: check_same_run(config, dataset, checkpoint))
         trainer = Trainer(config, checkpoint.resolve().parent.parent, dataset, world)
         position = trainer.load(checkpoint)
     except BaseException:
         folder_lock.close()
         raise
     return Run(trainer, folder_lock, position)
+
+
+def check_same_run(config: TrainConfig, dataset: Source, checkpoint: Path) -> None:
+    """What a run trains is settled when it starts; weights of terms and schedules may change at a resume.
+
+    Raises:
+        UserError: an option would add or remove something that the checkpoint does or does not hold.
+    """
+    compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset))
+    saved = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
+
+    def parts(config: TrainConfig, has_data_state: bool) -> Iterator[tuple[str, object]]:
+        loss = config.loss
+        yield "model", config.model_config().without_rates()
+        yield "optimizer.name", config.optimizer.name
+        for options in loss.of_terms().values():
+            yield from options.trained().items()
+        yield "loss.gate", loss.gate == "learned"
+        yield "loss.balance", loss.balance != "off"
+        # networks that are trained on tokens have the width of these
+        yield "loss.tokens", any(TERMS[name].trains for name in loss.used_terms()) and loss.tokens
+        yield "data.name or data.streaming", has_data_state
+        yield "ema.decay or ema.power", list(decay_schedules(config.ema))
+
+    before = dict(parts(saved, bool(checkpoints.stored_values(checkpoint, "data"))))
+    now = dict(parts(config, bool(dataset.state_dict())))
+    changed = next((name for name in now if now[name] != before[name]), None)
+    if changed is not None:
+        raise UserError(
+            f"{changed} cannot change so at a resume: {checkpoint} was saved by a run that trained other "
+            f"parts; start a new run"
+        )
 
 
 def continue_or_start(config: TrainConfig, world: World) -> Run:

@@ -22,7 +22,6 @@ from pixelgen.models.families import build_denoiser
 from pixelgen.models.float8 import use_float8
 from pixelgen.sampling.pipeline import count_parameters
 from pixelgen.training.checkpoint import read as checkpoints
-from pixelgen.training.checkpoint.same_parts import check_same_parts
 from pixelgen.training.ema import Averages
 from pixelgen.training.guard import FiniteGuard
 from pixelgen.training.optim import Optimizers
@@ -130,9 +129,6 @@ class Trainer:
 
         Returns:
             The position in the data, ``{}`` where that is a function of the step.
-
-        Raises:
-            UserError: the checkpoint is damaged, or of a run that trains other parts.
         """
         position = self.world.together(lambda: self._load(checkpoint))
         steps = set(self.world.gather(self.step))
@@ -141,7 +137,6 @@ class Trainer:
         return position
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
-        check_same_parts(self.config, checkpoint, is_stream=bool(self.dataset.state_dict()))
         state = self.state_dict() | {"data": checkpoints.stored_values(checkpoint, "data")}
         if self._own_balance is not None and self._own_balance not in checkpoints.stored_entries(checkpoint):
             del state[self._own_balance]  # saved by fewer processes: another one's will do
@@ -191,7 +186,7 @@ class Trainer:
         balances_first = balance is not None and balance.is_due(step) and len(parts) > 1
         if balances_first:  # by all parts, before the first one is weighted with it
             for part in parts:
-                self._forward(images, condition, part, whole_t)
+                self._forward(images, condition, part, whole_t, update_balance=True)
         self.optimizers.zero_grad()
         terms: dict[str, Tensor] = {}
         per_sample: list[tuple[int, dict[str, Tensor]]] = []
@@ -211,13 +206,7 @@ class Trainer:
         return terms
 
     def _forward(
-        self,
-        images: Tensor,
-        condition: Condition,
-        part: range,
-        whole_t: Tensor,
-        *,
-        update_balance: bool = True,
+        self, images: Tensor, condition: Condition, part: range, whole_t: Tensor, *, update_balance: bool
     ) -> Outcome:
         """The objective's value on the images of ``part``, as a share of the whole batch's."""
         config, step = self.config, self.step
@@ -250,10 +239,9 @@ class Trainer:
         )
         is_dropped = uniform(LABEL_DROP_STREAM) < config.optimizer.label_drop
         condition = dropped(condition, model.null(condition), is_dropped)
-        grid = model.config.grid
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            layer = self.objective.feature_layer(step)
-            output, features = model.forward_tokens(tokens, grid, times.t, condition, layer)
+            tap = self.objective.feature_layer(step)
+            output, features = model.forward_tokens(tokens, model.config.grid, times.t, condition, tap)
             if model.prediction == "velocity":
                 output = self._x_pred(output, tokens, times.t)
             return self.objective(

@@ -34,7 +34,7 @@ META_FILE, CONFIG_FILE = "meta.json", "config.yaml"
 
 
 def ema_file(name: str) -> str:
-    """File of the average called ``name``."""
+    """File name of the average called ``name``."""
     return f"ema_{name}.safetensors"
 
 
@@ -78,11 +78,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """The contents of ``meta.json``.
-
-    Raises:
-        UserError: written by another version of the format, or unreadable.
-    """
+    """The contents of ``meta.json``; raises UserError if it is damaged or of another format."""
     try:
         meta = json.loads((checkpoint / META_FILE).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -113,11 +109,7 @@ def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
 
 
 def stored_entries(checkpoint: Path) -> dict[str, Any]:
-    """Metadata of everything in a checkpoint by name, nested names joined by dots.
-
-    Raises:
-        UserError: a damaged checkpoint.
-    """
+    """Metadata of everything in a checkpoint by name, nested names joined by dots; UserError if damaged."""
     try:
         return dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # it is a pickle: a part of one may raise anything
@@ -143,8 +135,7 @@ def load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
         for key, entry in stored_entries(checkpoint).items()
         if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-    with single_process():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    load_state(checkpoint, state)
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 

@@ -47,23 +47,14 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder, on a disk that all machines share.
         world: the processes.
-        averages: names of the averages; each gets its own file.
         keep: how many of the newest checkpoints stay; 0 keeps all.
         keep_every: checkpoints of steps that this divides stay too; 0 for none.
         data: what the run is trained on, from ``identify``.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        world: World,
-        averages: list[str],
-        keep: int,
-        keep_every: int,
-        data: dict[str, Any],
-    ) -> None:
-        self._run_dir, self._root, self._averages = run_dir, run_dir / "checkpoints", averages
-        self._keep, self._keep_every, self._data = keep, keep_every, data
+    def __init__(self, run_dir: Path, world: World, keep: int, keep_every: int, data: dict[str, Any]) -> None:
+        self._root, self._keep, self._keep_every = run_dir / "checkpoints", keep, keep_every
+        self._data = data
         self._world = replace(world, group=gloo_group(world.size))  # for the thread that writes
         # What DefaultStager uses; that one gives its memory up after the first copy in torch 2.11.
         self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
@@ -76,7 +67,7 @@ class CheckpointWriter:
         Args:
             step: optimizer steps done.
             state: nested state dicts; everything that changes training. ``ema.values`` holds the averages by
-                name, ``tables`` what a model needs besides parameters.
+                name, each of which gets its own file, ``tables`` what a model needs besides parameters.
             config_yaml: the run's configuration.
         """
         started = time.perf_counter()
@@ -124,12 +115,15 @@ class CheckpointWriter:
             with checkpoints.single_process():
                 dcp.save(staged, checkpoint_id=partial, process_group=group, no_dist=group is None)
 
+        averages = staged["ema"]["values"]
         error: str | None = "the processes lost each other"
         try:
             error = (
                 self._attempt(lambda: _make_empty(partial), only_main=True)
                 or self._attempt(write)
-                or self._attempt(lambda: self._complete(partial, save.step, config_yaml), only_main=True)
+                or self._attempt(
+                    lambda: self._complete(partial, save.step, list(averages), config_yaml), only_main=True
+                )
             )
         finally:
             if error is not None and self._world.is_main:
@@ -147,14 +141,14 @@ class CheckpointWriter:
                 error = checkpoints.first_failure(failure)
         return next((found for found in self._world.gather(error) if found is not None), None)
 
-    def _complete(self, partial: Path, step: int, config_yaml: str) -> None:
+    def _complete(self, partial: Path, step: int, averages: list[str], config_yaml: str) -> None:
         """Adds what a checkpoint has besides the state, flushes it to disk and gives it its name."""
         # From the files and not from memory, where every process has only its part. What a process on another
         # machine has written to another disk is missed here, and not at a resume.
         config = partial / checkpoints.CONFIG_FILE
         config.write_text(config_yaml)
         tables = checkpoints.load_part(partial, "tables.")
-        for name in self._averages:
+        for name in averages:
             weights = checkpoints.load_part(partial, f"ema.values.{name}.")
             path = partial / checkpoints.ema_file(name)
             save_file(weights | tables, path)
@@ -162,7 +156,7 @@ class CheckpointWriter:
         meta = {
             "format": checkpoints.FORMAT,
             "step": step,
-            "averages": self._averages,
+            "averages": averages,
             "processes": self._world.size,
             "torch": str(torch.__version__),
             "data": self._data,
@@ -177,7 +171,7 @@ class CheckpointWriter:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        found = checkpoints.list_checkpoints(self._run_dir)
+        found = checkpoints.list_checkpoints(self._root.parent)
         for old in found[: -self._keep] if self._keep else []:
             step = int(old.name.removeprefix("step_"))
             if not (self._keep_every and step % self._keep_every == 0):
