@@ -222,7 +222,9 @@ class Saver:
             self.writer.wait()
         stall = time.perf_counter() - begin
         steps: list[float] = []
-        while not wait and (self.writer.is_busy or len(steps) < 2):
+        save = self.writer.last
+        assert save is not None
+        while not wait and (save.seconds == 0 or len(steps) < 2):
             steps.append(self.step_ms())
         last = self.writer.wait()
         assert last is not None

@@ -37,8 +37,15 @@ def begin_from(trainer: Trainer, path: str) -> None:
     own = {name: value.detach() for name, value in model.state_dict().items()}
     if model.class_table is not None:
         own[model.class_table] = whole(own[model.class_table]).cpu()
-    rows = len(saved[model.class_table]) - 1 if model.class_table in saved else 0
-    classes = same_classes(trainer.dataset.class_names, class_names, model.config.num_classes, rows)
+    # Labels here -> the same ones there: by name, or where none are known, by number if there are as many.
+    num_classes = model.config.num_classes
+    if class_names:
+        labels = {name: label for label, name in enumerate(class_names)}
+        own_names = enumerate(trainer.dataset.class_names)
+        classes = {label: labels[name] for label, name in own_names if name in labels}
+    else:
+        as_many = model.class_table in saved and len(saved[model.class_table]) == num_classes + 1
+        classes = {label: label for label in range(num_classes)} if as_many else {}
     first = next(iter(saved_averages.values()))
 
     def fit() -> tuple[dict[str, State], State, list[str]]:
@@ -68,9 +75,6 @@ def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, Stat
     Returns:
         What they were read from; the trained weights; the averaged ones by the name of the average, the
         default one first; and the names of the classes that they were trained on, empty where not known.
-
-    Raises:
-        UserError: the model at ``path`` is of another family than ``model``.
     """
     if Path(path).suffix == ".ckpt":
         state = read_released_checkpoint(path)
@@ -94,28 +98,13 @@ def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, Stat
     return str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ()))
 
 
-def same_classes(own: tuple[str, ...], theirs: tuple[str, ...], count: int, rows: int) -> dict[int, int]:
-    """Classes of the data -> those of the other run: by their names, ``own`` and ``theirs``.
-
-    Where those are not known, by number, if the model's ``count`` and the other model's ``rows`` agree.
-    """
-    if not theirs:
-        return {number: number for number in range(count)} if rows == count else {}
-    places = {name: number for number, name in enumerate(theirs)}
-    return {number: places[name] for number, name in enumerate(own) if name in places}
-
-
 def fitted(
     model: Denoiser, own: State, state: State, classes: Mapping[int, int], source: str
 ) -> tuple[State, list[str]]:
     """The state of a model of the same family in the shapes of ``model``, and a line on each changed tensor.
 
-    Args:
-        model: the fresh model.
-        own: its state, for the shapes and for new rows of the table of classes.
-        state: of the other model.
-        classes: from ``same_classes``.
-        source: what the error message calls the other model.
+    ``own``, the state of ``model``, gives the shapes, and values for new rows of the table of classes;
+    ``classes`` are labels here -> the same ones there; ``source`` names the other model in the error.
 
     Raises:
         UserError: lists every tensor that cannot be used.

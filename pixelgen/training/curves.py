@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixelgen.errors import UserError
+from pixelgen.losses.options import LossConfig
 from pixelgen.losses.term import TERMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Names in the log -> labels of the axes.
-CURVES = {
-    "loss": "loss",
-    **{name: term.label for name, term in TERMS.items() if term.label},
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-}
+def _labels() -> dict[str, str]:
+    """Labels of the panels by the name in the log, in order, with those of all terms registered by now."""
+    terms = {name: TERMS[name].label for name in LossConfig.parts()}
+    shown = {name: label for name, label in terms.items() if label}
+    return {"loss": "loss", **shown, "grad_norm": "gradient norm", "lr": "learning rate"}
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -64,8 +63,8 @@ def _is_number(value: object) -> bool:
 def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """Draws the curves of a metrics.jsonl as one PNG: a panel per term, raw values thin, a running mean bold.
 
-    Drawn are the terms of ``CURVES`` that the file has. A panel whose mean is positive and spans more than a
-    factor of 10 gets a logarithmic axis.
+    Drawn are the loss, its terms, gradient norm and learning rate where the file has them. A panel whose mean
+    is positive and spans more than a factor of 10 gets a logarithmic axis.
 
     Args:
         metrics: file that ``read_metrics`` reads.
@@ -75,9 +74,10 @@ def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[st
         UserError: the file has no value of any.
     """
     curves = read_metrics(metrics)
-    names = [name for name in CURVES if name in curves]
+    labels = _labels()
+    names = [name for name in labels if name in curves]
     if not names:
-        raise UserError(f"save_loss_curves: {metrics} has no values of {', '.join(CURVES)}")
+        raise UserError(f"save_loss_curves: {metrics} has no values of {', '.join(labels)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _draw({name: curves[name] for name in names}).savefig(path, format="png", dpi=110)
@@ -89,6 +89,7 @@ def _draw(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    labels = _labels()
     columns = min(len(curves), 4 if len(curves) > 6 else 3)
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
@@ -103,7 +104,7 @@ def _draw(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
             panel.plot(steps, values, "o", color="#08519c", markersize=3)
         if values.min() > 0 and values.max() > 10 * values.min():
             panel.set_yscale("log")
-        panel.set_ylabel(CURVES.get(name, name), fontsize=10)
+        panel.set_ylabel(labels.get(name, name), fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(True, color="#e5e5e5", linewidth=0.6)

@@ -17,12 +17,7 @@ from pixelgen.training.processes.shard import give_up_gathered, local
 class Averages:
     """average = decay * average + (1 - decay) * weights after every optimizer step; starts as a copy of them.
 
-    Args:
-        model: the model in training; its parameters are averaged, its buffers are constant.
-        config: which averages.
-
-    Attributes:
-        values: parameters by name, of each average by its name; the first average is used by default.
+    ``values`` holds the averaged parameters of each average by its name; the first one is used by default.
     """
 
     def __init__(self, model: nn.Module, config: EmaConfig) -> None:
@@ -51,15 +46,11 @@ class Averages:
 
         The model must be fp32, or the average would lose digits on the way back.
         """
-        average = self.values[name]
-        give_up_gathered(model)
-        pairs = [(local(parameter), local(average[key])) for key, parameter in model.named_parameters()]
-        _exchange(pairs)
+        _exchange(model, self.values[name])
         try:
             yield
         finally:
-            give_up_gathered(model)
-            _exchange(pairs)
+            _exchange(model, self.values[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Averages by name, and the number of updates."""
@@ -74,11 +65,13 @@ class Averages:
 
 
 @torch.no_grad()
-def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for weight, average in pairs:
+def _exchange(model: nn.Module, average: dict[str, Tensor]) -> None:
+    give_up_gathered(model)
+    for key, parameter in model.named_parameters():
+        weight, averaged = local(parameter), local(average[key])
         old_weight = weight.clone()
-        weight.copy_(average)
-        average.copy_(old_weight)
+        weight.copy_(averaged)
+        averaged.copy_(old_weight)
 
 
 def power_gamma(width: float) -> float:

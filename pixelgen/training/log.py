@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -40,13 +40,9 @@ def truncate_metrics(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-            is_kept = record["step"] <= step
-        except (ValueError, TypeError, KeyError):
-            continue  # the run was killed while writing this line
-        if is_kept:
-            kept.append(line)
+        with suppress(ValueError, TypeError, KeyError):  # the run was killed while writing this line
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
@@ -234,7 +230,18 @@ class _LogFiles:
         self._failed: set[str] = set()
         folder = str(self._run_dir / "tensorboard")
         self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        self._wandb: Any = _start_wandb(trainer) if trainer.config.train.wandb else None
+        self._wandb: Any = None
+        if trainer.config.train.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="pixelgen",
+                name=self._run_dir.name,
+                id=self._run_dir.name,  # a resumed run goes on in the same place
+                resume="allow",
+                dir=str(self._run_dir),
+                config=asdict(trainer.config),
+            )
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -247,7 +254,6 @@ class _LogFiles:
                 print(f"warning: {what} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds a line of figures."""
         with self._writing(METRICS_FILE), (self._run_dir / METRICS_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
         step = record["step"]
@@ -259,7 +265,6 @@ class _LogFiles:
             self._wandb.log(record, step=step)
 
     def image(self, images: Tensor, step: int, columns: int) -> None:
-        """Saves a grid of samples."""
         path = self._run_dir / "samples" / f"step_{step:08d}.png"
         with self._writing("samples"):
             save_grid(images, path, columns=columns)
@@ -269,32 +274,16 @@ class _LogFiles:
                 self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
     def curves(self) -> None:
-        """Draws the loss curves."""
         metrics = self._run_dir / METRICS_FILE
         if metrics.is_file() and metrics.stat().st_size:
             with self._writing("loss.png"):
                 save_loss_curves(metrics, self._run_dir / "loss.png")
 
     def close(self) -> None:
-        """Closes all of them."""
         with self._writing("tensorboard"):
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _start_wandb(trainer: Trainer) -> Any:
-    import wandb
-
-    name = trainer.run_dir.name
-    return wandb.init(
-        project="pixelgen",
-        name=name,
-        id=name,  # a resumed run goes on in the same place
-        resume="allow",
-        dir=str(trainer.run_dir),
-        config=asdict(trainer.config),
-    )
 
 
 def _stated_peak(device: torch.device, dtype: str) -> float | None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pixelgen.conditions import moved
@@ -45,10 +46,7 @@ def write_config(run_dir: Path, config: TrainConfig) -> None:
 class Run:
     """A trainer and its run's folder, ready to train.
 
-    Args:
-        trainer: at the step to go on from.
-        folder_lock: closed at the end of training.
-        position: position in the data, from ``Trainer.load``.
+    ``folder_lock`` is closed at the end; ``position`` is where the data go on, from ``Trainer.load``.
     """
 
     def __init__(self, trainer: Trainer, folder_lock: ExitStack, position: dict[str, Any]) -> None:
@@ -67,8 +65,7 @@ class Run:
             0, or 128 + the signal's number when stopped by one.
 
         Raises:
-            UserError: a loss that is not finite, images that cannot be read, or a last checkpoint that could
-                not be written.
+            UserError: a loss is not finite, images cannot be read, or the last checkpoint cannot be written.
         """
         config, train, trainer, world = self.config, self.config.train, self.trainer, self.world
         with self._folder_lock, ExitStack() as stack:
@@ -221,7 +218,6 @@ class Run:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM finishes the step, saves and leaves; a later one ends the process."""
-        previous: dict[int, Any] = {}
 
         def on_signal(number: int, _frame: object) -> None:
             if self._signal is None:
@@ -232,24 +228,20 @@ class Run:
 
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        numbers = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
+        previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         threading.Thread(target=_end_at_once, args=(reader,), name="signals", daemon=True).start()
         try:
             yield
         finally:
-            for which, handler in previous.items():
-                signal.signal(which, handler)
-            signal.set_wakeup_fd(numbers)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
             os.close(writer)
 
 
 def sample_grid(trainer: Trainer) -> Tensor:
-    """Samples of the first average with fixed noise, (N, C, H, W) uint8: a row for each of up to 10 classes.
-
-    Each process draws a part; all get the whole grid.
-    """
+    """Samples of the first average, (N, C, H, W) uint8, of fixed noise: a row each for up to 10 classes."""
     config, model, world = trainer.config, trainer.model, trainer.world
     time, num_classes = config.time, model.config.num_classes
     pipeline = Pipeline(
@@ -264,7 +256,7 @@ def sample_grid(trainer: Trainer) -> Tensor:
         model.eval()
         images = pipeline.sample(own, seed=config.seed, first_index=first)
         model.train()
-    return world.gather_rows(images.to(trainer.device)).cpu()[: len(labels)]
+    return torch.cat(world.gather(images))[: len(labels)]
 
 
 def _end_at_once(reader: int) -> None:

@@ -93,20 +93,14 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
 
 
 class Optimizers:
-    """All optimizers of a run: those of the denoiser and what is trained with it, and one for each network
-    of a loss term that is trained alone. Made once the weights are sharded.
-
-    Attributes:
-        main: the optimizers of the denoiser, the networks that are trained with it, and the gate.
-        alone: the optimizers of the other networks by name.
-        parameters: that ``main`` moves.
-        trained: the modules whose parameters ``main`` moves, as checkpoints name them.
-        skipped: steps left out because of a gradient above ``optimizer.skip_grad_norm``, on the device.
+    """The optimizers of a run, made once the weights are sharded: ``main`` for the denoiser, what is trained
+    with it and the gate; in ``alone`` one for each network of a loss term that is trained alone.
     """
 
     def __init__(self, config: TrainConfig, model: Denoiser, objective: Objective, world: World) -> None:
         self._config, self._world = config, world
         together = objective.trained_with_the_denoiser()
+        # What main moves, by the names in checkpoints.
         self.trained = nn.ModuleDict({"model": model, **together, "gate": objective.gate})
         # Too small to be sharded: their gradients are summed one by one.
         self._gate_parameters = list(objective.gate.parameters())
@@ -128,6 +122,7 @@ class Optimizers:
             self.alone[name] = _fused_adamw(
                 [{"params": parameters}], **term.own_optimizer(), weight_decay=0.0
             )
+        # Steps left out because of a gradient above optimizer.skip_grad_norm.
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def zero_grad(self) -> None:
@@ -138,12 +133,8 @@ class Optimizers:
     def step(self, step: int, computed: Container[str]) -> dict[str, Tensor]:
         """Sums what is not sharded over the processes, clips and moves all parameters. No host sync.
 
-        Args:
-            step: sets the learning rate.
-            computed: names of the losses that were computed, the same in all processes.
-
-        Returns:
-            ``grad_norm``, and that of each network that was trained alone.
+        Networks that are trained alone step only where their loss is among the ``computed`` ones, which are
+        the same in all processes. Returns ``grad_norm`` and the norms of these networks.
         """
         options = self._config.optimizer
         self._world.sum_gradients(self._gate_parameters)
@@ -187,12 +178,8 @@ class Optimizers:
 
 def _load(module: nn.Module, optimizers: list[torch.optim.Optimizer], state: Any) -> None:
     """Restores the state of optimizers, but not their options."""
-    options = [
-        {name: value for name, value in group.items() if name != "params"}
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
+    before = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
     set_optimizer_state_dict(module, optimizers, state)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, kept in zip(groups, options, strict=True):
-        group.update(kept)
+    for group, options in zip(groups, before, strict=True):
+        group.update(options)

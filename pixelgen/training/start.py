@@ -24,15 +24,9 @@ from pixelgen.training.loop import Run, write_config
 from pixelgen.training.processes.world import World
 from pixelgen.training.step import Trainer
 
-LOCK_FILE = ".lock"
-
 
 def start_run(config: TrainConfig, world: World) -> Run:
-    """A new run in a new folder; an existing folder is never reused.
-
-    Raises:
-        UserError: the folder exists, cannot be written to, or the data cannot be used.
-    """
+    """A new run in a new folder; raises UserError if the folder exists or cannot be made."""
     run_dir = Path(config.out_dir) / str(config.name)
     # Before the folder is made: a wrong path must not leave an empty run.
     dataset = world.in_turn("opening the data", lambda: build_dataset(config.data))
@@ -65,12 +59,10 @@ def start_run(config: TrainConfig, world: World) -> Run:
 
 
 def resume_run(path: str, config: TrainConfig, world: World) -> Run:
-    """Continues a run from its newest checkpoint, or the checkpoint given, bit for bit.
+    """Continues a run from its newest checkpoint, bit for bit.
 
-    Args:
-        path: ``runs/NAME`` or one of its checkpoints.
-        config: the run's configuration, with or without changes such as a larger ``train.max_steps``.
-        world: the processes; their number may have changed.
+    ``path`` is the run's folder or that checkpoint. Options such as ``train.max_steps`` may have changed in
+    ``config``, and so may the number of processes.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
@@ -107,10 +99,9 @@ def resume_run(path: str, config: TrainConfig, world: World) -> Run:
 
 
 def check_same_run(config: TrainConfig, dataset: Source, checkpoint: Path) -> None:
-    """What a run trains is settled when it starts; weights of terms and schedules may change at a resume.
+    """Raises UserError if options add or remove something that is trained.
 
-    Raises:
-        UserError: an option would add or remove something that the checkpoint does or does not hold.
+    Weights of terms, schedules and other options may change at a resume.
     """
     compare(checkpoints.read_meta(checkpoint).get("data", {}), identify(dataset))
     saved = config_from_yaml((checkpoint / checkpoints.CONFIG_FILE).read_text(), str(checkpoint))
@@ -144,11 +135,11 @@ def continue_or_start(config: TrainConfig, world: World) -> Run:
     The folder of a run that stopped before its first checkpoint is kept under another name.
 
     Raises:
-        UserError: the folder is there but not that of a run, or its checkpoints are not complete.
+        UserError: the folder is there but not that of a run.
     """
     run_dir = Path(config.out_dir) / str(config.name)
 
-    def has_checkpoint() -> bool:
+    def can_resume() -> bool:
         if not run_dir.exists():
             return False
         if any((run_dir / "checkpoints").glob("step_*")):
@@ -163,7 +154,7 @@ def continue_or_start(config: TrainConfig, world: World) -> Run:
         print(f"{run_dir} stopped before its first checkpoint: now {aside}, and the run starts anew")
         return False
 
-    if world.on_main(has_checkpoint):
+    if world.on_main(can_resume):
         return resume_run(str(run_dir), config, world)
     return start_run(config, world)
 
@@ -172,7 +163,7 @@ def continue_or_start(config: TrainConfig, world: World) -> Run:
 def locked(run_dir: Path) -> Iterator[None]:
     """Locks a run's folder, until this process ends in whatever way; raises UserError if it is locked."""
     try:
-        file = (run_dir / LOCK_FILE).open("w")
+        file = (run_dir / ".lock").open("w")
     except OSError as error:
         raise UserError(f"{run_dir} cannot be written to: {error.strerror}") from error
     with file:

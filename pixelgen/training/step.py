@@ -36,11 +36,7 @@ FEATURE_IMAGES = 4096  # images that embedded features are trained on
 class Trainer:
     """Model, objective, optimizers and averages of one run, in one process or one of several.
 
-    Args:
-        config: the resolved configuration.
-        run_dir: an existing folder; features trained on the run's own images are kept there.
-        dataset: the images.
-        world: the processes.
+    Features that are trained on the run's own images are kept in ``run_dir``, which exists.
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path, dataset: Source, world: World) -> None:
@@ -66,6 +62,9 @@ class Trainer:
         ).to(self.device)
         is_half = config.dtype == "bfloat16" and self.device.type == "cuda"
         self.objective.networks.speed_up(half=is_half, compiled=config.loss.compile_networks)
+        # Key of this process's balance weight where each process has a different one.
+        is_own = config.loss.balance == "released" and world.size > 1
+        self._own_balance = f"balance_of_rank_{world.rank}" if is_own else None
         self.mode = self._distribute()
         self.optimizers = Optimizers(config, self.model, self.objective, world)
         self.averages = Averages(self.model, config.ema)
@@ -117,19 +116,8 @@ class Trainer:
             state[self._own_balance] = state["objective"]["balance.weight"].clone()
         return state
 
-    @property
-    def _own_balance(self) -> str | None:
-        """Key of this process's balance weight where each process has a different one, else None."""
-        balance = self.objective.balance
-        is_own = balance is not None and balance.form == "released" and self.world.size > 1
-        return f"balance_of_rank_{self.world.rank}" if is_own else None
-
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Restores what ``state_dict`` gave, on any number of processes.
-
-        Returns:
-            The position in the data, ``{}`` where that is a function of the step.
-        """
+        """Restores what ``state_dict`` gave, on any number of processes; returns the position in the data."""
         position = self.world.together(lambda: self._load(checkpoint))
         steps = set(self.world.gather(self.step))
         if len(steps) > 1:
@@ -243,13 +231,13 @@ class Trainer:
             tap = self.objective.feature_layer(step)
             output, features = model.forward_tokens(tokens, model.config.grid, times.t, condition, tap)
             if model.prediction == "velocity":
-                output = self._x_pred(output, tokens, times.t)
+                output = self._clean_patches(output, tokens, times.t)
             return self.objective(
                 output, clean, images, times, features, step=step, update_balance=update_balance
             )
 
-    def _x_pred(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
-        """The clean patches that a velocity leads to, (B, T, P*P*channels) in the order of the output."""
+    def _clean_patches(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """The x-prediction (B, T, P*P*channels) in the output order, from noisy tokens in the input order."""
         model = self.model
         if model.input_order != model.output_order:
             P, side = model.config.patch_size, self.config.data.image_size
@@ -268,10 +256,7 @@ class Trainer:
 
 
 def is_share(name: str) -> bool:
-    """Whether a figure of ``train_step`` is a share of the batch's, so that those of all processes add up.
-
-    Others are averaged over the processes.
-    """
+    """Whether a figure of ``train_step`` is summed over the processes; others are averaged."""
     return name != "balance_weight" and not name.endswith("grad_norm")
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from pixelgen.errors import UserError
 
 FORMAT = 2
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_STEP_FOLDER = re.compile(r"step_\d{8,}")
 META_FILE, CONFIG_FILE = "meta.json", "config.yaml"
 
 
@@ -40,12 +40,9 @@ def ema_file(name: str) -> str:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = []
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match and (path / META_FILE).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    folders = (run_dir / "checkpoints").glob("step_*")
+    found = [path for path in folders if _STEP_FOLDER.fullmatch(path.name) and (path / META_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -64,17 +61,16 @@ def find_checkpoint(path: str | Path) -> Path:
         )
     if (path / META_FILE).is_file():
         return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
-        if not (path / "checkpoints").is_dir():
-            if (path / CONFIG_FILE).is_file():
-                raise UserError(f"{path} has no checkpoint yet; delete it or start under another --name")
-            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise UserError(f"{path} is not a run: it has no 'checkpoints' folder (found: {inside})")
-        partial = [entry.name for entry in (path / "checkpoints").iterdir()]
-        found = ", ".join(sorted(partial)) or "nothing"
-        raise UserError(f"{path} holds no complete checkpoint (found in {path / 'checkpoints'}: {found})")
-    return checkpoints[-1]
+    folder = path / "checkpoints"
+    if checkpoints := list_checkpoints(path):
+        return checkpoints[-1]
+    if folder.is_dir():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise UserError(f"{path} holds no complete checkpoint (found in {folder}: {found})")
+    if (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path} has no checkpoint yet; delete it or start under another --name")
+    inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise UserError(f"{path} is not a run: it has no 'checkpoints' folder (found: {inside})")
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -92,11 +88,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Fills the tensors of ``state`` in place, and its other values, from a checkpoint.
 
-    Every process of a run calls it with its own shards; their number may differ from that of the saving run.
-
-    Args:
-        checkpoint: folder from ``find_checkpoint``.
-        state: nested state dicts of the same structure as saved.
+    ``state`` is nested as it was saved. Every process of a run calls it with its own shards; their number may
+    differ from that of the saving run.
 
     Raises:
         UserError: a damaged checkpoint, or one of another configuration.

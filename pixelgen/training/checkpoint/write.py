@@ -26,26 +26,19 @@ _BEAT_S = 2.0
 
 @dataclass
 class Save:
-    """One checkpoint, being written or done.
-
-    Attributes:
-        step: optimizer steps done.
-        seconds: until the checkpoint was in its place; 0 while it is not.
-        error: why it could not be written; the folder is not there then.
-        is_reported: whether the error was printed.
-    """
+    """One checkpoint, being written or done."""
 
     step: int
-    seconds: float = 0.0
-    error: str | None = None
-    is_reported: bool = False
+    seconds: float = 0.0  # until the checkpoint was in its place; 0 while it is not
+    error: str | None = None  # why it could not be written; the folder is not there then
+    is_reported: bool = False  # whether the error was printed
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run; all processes call it at the same steps.
 
     Args:
-        run_dir: the run's folder, on a disk that all machines share.
+        run_dir: on a disk that all machines share.
         world: the processes.
         keep: how many of the newest checkpoints stay; 0 keeps all.
         keep_every: checkpoints of steps that this divides stay too; 0 for none.
@@ -64,11 +57,8 @@ class CheckpointWriter:
     def start(self, step: int, state: dict[str, Any], config_yaml: str) -> None:
         """Takes a copy of ``state`` and begins to write it; waits for the one before if that is not done.
 
-        Args:
-            step: optimizer steps done.
-            state: nested state dicts; everything that changes training. ``ema.values`` holds the averages by
-                name, each of which gets its own file, ``tables`` what a model needs besides parameters.
-            config_yaml: the run's configuration.
+        The nested state dicts hold everything that changes training. ``ema.values`` are the averages by name,
+        each of which gets its own file, ``tables`` what a model needs besides parameters.
         """
         started = time.perf_counter()
         self.wait()
@@ -94,11 +84,6 @@ class CheckpointWriter:
                 self._thread = None
             beat()
         return self.last
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """Waits, and frees the staging memory."""

@@ -33,8 +33,6 @@ def shard(
         model: the denoiser, with equal weights in all processes.
         others: modules with a plain forward pass, such as the projector.
         mode: not ``"none"``.
-        parallel: shard size, prefetching and resharding.
-        world: the processes.
         half: gather weights in bf16; gradients are summed in fp32 either way.
 
     Raises:

@@ -20,13 +20,11 @@ _BEAT_S = 1.0
 
 
 class Watchdog:
-    """A thread that notes how far this process has come, and compares where it stays for too long.
+    """A thread that ends this process if it makes no progress for ``timeout_s``, and says what it waits for.
 
-    A process that hangs inside a collective cannot tell why: it waits for another one. So every process
-    writes what it does to the store that the process group was started with, and whoever has made no progress
-    for ``timeout_s`` reads what all the others wrote, prints who is behind, and ends the process at once.
-
-    A single process that hangs is ended by the same thread.
+    A process that hangs inside a collective cannot know why: it waits for another one. So every process
+    writes what it does to the store that the process group was started with. The one that hangs reads what
+    all the others wrote, prints who is behind, and ends at once. A single process prints what it did itself.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:

@@ -24,27 +24,19 @@ from pixelgen.training.options import ParallelConfig
 T = TypeVar("T")
 
 _FOR_EVER = timedelta(days=365)
-
 _REPORT_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is.
+    """The processes of a run, and which of them this is."""
 
-    Attributes:
-        device: where this process computes.
-        rank, size: number of this process, and how many there are.
-        local_rank, local_size: the same on this machine.
-        group: for what the host exchanges, however long one process takes; None for the default group.
-    """
-
-    device: torch.device
+    device: torch.device  # where this process computes
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # among the processes of this machine
     local_size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None  # for what the host exchanges, however long one process takes
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +60,7 @@ class World:
                 dist.all_reduce(parameter.grad)
 
     def gather(self, value: T) -> list[T]:
-        """A small Python object of every process, in the order of ranks, on all of them."""
+        """A Python object of every process, in the order of ranks, on all of them; tensors on the host."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -91,12 +83,8 @@ class World:
     def in_turn(self, doing: str, action: Callable[[], T]) -> T:
         """Does something in the main process first, then in one on each other machine, then in the rest.
 
-        For what the first one leaves on disk and the others only read: trained features, downloads. Errors
-        as in ``together``.
-
-        Args:
-            doing: printed where it takes long, such as ``"opening the data"``.
-            action: called in each process.
+        For what the first one leaves on disk and the others only read: trained features, downloads. Where it
+        takes long, ``doing`` is printed, such as "opening the data". Errors as in ``together``.
         """
         own_turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
 
@@ -147,14 +135,6 @@ class World:
     def fail(self, message: str) -> NoReturn:
         """Ends all processes with an error that they agree on; the main one prints it."""
         raise UserError(message) if self.is_main else AlreadyReported(message)
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Equally many rows of every process, in the order of ranks, on all of them; on the host."""
-        if self.size == 1:
-            return rows
-        found = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(found, rows.contiguous())
-        return torch.cat(found)
 
 
 def start_world(device: str, parallel: ParallelConfig) -> World:
