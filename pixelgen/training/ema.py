@@ -33,7 +33,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One step towards the weights of ``model``; enqueues on the current CUDA stream, never synchronises."""
+        """One step towards the weights of ``model``; on the current CUDA stream, without synchronising."""
         self.num_updates += 1
         weights = [local(parameter.detach()).float() for parameter in model.parameters()]
         for name, average in self.values.items():
