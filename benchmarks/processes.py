@@ -128,7 +128,7 @@ def work(task: Task) -> dict[str, dict[str, Any]]:
     configs = {name: load_config(options)[0] for name, options in task.options.items()}
     config = configs[ONE]
     world = start_world(config.device, config.parallel)
-    alone = World(world.device, host=world.host)
+    alone = World(world.device)
     results: dict[str, dict[str, Any]] = {}
     runners: dict[str, Runner] = {}
     for name, config in configs.items():

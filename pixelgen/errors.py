@@ -5,8 +5,8 @@ class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what to do instead."""
 
 
-class ToldError(UserError):
-    """The same, in a process of a run of which another one tells it: ends this one quietly."""
+class AlreadyReported(UserError):
+    """The same in one of several processes, where another one prints the message: this one ends silently."""
 
 
 # What a user gets wrong on a command line: printed without a traceback. Any other exception is our bug.

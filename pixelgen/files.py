@@ -20,9 +20,6 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "wb") -> Iterator[IO[Any]]:
     Args:
         path: the file, in a folder that exists.
         mode: of what is yielded; text is written as it is, without other line ends.
-
-    Raises:
-        OSError: it cannot be written.
     """
     beside = partial(path)
     try:

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     except USER_ERRORS:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        return 2  # one process on each machine tells: all have the same command line
+        return 2  # one process on each machine reports it: all have the same command line
     # torch is imported only after the command line has been checked.
     import torch
 

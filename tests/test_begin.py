@@ -44,8 +44,8 @@ def test_a_run_begins_with_weights_and_averages_of_another(tmp_path, flow_run, c
     for values in trainer.averages.values.values():  # 0.9 is new and begins like the first
         assert_equal(values, {name: average[name] for name in parameters})
     assert trainer.step == 0 and trainer.optimizers.main[0].param_groups[0]["lr"] == 0.5
-    told = capsys.readouterr().out
-    assert f"step_00000005: {len(raw)} of {len(raw)} tensors as they are\n" in told
+    printed = capsys.readouterr().out
+    assert f"step_00000005: {len(raw)} of {len(raw)} tensors as they are\n" in printed
 
 
 def test_a_resume_does_not_begin_again(tmp_path, flow_run):
@@ -63,11 +63,11 @@ def test_another_size_of_images_and_number_of_channels(tmp_path, flow_run, capsy
     data = ("--data.name", "synthetic", "--data.image_size", "12", "--data.channels", "3")
     trainer = begun(tmp_path, flow_run, *data)
     found = trainer.model.state_dict()
-    told = capsys.readouterr().out
-    assert "pos_embed: that of the new size" in told
-    assert "x_embedder.proj1.weight: 1 channels to 3" in told
-    assert "final_layer.linear.bias: 1 channels to 3" in told
-    assert "embedding_table" not in told  # the same names
+    printed = capsys.readouterr().out
+    assert "pos_embed: that of the new size" in printed
+    assert "x_embedder.proj1.weight: 1 channels to 3" in printed
+    assert "final_layer.linear.bias: 1 channels to 3" in printed
+    assert "embedding_table" not in printed  # the same names
     assert torch.equal(found["pos_embed"], JiT(trainer.model.config).pos_embed)
     # a grey picture gives what it gave, in each channel
     grey = torch.rand(2, 1, 12, 12)

@@ -120,8 +120,8 @@ def test_a_process_that_hangs_is_named(tmp_path):
         assert job.processes[0].wait(120) == 3
     finally:
         job.kill()
-    told = (tmp_path / "log").read_text()
-    assert "rank 0: no progress for" in told and "the others wait for rank 1" in told, told
+    text = (tmp_path / "log").read_text()
+    assert "rank 0: no progress for" in text and "the others wait for rank 1" in text, text
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes_with_one_report(tmp_path, embedded_file):
@@ -149,7 +149,7 @@ def test_images_that_one_process_cannot_read_end_all_after_the_same_step(tmp_pat
     assert found == [f"step_{step:08d}"]
 
 
-def test_a_damaged_checkpoint_is_told_once(tmp_path):
+def test_a_damaged_checkpoint_is_reported_once(tmp_path):
     train(flow_options(tmp_path, "--train.max_steps", "2"), 2, log=tmp_path / "log")
     for path in (tmp_path / "run" / "checkpoints").glob("step_*/__1_*.distcp"):
         path.write_bytes(b"")  # what the first process reads may be whole

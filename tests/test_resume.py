@@ -250,7 +250,7 @@ def hanging(self, images, labels):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1000)
 
-loop._ONCE_S, Trainer.train_step = 1.0, hanging
+loop._REPEATED_SIGNAL_S, Trainer.train_step = 1.0, hanging
 main(sys.argv[1:])
 """
 

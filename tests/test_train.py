@@ -47,12 +47,12 @@ def test_a_run_folder_holds_everything(tmp_path, capsys, with_embedded):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["2", "4", "6"]
     assert all(f" {name} " in lines[0] for name in terms)
-    told = r"ms/step  img/s \d+  GFLOP/s [\d.]+  mem [\d.]+ GB  data \d+%  ETA 0:\d\d:\d\d$"
-    assert re.search(told, lines[0])
+    expected = r"ms/step  img/s \d+  GFLOP/s [\d.]+  mem [\d.]+ GB  data \d+%  ETA 0:\d\d:\d\d$"
+    assert re.search(expected, lines[0])
 
 
-def test_a_log_line_tells_the_share_of_the_peak(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("pixelgen.training.log._peak_of", lambda device, dtype: 1e9)
+def test_a_log_line_has_the_share_of_the_peak(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pixelgen.training.log._stated_peak", lambda device, dtype: 1e9)
     arguments = options(tmp_path, "peak", 2, "--train.log_every", "2", *FLOW_ONLY)
     assert main(arguments) == 0
     (record,) = curve(tmp_path / "peak")
@@ -135,14 +135,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_no_checkpoint(tmp_pa
 
     monkeypatch.setattr(Objective, "forward", poisoned)
     more = ["--train.checkpoint_every", "4", "--train.log_every", "4", *FLOW_ONLY]
-    told = (
+    expected = (
         r"training stopped at step 6: not finite: loss, flow_matching, grad_norm; "
         r"flow_matching of samples 3 \(digit (\d+), t (0\.\d+)\), 11 \(digit (\d+), t (0\.\d+)\)\. "
         r"The newest checkpoint is .*step_00000004\. Lower optimizer\.lr or lower optimizer\.max_grad_norm"
     )
-    with pytest.raises(UserError, match=told) as raised:
+    with pytest.raises(UserError, match=expected) as raised:
         main(options(tmp_path, "run", 8, *more))
-    first, first_t, second, second_t = re.search(told, str(raised.value)).groups()
+    first, first_t, second, second_t = re.search(expected, str(raised.value)).groups()
     drawn = shuffled_indices(5, 1797, Share(16, seed=0))
     assert [int(first), int(second)] == drawn[[3, 11]].tolist()
     t = start_trainer(options(tmp_path, "other", 8, *FLOW_ONLY)).draw_time(5)
@@ -163,9 +163,9 @@ def test_a_prediction_that_is_not_finite_names_every_term_and_the_sample(
 
     monkeypatch.setattr(Objective, "forward", poisoned)
     sample = r"\d+ \(digit \d+, t 0\.\d+\)"
-    told = rf"step 3: not finite: loss, .*lpips, p_dino, .*; lpips of samples {sample}; p_dino of"
+    expected = rf"step 3: not finite: loss, .*lpips, p_dino, .*; lpips of samples {sample}; p_dino of"
     more = ["--train.log_every", "4", "--loss.adversarial_weight", "0.1"]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         main(options(tmp_path, "run", 8, *more))
 
 

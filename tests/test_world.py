@@ -10,7 +10,7 @@ from forked import Forked
 from processes import rank_environments
 
 from pixelgen.config import ParallelConfig
-from pixelgen.errors import ToldError, UserError
+from pixelgen.errors import AlreadyReported, UserError
 from pixelgen.training.processes import world as processes
 from pixelgen.training.processes.world import World, leaving_together, start_world
 
@@ -43,12 +43,12 @@ def test_only_an_end_that_all_come_to_waits_for_the_others(monkeypatch, raised, 
 
 
 def test_who_takes_long_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(processes, "_TELL_EVERY_S", 0.1)
+    monkeypatch.setattr(processes, "_REPORT_EVERY_S", 0.1)
     cpu = torch.device("cpu")
-    with World(cpu)._told_if_slow("opening the data"):
+    with World(cpu)._reported_if_slow("opening the data"):
         time.sleep(0.3)
     assert capsys.readouterr().err == ""
-    with World(cpu, rank=1, size=2)._told_if_slow("opening the data"):
+    with World(cpu, rank=1, size=2)._reported_if_slow("opening the data"):
         time.sleep(0.3)
     assert "rank 1: opening the data for 0 s; the others wait\n" in capsys.readouterr().err
     time.sleep(0.2)
@@ -109,7 +109,7 @@ def test_each_process_gets_a_gpu_of_its_own(monkeypatch, count, launcher, expect
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(processes, "gloo_group", lambda _: None)
     if expected is None:
-        with pytest.raises(ToldError, match=rf"8 processes on .*, which has {count} GPUs; start fewer"):
+        with pytest.raises(AlreadyReported, match=rf"8 processes on .*, which has {count} GPUs; start fewer"):
             start_world("cuda", ParallelConfig())
         return
     world = start_world("cuda", ParallelConfig())

@@ -19,6 +19,7 @@ from pixelgen.config import TrainConfig, load_config
 from pixelgen.data.source import ReadBatch, Source
 from pixelgen.planning.devices import peak_flops
 from pixelgen.planning.flops import expected_gate_share, train_step_flops
+from pixelgen.training.processes.world import World
 from pixelgen.training.step import Trainer
 
 KERNELS = {"eager": "eager", "ours": "auto", "compile": "eager", "ours_compile": "auto"}
@@ -119,7 +120,7 @@ class Runner:
         # the folder is not used: only features trained on the run's own images would be kept in it
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # random weights
-            self.trainer = Trainer(self.config, Path(folder), images)
+            self.trainer = Trainer(self.config, Path(folder), images, World(device))
         self._step = usual_step(self.trainer)
         fill_zeros(self.trainer.model)
         pixels, labels = images.batch(range(batch))

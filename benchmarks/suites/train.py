@@ -201,8 +201,8 @@ class Saver:
         self.device, self.run_dir = device, run_dir
         self.config, _ = load_config(command)
         self.runner = processes.Runner(self.config, World(device))
-        self.writer = CheckpointWriter(run_dir, World(device), self.runner.trainer.averages.names, 1, 0)
-        self.writer.prepare(self.runner.trainer.state_dict())  # as the training loop does
+        self.writer = CheckpointWriter(run_dir, World(device), 1, 0, {})
+        self.writer.stage(self.runner.trainer.state_dict())  # as the training loop does
 
     def step_ms(self) -> float:
         """Milliseconds of a training step."""
@@ -222,7 +222,9 @@ class Saver:
             self.writer.wait()
         stall = time.perf_counter() - begin
         steps: list[float] = []
-        while not wait and (self.writer.is_busy or len(steps) < 2):
+        save = self.writer.last
+        assert save is not None
+        while not wait and (save.seconds == 0 or len(steps) < 2):
             steps.append(self.step_ms())
         last = self.writer.wait()
         assert last is not None

@@ -25,7 +25,7 @@ from tyro.constructors import (
 )
 
 from pixelgen.config.values import build, convert, describe_type, option_types
-from pixelgen.errors import USER_ERRORS, ToldError
+from pixelgen.errors import USER_ERRORS, AlreadyReported
 from pixelgen.options import describe_options
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def run(main: Callable[[list[str] | None], int | None], prog: str, argv: list[st
     try:
         code = main(argv)
     except USER_ERRORS as error:
-        if not isinstance(error, ToldError):
+        if not isinstance(error, AlreadyReported):
             print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

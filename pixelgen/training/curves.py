@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pixelgen.errors import UserError
+from pixelgen.losses.options import LossConfig
 from pixelgen.losses.term import TERMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# What a run logs besides rates and clocks, and what stands at the axis.
-CURVES = {
-    "loss": "loss",
-    **{name: term.label for name, term in TERMS.items() if term.label},
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-}
+def _labels() -> dict[str, str]:
+    """Labels of the panels by the name in the log, in order, with those of all terms registered by now."""
+    terms = {name: TERMS[name].label for name in LossConfig.parts()}
+    shown = {name: label for name, label in terms.items() if label}
+    return {"loss": "loss", **shown, "grad_norm": "gradient norm", "lr": "learning rate"}
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -36,28 +35,21 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, tuple[np.ndarray, np
 
     Returns:
         name -> (steps (n,) int64 ascending, values (n,) float64), in order of first appearance.
-
-    Raises:
-        FileNotFoundError: there is no such file.
     """
     by_step: dict[int, dict[str, float]] = {}
-    names: dict[str, None] = {}
     broken = 0
-    lines = Path(path).read_bytes().splitlines(keepends=True)
-    for line in lines:
+    for line in Path(path).read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, TypeError, KeyError):
+            step = int(record.pop("step"))
+        except (ValueError, TypeError, KeyError, AttributeError):
             broken += line.endswith(b"\n") and not line.isspace()
             continue
         by_step[step] = {name: float(value) for name, value in record.items() if _is_number(value)}
-        names.update(dict.fromkeys(by_step[step]))
     if broken:
         warnings.warn(f"read_metrics: {path} has {broken} unreadable lines, left out", stacklevel=2)
-    names.pop("step", None)
     curves = {}
-    for name in names:
+    for name in dict.fromkeys(name for record in by_step.values() for name in record):
         steps = sorted(step for step in by_step if name in by_step[step])
         values = np.array([by_step[step][name] for step in steps])
         curves[name] = (np.array(steps, dtype=np.int64), values)
@@ -71,24 +63,21 @@ def _is_number(value: object) -> bool:
 def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     """Draws the curves of a metrics.jsonl as one PNG: a panel per term, raw values thin, a running mean bold.
 
-    Drawn are the terms of ``CURVES`` that the file has. A panel whose mean is positive and spans more than a
-    factor of 10 gets a logarithmic axis.
+    Drawn are the loss, its terms, gradient norm and learning rate where the file has them. A panel whose mean
+    is positive and spans more than a factor of 10 gets a logarithmic axis.
 
     Args:
         metrics: file that ``read_metrics`` reads.
         path: file to write; its folder is made if missing.
 
-    Returns:
-        The path.
-
     Raises:
-        FileNotFoundError: there is no metrics file.
         UserError: the file has no value of any.
     """
     curves = read_metrics(metrics)
-    names = [name for name in CURVES if name in curves]
+    labels = _labels()
+    names = [name for name in labels if name in curves]
     if not names:
-        raise UserError(f"save_loss_curves: {metrics} has no values of {', '.join(CURVES)}")
+        raise UserError(f"save_loss_curves: {metrics} has no values of {', '.join(labels)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _draw({name: curves[name] for name in names}).savefig(path, format="png", dpi=110)
@@ -96,10 +85,11 @@ def save_loss_curves(metrics: str | os.PathLike[str], path: str | os.PathLike[st
 
 
 def _draw(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Figure with a panel per curve; one of its own, not pyplot: no global state, no backend is chosen."""
+    """Figure with a panel per curve, without pyplot: no global state, no backend is chosen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    labels = _labels()
     columns = min(len(curves), 4 if len(curves) > 6 else 3)
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
@@ -114,7 +104,7 @@ def _draw(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
             panel.plot(steps, values, "o", color="#08519c", markersize=3)
         if values.min() > 0 and values.max() > 10 * values.min():
             panel.set_yscale("log")
-        panel.set_ylabel(CURVES.get(name, name), fontsize=10)
+        panel.set_ylabel(labels.get(name, name), fontsize=10)
         panel.set_xlabel("step", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.grid(True, color="#e5e5e5", linewidth=0.6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,65 +17,40 @@ from pixelgen.training.processes.shard import give_up_gathered, local
 class Averages:
     """average = decay * average + (1 - decay) * weights after every optimizer step; starts as a copy of them.
 
-    The averages by constant decays come first, under the decay's number as a name, such as ``"0.9999"``; then
-    those whose profile is a power of the step, such as ``"power-0.05"``. For these (arXiv 2312.02696, eq. 2),
-    step n has decay (1 - 1 / n)^(gamma + 1), so that the weights of step i count in proportion to i^gamma.
-
-    Args:
-        model: the model in training; its parameters are averaged, its buffers are constant.
-        config: decays, widths of the power profiles, and warm-up: min(decay, (1 + n) / (10 + n)) in update n
-            for the constant decays, so that short runs forget their first steps.
+    ``values`` holds the averaged parameters of each average by its name; the first one is used by default.
     """
 
     def __init__(self, model: nn.Module, config: EmaConfig) -> None:
-        self.warmup, self.num_updates = config.warmup, 0
-        settings = average_settings(config)
-        self._decays = {name: value for name, (kind, value) in settings.items() if kind == "decay"}
-        self._gammas = {
-            name: power_gamma(value) for name, (kind, value) in settings.items() if kind == "power"
-        }
+        self.num_updates = 0
+        self._decays = decay_schedules(config)
         self.values: dict[str, dict[str, Tensor]] = {
             name: {
                 key: parameter.detach().to(torch.float32, copy=True)
                 for key, parameter in model.named_parameters()
             }
-            for name in settings
+            for name in self._decays
         }
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the averages; the first is the one that is used by default."""
-        return list(self.values)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One step towards the weights of ``model``; enqueues on the current stream, never synchronises."""
+        """One step towards the weights of ``model``; on the current CUDA stream, without synchronising."""
         self.num_updates += 1
-        n = self.num_updates
         weights = [local(parameter.detach()).float() for parameter in model.parameters()]
         for name, average in self.values.items():
-            if name in self._gammas:
-                decay = (1 - 1 / n) ** (self._gammas[name] + 1)
-            else:
-                decay = self._decays[name]
-                decay = min(decay, (1 + n) / (10 + n)) if self.warmup else decay
+            decay = self._decays[name](self.num_updates)
             torch._foreach_lerp_([local(value) for value in average.values()], weights, 1.0 - decay)
 
     @contextmanager
     def exchanged(self, model: nn.Module, name: str) -> Iterator[None]:
-        """Inside, ``model`` has the weights of an average, and that the model's: no copy is made.
+        """Inside, ``model`` has the weights of an average, and the average the model's: no copy is made.
 
         The model must be fp32, or the average would lose digits on the way back.
         """
-        average = self.values[name]
-        give_up_gathered(model)
-        pairs = [(local(parameter), local(average[key])) for key, parameter in model.named_parameters()]
-        _exchange(pairs)
+        _exchange(model, self.values[name])
         try:
             yield
         finally:
-            give_up_gathered(model)
-            _exchange(pairs)
+            _exchange(model, self.values[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Averages by name, and the number of updates."""
@@ -90,11 +65,13 @@ class Averages:
 
 
 @torch.no_grad()
-def _exchange(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for weight, average in pairs:
-        held = weight.clone()
-        weight.copy_(average)
-        average.copy_(held)
+def _exchange(model: nn.Module, average: dict[str, Tensor]) -> None:
+    give_up_gathered(model)
+    for key, parameter in model.named_parameters():
+        weight, averaged = local(parameter), local(average[key])
+        old_weight = weight.clone()
+        weight.copy_(averaged)
+        averaged.copy_(old_weight)
 
 
 def power_gamma(width: float) -> float:
@@ -106,7 +83,21 @@ def power_gamma(width: float) -> float:
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 
 
-def average_settings(config: EmaConfig) -> dict[str, tuple[str, float]]:
-    """The averages of a configuration by name: ``("decay", decay)`` or ``("power", width)``."""
-    settings = {str(decay): ("decay", decay) for decay in config.decays}
-    return settings | {f"power-{width}": ("power", width) for width in config.power}
+def decay_schedules(config: EmaConfig) -> dict[str, Callable[[int], float]]:
+    """The decay of update n, from 1, for each average of a configuration.
+
+    Averages with a constant decay come first, named like ``"0.9999"``; warm-up makes it
+    min(decay, (1 + n) / (10 + n)). Then those whose profile is a power of the step, like ``"power-0.05"``:
+    with decay (1 - 1 / n)^(gamma + 1) the weights of step i count in proportion to i^gamma (arXiv 2312.02696,
+    eq. 2).
+    """
+
+    def constant(decay: float) -> Callable[[int], float]:
+        return lambda n: min(decay, (1 + n) / (10 + n)) if config.warmup else decay
+
+    def power(width: float) -> Callable[[int], float]:
+        gamma = power_gamma(width)
+        return lambda n: (1 - 1 / n) ** (gamma + 1)
+
+    schedules = {str(decay): constant(decay) for decay in config.decays}
+    return schedules | {f"power-{width}": power(width) for width in config.power}

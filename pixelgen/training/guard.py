@@ -10,25 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NotFinite:
-    """The first step with a value that is not finite.
+    """The first step with a value that is not finite."""
 
-    Attributes:
-        step: its number, from 1.
-        terms: names of the scalars that are not finite.
-        samples: by term, the places in the batch of the samples that are not.
-    """
-
-    step: int
-    terms: tuple[str, ...]
-    samples: dict[str, list[int]]
+    step: int  # from 1
+    terms: tuple[str, ...]  # names of the scalars that are not finite
+    samples: dict[str, list[int]]  # places in the batch of the samples that are not, by term
 
 
 class FiniteGuard:
-    """Watches every step on the device and is read on the host only when the log is written.
-
-    Args:
-        device: the device of the losses.
-    """
+    """Watches every step on the device and is read on the host only when the log is written."""
 
     def __init__(self, device: torch.device) -> None:
         self._step = torch.full((), -1, dtype=torch.int64, device=device)
@@ -36,13 +26,7 @@ class FiniteGuard:
         self._samples: dict[str, Tensor] = {}
 
     def update(self, step: int, terms: dict[str, Tensor], per_sample: dict[str, Tensor]) -> None:
-        """Notes what is not finite, unless an earlier step was.
-
-        Args:
-            step: number of the step, from 1.
-            terms: scalars, ``loss`` and what it is made of.
-            per_sample: (B,) values of the terms that have them.
-        """
+        """Remembers which scalars and which values (B,) of samples are not finite in the first such step."""
         bad = {name: ~value.isfinite() for name, value in terms.items()}
         is_first = torch.stack(list(bad.values())).any() & (self._step < 0)
         self._step = torch.where(is_first, step, self._step)

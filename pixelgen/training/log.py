@@ -1,4 +1,4 @@
-"""What a run tells: progress bar or lines, metrics.jsonl, TensorBoard, W&B, sample grids, the loss curve."""
+"""What a run logs: progress bar or lines, metrics.jsonl, TensorBoard, W&B, sample grids, the loss curves."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,11 +29,7 @@ from pixelgen.sampling.images import save_grid
 from pixelgen.training.checkpoint.read import list_checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter
 from pixelgen.training.curves import save_loss_curves
-from pixelgen.training.guard import NotFinite
 from pixelgen.training.step import Trainer, is_share
-
-if TYPE_CHECKING:
-    from pixelgen.training.step import Trainer
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -44,22 +40,14 @@ def truncate_metrics(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-            is_kept = record["step"] <= step
-        except (ValueError, TypeError, KeyError):
-            continue  # the run was killed while writing this line
-        if is_kept:
-            kept.append(line)
+        with suppress(ValueError, TypeError, KeyError):  # the run was killed while writing this line
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def check_logging(config: TrainConfig) -> None:
-    """Refuses to log to what is not installed, in all processes alike.
-
-    Raises:
-        UserError: names the package.
-    """
+    """Raises UserError where a package that the configuration logs to is not installed."""
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError('train.wandb needs a package: pip install "pixelgen[wandb]"')
 
@@ -67,12 +55,7 @@ def check_logging(config: TrainConfig) -> None:
 class TrainLog:
     """Means of the loss terms over the steps since the last line; the host waits for the device only there.
 
-    All processes add and write; the main one's lines are seen.
-
-    Args:
-        trainer: the run.
-        batches: for its count of broken images.
-        writer: knows which checkpoint is the newest.
+    All processes call it, and the main one prints and writes.
     """
 
     def __init__(self, trainer: Trainer, batches: Loader, writer: CheckpointWriter) -> None:
@@ -82,19 +65,17 @@ class TrainLog:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._count = 0
-        self._terms: list[str] = []  # of the last line
         train_step_flops(self.config)  # counted here, once, and not in the time of a step
         self._since = time.perf_counter()
         self._paused = self._waited = 0.0
-        self._peak = _peak_of(trainer.device, "bf16" if self.config.dtype == "bfloat16" else "fp32")
-        self._sinks = _Sinks(trainer) if self.world.is_main else None
-        self._is_terminal = self.world.is_main and sys.stderr.isatty()
+        self._peak = _stated_peak(trainer.device, "bf16" if self.config.dtype == "bfloat16" else "fp32")
+        self._files = _LogFiles(trainer) if self.world.is_main else None
         self._bar = tqdm(
             total=self.config.train.max_steps,
             initial=trainer.step,
             unit="step",
             desc=self.run_dir.name,
-            disable=not self._is_terminal,
+            disable=None if self.world.is_main else True,  # None: where it is not a terminal
             dynamic_ncols=True,
         )
 
@@ -107,25 +88,20 @@ class TrainLog:
         self._bar.update()
 
     def waited(self, seconds: float) -> None:
-        """Adds time for which a step's images kept the process waiting."""
+        """Adds time for which the process waited for a step's images."""
         self._waited += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count as training."""
-        if self.trainer.device.type == "cuda":  # steps that are still to be done do
+        if self.trainer.device.type == "cuda":  # steps that are still running do
             torch.cuda.synchronize(self.trainer.device)
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
-    def write(self, step: int, lr: float, **more: float) -> None:
-        """Writes the means since the last call; nothing when there was no step.
-
-        Args:
-            step: optimizer steps done.
-            lr: learning rate of the last one.
-            **more: figures to add to the line.
+    def write(self, step: int, lr: float) -> None:
+        """Writes the means since the last call, if there was a step; ``lr`` is that of the last one.
 
         Raises:
             UserError: a term is not finite; names the step, the terms and the samples.
@@ -144,8 +120,7 @@ class TrainLog:
         means |= {name: means[name] / size for name in shares if not is_share(name)}
         waited, broken = means.pop("waited"), means.pop("broken")
         if not all(map(math.isfinite, means.values())):
-            self._stop()
-        self._terms = [name for name in means if name != "gated_fraction"]
+            self._fail_not_finite()
         seconds = max(now - self._since - self._paused, 1e-9)
         self.seconds += seconds
         record = {"step": step, **means, "lr": lr} | self._rates(step, seconds)
@@ -154,10 +129,9 @@ class TrainLog:
             record["skipped_steps"] = int(self.trainer.optimizers.skipped)
         if broken:
             record["broken_images"] = int(broken)
-        record |= more
-        if self._sinks is not None:
-            self._sinks.write(record)
-            self._show(record)
+        if self._files is not None:
+            self._files.write(record)
+            self._show(record, [name for name in means if name != "gated_fraction"])
         self._sums, self._counts, self._count = {}, {}, 0
         self._paused = self._waited = 0.0
         self._since = now
@@ -172,12 +146,12 @@ class TrainLog:
         rates["tflop_per_s_per_process"] = flops / size / 1e12
         if self._peak is not None:
             rates["mfu"] = flops / size / self._peak
-        rates["memory_gb"] = _memory_bytes(self.trainer.device) / 1e9
+        rates["memory_gb"] = _most_memory(self.trainer.device) / 1e9
         rates["eta_s"] = (self.config.train.max_steps - step) * seconds / self._count
         return rates
 
-    def _show(self, record: dict[str, Any]) -> None:
-        shown = {name: f"{record[name]:.4g}" for name in self._terms}
+    def _show(self, record: dict[str, Any], terms: list[str]) -> None:
+        shown = {name: f"{record[name]:.4g}" for name in terms}
         rates = {"img/s": f"{record['img_per_s']:.0f}"}
         if "img_per_s_per_process" in record:
             rates["img/s per process"] = f"{record['img_per_s_per_process']:.0f}"
@@ -192,40 +166,34 @@ class TrainLog:
             rates["skipped"] = str(record["skipped_steps"])
         if record.get("broken_images"):
             rates["broken images"] = str(record["broken_images"])
-        if self._is_terminal:
+        if not self._bar.disable:
             self._bar.set_postfix(shown | rates)
             return
+        shown |= {"lr": f"{record['lr']:.3g}"}
+        first, rest = ("  ".join(f"{k} {v}" for k, v in part.items()) for part in (shown, rates))
         left = timedelta(seconds=round(record["eta_s"]))
-        values = "  ".join(f"{name} {value}" for name, value in shown.items())
-        rest = "  ".join(f"{name} {value}" for name, value in rates.items())
         print(
-            f"step {record['step']}  {values}  lr {record['lr']:.3g}  {record['ms_per_step']:.1f} ms/step  "
-            f"{rest}  ETA {left}",
+            f"step {record['step']}  {first}  {record['ms_per_step']:.1f} ms/step  {rest}  ETA {left}",
             flush=True,
         )
 
     def image(self, step: int, images: Tensor, columns: int) -> None:
-        """Saves a grid of samples (N, C, H, W) uint8 and draws the loss curves anew."""
-        if self._sinks is not None:
-            self._sinks.image(images, step, columns)
+        """Saves a grid of samples (N, C, H, W) uint8 and draws the loss curves again."""
+        if self._files is not None:
+            self._files.image(images, step, columns)
         self.curves()
 
     def curves(self) -> None:
-        """Draws the loss curves anew."""
-        if self._sinks is not None:
-            self._sinks.curves()
+        """Draws the loss curves again."""
+        if self._files is not None:
+            self._files.curves()
 
-    def _stop(self) -> None:
-        """Ends a run that went wrong, in all processes alike."""
+    def _fail_not_finite(self) -> NoReturn:
+        """Ends the run in all processes; says where it failed, where it can go on, and what to change."""
         self._writer.wait()  # what is being written is from before
-        found = self.world.gather(self.trainer.guard.first())
-        problems = [(rank, problem) for rank, problem in enumerate(found) if problem is not None]
-        self.world.fail(self._not_finite(problems))
-
-    def _not_finite(self, found: list[tuple[int, NotFinite]]) -> str:
-        """Where the run went wrong, what there is to go back to, and what to change."""
-        step = min(problem.step for _, problem in found)
-        first = [(rank, problem) for rank, problem in found if problem.step == step]
+        problems = self.world.gather(self.trainer.guard.first())
+        step = min(problem.step for problem in problems if problem is not None)
+        first = [(rank, problem) for rank, problem in enumerate(problems) if problem and problem.step == step]
         terms = list(dict.fromkeys(term for _, problem in first for term in problem.terms))
         share = self.config.train.batch_size // self.world.size
         samples: dict[str, list[int]] = {}
@@ -236,36 +204,44 @@ class TrainLog:
         for term, places in samples.items():
             named = [self.trainer.describe_sample(step - 1, place) for place in places[:8]]
             text += f"; {term} of samples {', '.join(named)}{' and more' if len(places) > 8 else ''}"
-        checkpoints = list_checkpoints(self.run_dir)
-        text += (
-            f". The newest checkpoint is {checkpoints[-1]}" if checkpoints else ". There is no checkpoint yet"
-        )
+        found = list_checkpoints(self.run_dir)
+        newest = f"The newest checkpoint is {found[-1]}" if found else "There is no checkpoint yet"
         bad = set(terms) - {"loss", "grad_norm"}  # those follow from the others
         remedy = self.trainer.objective.remedy(bad) if bad else None
-        if remedy is not None:
-            return f"{text}. Lower {remedy}"
-        clip = "lower" if self.config.optimizer.max_grad_norm else "set"
-        return f"{text}. Lower optimizer.lr or {clip} optimizer.max_grad_norm"
+        if remedy is None:
+            clip = "lower" if self.config.optimizer.max_grad_norm else "set"
+            remedy = f"optimizer.lr or {clip} optimizer.max_grad_norm"
+        self.world.fail(f"{text}. {newest}. Lower {remedy}")
 
     def close(self) -> None:
         """Closes files and the progress bar."""
         self._bar.close()
-        if self._sinks is not None:
-            self._sinks.close()
+        if self._files is not None:
+            self._files.close()
 
 
-class _Sinks:
-    """The files and services that the main process writes to; one that refuses is told once and left out."""
+class _LogFiles:
+    """The files and services that the main process writes to, with one warning for each that fails."""
 
     def __init__(self, trainer: Trainer) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_dir, step = trainer.run_dir, trainer.step
-        self._told: set[str] = set()
-        self._tensorboard = SummaryWriter(
-            str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None
-        )
-        self._wandb: Any = _start_wandb(trainer) if trainer.config.train.wandb else None
+        self._failed: set[str] = set()
+        folder = str(self._run_dir / "tensorboard")
+        self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self._wandb: Any = None
+        if trainer.config.train.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="pixelgen",
+                name=self._run_dir.name,
+                id=self._run_dir.name,  # a resumed run goes on in the same place
+                resume="allow",
+                dir=str(self._run_dir),
+                config=asdict(trainer.config),
+            )
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -273,12 +249,11 @@ class _Sinks:
         try:
             yield
         except OSError as error:
-            if what not in self._told:
-                self._told.add(what)
+            if what not in self._failed:
+                self._failed.add(what)
                 print(f"warning: {what} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line of figures."""
         with self._writing(METRICS_FILE), (self._run_dir / METRICS_FILE).open("a") as file:
             file.write(json.dumps(record) + "\n")
         step = record["step"]
@@ -290,7 +265,6 @@ class _Sinks:
             self._wandb.log(record, step=step)
 
     def image(self, images: Tensor, step: int, columns: int) -> None:
-        """A grid of samples."""
         path = self._run_dir / "samples" / f"step_{step:08d}.png"
         with self._writing("samples"):
             save_grid(images, path, columns=columns)
@@ -300,41 +274,25 @@ class _Sinks:
                 self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
     def curves(self) -> None:
-        """The picture of the loss curves."""
         metrics = self._run_dir / METRICS_FILE
         if metrics.is_file() and metrics.stat().st_size:
             with self._writing("loss.png"):
                 save_loss_curves(metrics, self._run_dir / "loss.png")
 
     def close(self) -> None:
-        """Closes them."""
         with self._writing("tensorboard"):
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _start_wandb(trainer: Trainer) -> Any:
-    import wandb
-
-    name = trainer.run_dir.name
-    return wandb.init(
-        project="pixelgen",
-        name=name,
-        id=name,  # a resumed run goes on in the same place
-        resume="allow",
-        dir=str(trainer.run_dir),
-        config=asdict(trainer.config),
-    )
-
-
-def _peak_of(device: torch.device, dtype: str) -> float | None:
+def _stated_peak(device: torch.device, dtype: str) -> float | None:
     """FLOP/s that the vendor states for a device; None where that is not known, as for a CPU."""
     return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: of the device's allocator, or of this process on a CPU."""
+def _most_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""The loop around ``Trainer.train_step``: data, log, pictures, checkpoints, signals."""
+"""The loop around ``Trainer.train_step``: data, log, sample grids, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pixelgen.conditions import moved
 from pixelgen.config.load import config_to_yaml
 from pixelgen.config.train_config import TrainConfig
@@ -19,25 +22,21 @@ from pixelgen.data.identity import identify
 from pixelgen.data.loader import Batch, build_loader
 from pixelgen.errors import UserError
 from pixelgen.files import write_whole
+from pixelgen.sampling.pipeline import Pipeline
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter, clean_leftovers
-from pixelgen.training.grid import COLUMNS, sample_grid
 from pixelgen.training.log import METRICS_FILE, TrainLog, truncate_metrics
 from pixelgen.training.optim import learning_rate
-from pixelgen.training.processes.vote import StopVote
 from pixelgen.training.processes.watchdog import Watchdog
 from pixelgen.training.step import Trainer
 
-_NO_DATA = 1000  # a vote beside the numbers of signals: a process has no images for its next step
-_ONCE_S = 2.0
+_NO_DATA = 1000  # above all signal numbers: a reason to stop where a process has no images for its next step
+_REPEATED_SIGNAL_S = 2.0
+_GRID_ROWS, _GRID_COLUMNS = 10, 8
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """Notes what a run is trained with in its folder.
-
-    Raises:
-        UserError: it cannot be written to.
-    """
+    """Writes a run's configuration into its folder; raises UserError where that cannot be written to."""
     try:
         write_whole(run_dir / checkpoints.CONFIG_FILE, config_to_yaml(config))
     except OSError as error:
@@ -45,18 +44,15 @@ def write_config(run_dir: Path, config: TrainConfig) -> None:
 
 
 class Run:
-    """A trainer with all that surrounds it.
+    """A trainer and its run's folder, ready to train.
 
-    Args:
-        trainer: at the step to go on from.
-        folder: keeps the run's folder to this process until it is closed.
-        position: where the data go on, from ``Trainer.load``.
+    ``folder_lock`` is closed at the end; ``position`` is where the data go on, from ``Trainer.load``.
     """
 
-    def __init__(self, trainer: Trainer, folder: ExitStack, position: dict[str, Any]) -> None:
+    def __init__(self, trainer: Trainer, folder_lock: ExitStack, position: dict[str, Any]) -> None:
         self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
         self.run_dir = trainer.run_dir
-        self._folder, self._position = folder, position
+        self._folder_lock, self._position = folder_lock, position
         # A resumed run stands at its newest checkpoint.
         self._saved_step = trainer.step if checkpoints.list_checkpoints(self.run_dir) else None
         self._signal: int | None = None  # that reached this process
@@ -69,35 +65,28 @@ class Run:
             0, or 128 + the signal's number when stopped by one.
 
         Raises:
-            UserError: a loss that is not finite, images that cannot be read, or a last checkpoint that could
-                not be written.
+            UserError: a loss is not finite, images cannot be read, or the last checkpoint cannot be written.
         """
-        config, trainer, world = self.config, self.trainer, self.world
-        with self._folder, ExitStack() as stack:
+        config, train, trainer, world = self.config, self.config.train, self.trainer, self.world
+        with self._folder_lock, ExitStack() as stack:
             if world.is_main:
-                self._introduce()
-            if trainer.step >= config.train.max_steps:
+                self._print_start()
+            if trainer.step >= train.max_steps:
                 if world.is_main:
-                    print(f"nothing to do: train.max_steps is {config.train.max_steps}")
+                    print(f"nothing to do: train.max_steps is {train.max_steps}")
                 return 0
             world.on_main(self._open_folder)
             self._watchdog = Watchdog(world, config.parallel.timeout_s)
             stack.callback(self._watchdog.close)
             self._writer = CheckpointWriter(
-                self.run_dir,
-                world,
-                trainer.averages.names,
-                config.train.keep_checkpoints,
-                config.train.keep_every,
-                identify(trainer.dataset),
+                self.run_dir, world, train.keep_checkpoints, train.keep_every, identify(trainer.dataset)
             )
             # Whatever ends the run: a checkpoint that is being written is good.
             stack.callback(self._writer.close)
-            self._writer.prepare(trainer.state_dict())
-            self._vote = StopVote(world)
+            self._writer.stage(trainer.state_dict())  # takes the memory, which would make the first save slow
             self._batches = build_loader(
                 trainer.dataset,
-                config.train.batch_size,
+                train.batch_size,
                 seed=config.seed,
                 start_step=trainer.step,
                 num_workers=config.data.workers,
@@ -122,7 +111,7 @@ class Run:
             print(f"python -m pixelgen.sample --model {self.run_dir}")
         return 128 + stop if stop else 0
 
-    def _introduce(self) -> None:
+    def _print_start(self) -> None:
         config, trainer, world = self.config, self.trainer, self.world
         print(config_to_yaml(config))
         where = str(trainer.device.type)
@@ -133,18 +122,18 @@ class Run:
         print(f"step {trainer.step} of {config.train.max_steps}", flush=True)
 
     def _open_folder(self) -> None:
-        """Clears what a killed run left, and writes down the changes of this one, for the next to read."""
+        """Clears what a killed run left, and saves the configuration with what has changed in it."""
         clean_leftovers(self.run_dir)
         truncate_metrics(self.run_dir / METRICS_FILE, self.trainer.step)
         write_config(self.run_dir, self.config)
 
     def _loop(self) -> int:
-        """Steps until the end or a vote to stop; the signal that stopped all processes, or 0."""
-        train, trainer = self.config.train, self.trainer
+        """Steps until the end, or until a process has a reason to stop: that reason, a signal; else 0."""
+        train, trainer, world = self.config.train, self.trainer, self.world
         batch = self._next_batch()
         while True:
-            # Before each step all know whether all have what they need: nobody waits for one that has left.
-            stop = self._vote.count(_NO_DATA if self._data_error is not None else self._signal or 0)
+            # Agreed on before each step, so that no process waits for one that has left.
+            stop = world.largest(_NO_DATA if self._data_error is not None else self._signal or 0)
             if stop or batch is None:
                 return stop
             self._watchdog.progress(trainer.step + 1, "training")
@@ -160,7 +149,7 @@ class Run:
             batch = self._next_batch()
 
     def _next_batch(self) -> Batch | None:
-        """The images of the next step; None after the last one, or when there are none: ``_data_error``."""
+        """The images of the next step; None after the last one, or with ``_data_error`` where they failed."""
         step = self.trainer.step
         if step >= self.config.train.max_steps:
             return None
@@ -175,7 +164,7 @@ class Run:
             self._log.waited(time.perf_counter() - asked)
 
     def _finish(self, stop: int) -> None:
-        """The last checkpoint and the last pictures; ``stop`` is what all processes have agreed on."""
+        """The last checkpoint and sample grid; ``stop`` is what ``_loop`` gave."""
         train, trainer = self.config.train, self.trainer
         self._save()
         if not stop and train.sample_every and trainer.step % train.sample_every:
@@ -187,14 +176,13 @@ class Run:
         if last is not None and last.error is not None:
             self.world.fail(self._failed(last.step, last.error))
         if stop == _NO_DATA:
-            told = self.world.gather(None if self._data_error is None else str(self._data_error))
-            reason = next(message for message in told if message)
+            found = self.world.gather(None if self._data_error is None else str(self._data_error))
+            reason = next(message for message in found if message)
             self.world.fail(f"{reason}; stopped after step {trainer.step}, --resume {self.run_dir} goes on")
 
     def _write_log(self) -> None:
-        trainer = self.trainer
         self._report_save()
-        self._log.write(trainer.step, learning_rate(self.config, trainer.step - 1))
+        self._log.write(self.trainer.step, learning_rate(self.config, self.trainer.step - 1))
 
     def _save(self) -> None:
         """Begins a checkpoint of this step, unless there is one; refuses a loss that is not finite."""
@@ -211,10 +199,10 @@ class Run:
         self._saved_step = trainer.step
 
     def _report_save(self) -> None:
-        """Tells of a checkpoint that could not be written; training goes on, and the next one is tried."""
+        """Warns of a checkpoint that could not be written; training goes on, and the next one is tried."""
         last = self._writer.last
-        if last is not None and last.error is not None and not last.is_told and self.world.is_main:
-            last.is_told = True
+        if last is not None and last.error is not None and not last.is_reported and self.world.is_main:
+            last.is_reported = True
             print(f"warning: {self._failed(last.step, last.error)}", file=sys.stderr, flush=True)
 
     def _failed(self, step: int, reason: str) -> str:
@@ -225,39 +213,56 @@ class Run:
     def _draw(self) -> None:
         self._watchdog.progress(self.trainer.step, "sampling")
         with self._log.paused():
-            self._log.image(self.trainer.step, sample_grid(self.trainer), COLUMNS)
+            self._log.image(self.trainer.step, sample_grid(self.trainer), _GRID_COLUMNS)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM finishes the step, saves and leaves; a later one ends the process."""
-        previous: dict[int, Any] = {}
 
         def on_signal(number: int, _frame: object) -> None:
             if self._signal is None:
                 self._signal = number
                 if self.world.is_main:
-                    told = f"\nsignal {number}: saving after this step; another one ends the run at once\n"
-                    os.write(2, told.encode())  # print may have been interrupted by this signal
+                    text = f"\nsignal {number}: saving after this step; another one ends the run at once\n"
+                    os.write(2, text.encode())  # print may have been interrupted by this signal
 
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        numbers = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
+        previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         threading.Thread(target=_end_at_once, args=(reader,), name="signals", daemon=True).start()
         try:
             yield
         finally:
-            for which, handler in previous.items():
-                signal.signal(which, handler)
-            signal.set_wakeup_fd(numbers)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_fd)
             os.close(writer)
+
+
+def sample_grid(trainer: Trainer) -> Tensor:
+    """Samples of the first average, (N, C, H, W) uint8, of fixed noise: a row each for up to 10 classes."""
+    config, model, world = trainer.config, trainer.model, trainer.world
+    time, num_classes = config.time, model.config.num_classes
+    pipeline = Pipeline(
+        model, config.sample, t_eps=time.t_eps, noise_scale=time.noise_scale, dtype=config.dtype
+    )
+    rows = min(_GRID_ROWS, num_classes)
+    labels = [row * num_classes // rows for row in range(rows) for _ in range(_GRID_COLUMNS)]
+    share = -(-len(labels) // world.size)
+    first = world.rank * share
+    own = [labels[place % len(labels)] for place in range(first, first + share)]
+    with trainer.averages.exchanged(model, next(iter(trainer.averages.values))):
+        model.eval()
+        images = pipeline.sample(own, seed=config.seed, first_index=first)
+        model.train()
+    return torch.cat(world.gather(images))[: len(labels)]
 
 
 def _end_at_once(reader: int) -> None:
     """Ends the process at the second of the signals that are read, also while it hangs in a collective.
 
-    Not at one that follows within seconds: torchrun and schedulers tell every process, and pass it on.
+    Not at one that follows within seconds: torchrun and schedulers signal every process, and pass it on.
     """
     first: float | None = None
     with open(reader, "rb", buffering=0) as signals:
@@ -266,5 +271,5 @@ def _end_at_once(reader: int) -> None:
                 continue
             if first is None:
                 first = time.monotonic()
-            elif time.monotonic() - first > _ONCE_S:
+            elif time.monotonic() - first > _REPEATED_SIGNAL_S:
                 os._exit(128 + got[0])

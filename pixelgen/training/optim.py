@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -18,64 +18,53 @@ from pixelgen.training.options import OptimizerConfig
 from pixelgen.training.processes.shard import local, whole
 from pixelgen.training.processes.world import World
 
-Groups = list[dict[str, Any]]  # {"params": a list of parameters} with options of their own
+Groups = list[dict[str, Any]]  # parameter groups as in torch.optim
 
 
-def adamw(
-    groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW.
+def _fused_adamw(groups: Groups, **options: Any) -> torch.optim.AdamW:
+    """Fused AdamW for the groups that have parameters, with its state from the start.
 
     By itself AdamW makes the state of a parameter at its first gradient. Parameters of a term that starts
     later would then be missing in a checkpoint that is saved before, and PyTorch's functions for checkpoints
-    would fill the gap by a step of their own.
-
-    Args:
-        groups: ``{"params": parameters}`` with options of their own; groups without parameters are left out.
-        lr, betas, weight_decay: as in ``torch.optim.AdamW``.
+    would fill the gap by an optimizer step.
     """
-    listed = [{**group, "params": list(group["params"])} for group in groups]
-    optimizer = torch.optim.AdamW(
-        [group for group in listed if group["params"]],
-        lr=lr,
-        betas=betas,
-        weight_decay=weight_decay,
-        fused=True,
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = _state(parameter)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], **options, fused=True)
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
     return optimizer
 
 
-def muon(parameters: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Muon:
-    """Muon (https://kellerjordan.github.io/posts/muon) for matrices, with its state from the start.
-
-    A step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's (arXiv 2502.16982).
-    """
-    optimizer = torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    for parameter in parameters:
-        optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
-    return optimizer
+def adamw(options: OptimizerConfig, groups: Groups, matrices: set[int]) -> list[torch.optim.Optimizer]:
+    """AdamW for everything."""
+    return [_fused_adamw(groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)]
 
 
-def _adamw_alone(options: OptimizerConfig, groups: Groups, matrices: set[int]) -> list[torch.optim.Optimizer]:
-    return [adamw(groups, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay)]
-
-
-def _muon_and_adamw(
+def muon_and_adamw(
     options: OptimizerConfig, groups: Groups, matrices: set[int]
 ) -> list[torch.optim.Optimizer]:
-    of_muon = [p for group in groups for p in group["params"] if id(p) in matrices]
+    """Muon (https://kellerjordan.github.io/posts/muon) for the matrices of the blocks, AdamW for the rest.
+
+    A step of Muon is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's
+    (arXiv 2502.16982).
+    """
+    chosen = [p for group in groups for p in group["params"] if id(p) in matrices]
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in matrices]} for group in groups]
-    first = muon(of_muon, lr=options.lr, weight_decay=options.weight_decay)
-    return [first, *_adamw_alone(options, rest, matrices)]
+    muon = torch.optim.Muon(
+        chosen, lr=options.lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for parameter in chosen:
+        muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    return [muon, *adamw(options, rest, matrices)]
 
 
 # optimizer.name -> (options, groups, ids of the matrices of the blocks) -> the optimizers of all groups
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Groups, set[int]], list[torch.optim.Optimizer]]] = {
-    "adamw": _adamw_alone,
-    "muon": _muon_and_adamw,
+    "adamw": adamw,
+    "muon": muon_and_adamw,
 }
 
 
@@ -90,17 +79,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return optimizer.lr * warm
 
 
-def _state(parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What AdamW makes at the first gradient."""
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
-
-
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scales gradients down to a norm, if one is given; returns that of all shards before. No host sync."""
+    """Scales gradients down to a norm, if given; returns the norm over all shards before. No host sync."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     kinds: dict[type, list[Tensor]] = {}
     for grad in grads:
@@ -113,48 +93,36 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> Te
 
 
 class Optimizers:
-    """All optimizers of a run: those of the denoiser and what is trained with it, and one for each network
-    of a loss term that is trained alone.
-
-    Args:
-        config: of the run.
-        model: the denoiser, sharded or not.
-        objective: its gate and the networks of its terms are trained.
-        world: the processes.
-
-    Attributes:
-        main: the optimizers of the denoiser, the networks that are trained with it, and the gate.
-        alone: the optimizers of the other networks by name.
-        parameters: that ``main`` moves.
-        trained: the modules whose parameters ``main`` moves, as checkpoints name them.
-        skipped: steps left out because of a gradient above ``optimizer.skip_grad_norm``, on the device.
+    """The optimizers of a run, made once the weights are sharded: ``main`` for the denoiser, what is trained
+    with it and the gate; in ``alone`` one for each network of a loss term that is trained alone.
     """
 
     def __init__(self, config: TrainConfig, model: Denoiser, objective: Objective, world: World) -> None:
-        self._config, self._objective, self._world = config, objective, world
+        self._config, self._world = config, world
         together = objective.trained_with_the_denoiser()
+        # What main moves, by the names in checkpoints.
         self.trained = nn.ModuleDict({"model": model, **together, "gate": objective.gate})
         # Too small to be sharded: their gradients are summed one by one.
-        self._of_gate = list(objective.gate.parameters())
-        of_gate = {id(p) for p in self._of_gate}
+        self._gate_parameters = list(objective.gate.parameters())
+        gate_ids = {id(p) for p in self._gate_parameters}
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         groups: Groups = [
-            {"params": [p for p in self.parameters if id(p) not in of_gate]},
+            {"params": [p for p in self.parameters if id(p) not in gate_ids]},
             # Decay would pull the gate's learned weights to 1.
-            {"params": self._of_gate, "weight_decay": 0.0},
+            {"params": self._gate_parameters, "weight_decay": 0.0},
         ]
-        of_blocks = [p for block in model.fsdp_units() for p in block.parameters()]
-        matrices = {id(p) for p in of_blocks if p.ndim == 2}
+        block_parameters = [p for block in model.fsdp_units() for p in block.parameters()]
+        matrices = {id(p) for p in block_parameters if p.ndim == 2}
         self.main = OPTIMIZERS[config.optimizer.name](config.optimizer, groups, matrices)
         self._terms = objective.trained_alone()
-        self.alone = {
-            name: adamw(
-                [{"params": objective.get_submodule(name).parameters()}],
-                **term.own_optimizer(),
-                weight_decay=0.0,
+        self._networks = {name: objective.get_submodule(name) for name in self._terms}
+        self.alone: dict[str, torch.optim.Optimizer] = {}
+        for name, term in self._terms.items():
+            parameters = list(self._networks[name].parameters())
+            self.alone[name] = _fused_adamw(
+                [{"params": parameters}], **term.own_optimizer(), weight_decay=0.0
             )
-            for name, term in self._terms.items()
-        }
+        # Steps left out because of a gradient above optimizer.skip_grad_norm.
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def zero_grad(self) -> None:
@@ -165,15 +133,11 @@ class Optimizers:
     def step(self, step: int, computed: Container[str]) -> dict[str, Tensor]:
         """Sums what is not sharded over the processes, clips and moves all parameters. No host sync.
 
-        Args:
-            step: the training step, for the learning rate.
-            computed: names of the losses that were computed, the same in all processes.
-
-        Returns:
-            ``grad_norm``, and that of each network that was trained alone.
+        Networks that are trained alone step only where their loss is among the ``computed`` ones, which are
+        the same in all processes. Returns ``grad_norm`` and the norms of these networks.
         """
         options = self._config.optimizer
-        self._world.sum_gradients(self._of_gate)
+        self._world.sum_gradients(self._gate_parameters)
         norm = clip_gradients(self.parameters, options.max_grad_norm)
         figures = {"grad_norm": norm}
         lr = learning_rate(self._config, step)
@@ -191,7 +155,7 @@ class Optimizers:
         for name, optimizer in self.alone.items():
             own = self._terms[name].own_loss_name
             if own in computed:
-                parameters = list(self._objective.get_submodule(name).parameters())
+                parameters = list(self._networks[name].parameters())
                 self._world.sum_gradients(parameters)
                 figures[f"{own}_grad_norm"] = clip_gradients(parameters, options.max_grad_norm)
                 optimizer.step()
@@ -201,22 +165,21 @@ class Optimizers:
         """The state of all optimizers, this process's shards of it, and the number of skipped steps."""
         state = {"optimizer": get_optimizer_state_dict(self.trained, self.main), "skipped": self.skipped}
         for name, optimizer in self.alone.items():
-            network = self._objective.get_submodule(name)
-            state[f"{name}_optimizer"] = get_optimizer_state_dict(network, optimizer)
+            state[f"{name}_optimizer"] = get_optimizer_state_dict(self._networks[name], optimizer)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` gave; the options stay those of this run's configuration."""
-        set_optimizer_state_dict(self.trained, self.main, state["optimizer"])
+        _load(self.trained, self.main, state["optimizer"])
         for name, optimizer in self.alone.items():
-            network = self._objective.get_submodule(name)
-            set_optimizer_state_dict(network, optimizer, state[f"{name}_optimizer"])
-            for group in optimizer.param_groups:
-                group |= self._terms[name].own_optimizer()
-        options, of_gate = self._config.optimizer, {id(p) for p in self._of_gate}
-        for group in (group for optimizer in self.main for group in optimizer.param_groups):
-            if "betas" in group:
-                group["betas"] = options.betas
-            if id(group["params"][0]) not in of_gate:
-                group["weight_decay"] = options.weight_decay
+            _load(self._networks[name], [optimizer], state[f"{name}_optimizer"])
         self.skipped.copy_(state["skipped"])
+
+
+def _load(module: nn.Module, optimizers: list[torch.optim.Optimizer], state: Any) -> None:
+    """Restores the state of optimizers, but not their options."""
+    before = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
+    set_optimizer_state_dict(module, optimizers, state)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, options in zip(groups, before, strict=True):
+        group.update(options)

@@ -1,5 +1,4 @@
-"""One training step and everything it changes. Read aloud, ``train_step`` is the paper's algorithm box
-(arXiv 2602.02493); the loop around it is ``training.loop``."""
+"""One training step, as in the algorithm box of arXiv 2602.02493, and all state that it changes."""
 
 from __future__ import annotations
 
@@ -8,10 +7,10 @@ from typing import Any
 
 import torch
 from pixelgen_kernels import philox_normal, philox_uniform
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixelgen.conditions import Condition, dropped, part_of
-from pixelgen.config.resolve import Mode, check_batch, pick_device, resolve_mode
+from pixelgen.config.resolve import Mode, check_batch, resolve_mode
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.order import Share
 from pixelgen.data.source import Source
@@ -21,50 +20,33 @@ from pixelgen.losses.objective import Outcome
 from pixelgen.losses.times import Times
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.float8 import use_float8
-from pixelgen.training.begin import begin, fit, fresh_state, read_source
 from pixelgen.training.checkpoint import read as checkpoints
-from pixelgen.training.checkpoint.same_parts import check_same_parts
 from pixelgen.training.ema import Averages
 from pixelgen.training.guard import FiniteGuard
 from pixelgen.training.optim import Optimizers
-from pixelgen.training.processes.shard import build_mesh, shard, sum_over_copies
+from pixelgen.training.processes.shard import shard, sum_over_copies
 from pixelgen.training.processes.world import World
 
-# Streams of the counter-based generator: one per random draw of a step. 0 is the noise of noise_patchify, 4
-# the loader's random crops.
+# Philox streams, one per random draw of a step; 0 is the noise of noise_patchify, 4 the loader's crops.
 TIME_STREAM, LABEL_DROP_STREAM, FLIP_STREAM = 1, 2, 3
-FEATURE_IMAGES = 4096  # that embedded features are trained on
+FEATURE_IMAGES = 4096  # images that embedded features are trained on
 
 
 class Trainer:
     """Model, objective, optimizers and averages of one run, in one process or one of several.
 
-    Args:
-        config: the resolved configuration.
-        run_dir: an existing folder; features trained on the run's own images are kept there.
-        dataset: the images.
-        world: the processes; None for this one alone.
-
-    Raises:
-        UserError: the batch cannot be divided, or weights of a frozen network cannot be had.
+    Features that are trained on the run's own images are kept in ``run_dir``, which exists.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        run_dir: Path,
-        dataset: Source,
-        world: World | None = None,
-    ) -> None:
+    def __init__(self, config: TrainConfig, run_dir: Path, dataset: Source, world: World) -> None:
         self.config, self.run_dir, self.dataset = config, run_dir, dataset
-        self.world = World(pick_device(config.device)) if world is None else world
-        self.device = self.world.device
-        check_batch(config, self.world.size)
+        self.world, self.device = world, world.device
+        check_batch(config, world.size)
         self.step = 0
         torch.manual_seed(config.seed)  # initialisation: the same in every process
         self.model = build_denoiser(config.model_config(), config.kernels)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.objective = self.world.in_turn(
+        self.objective = world.in_turn(
             "preparing the losses",
             lambda: build_objective(
                 config.loss,
@@ -79,45 +61,38 @@ class Trainer:
         ).to(self.device)
         is_half = config.dtype == "bfloat16" and self.device.type == "cuda"
         self.objective.networks.speed_up(half=is_half, compiled=config.loss.compile_networks)
+        # Key of this process's balance weight where each process has a different one.
+        is_own = config.loss.balance == "released" and world.size > 1
+        self._own_balance = f"balance_of_rank_{world.rank}" if is_own else None
         self.mode = self._distribute()
-        self.optimizers = Optimizers(config, self.model, self.objective, self.world)
+        self.optimizers = Optimizers(config, self.model, self.objective, world)
         self.averages = Averages(self.model, config.ema)
         self.guard = FiniteGuard(self.device)
 
     def _images_for_features(self) -> tuple[Tensor, Tensor]:
-        """Up to 4096 images of the source, for features trained on the run's own images."""
+        """For features trained on the run's own images."""
         num_images = self.dataset.num_images
         some = "the stream's first" if num_images is None else f"{min(num_images, FEATURE_IMAGES):,}"
         print(f"training embedded features on {some} images", flush=True)
         return self.dataset.examples(FEATURE_IMAGES, self.config.seed)
 
     def _distribute(self) -> Mode:
-        """Checkpointing, float8, compilation and sharding, in the order in which they go together."""
+        """Activation checkpointing, float8, compilation and sharding, which must come in this order."""
         config, world = self.config, self.world
         self.model.checkpoint_blocks(config.train.activation_checkpointing)
         if config.float8:
             use_float8(self.model, self.device)
         if config.compile:
             self.model.compile_blocks()
-        mode = resolve_mode(
-            config.parallel,
-            size=world.size,
-            local_size=world.local_size,
-            num_parameters=self.num_parameters,
-        )
+        sizes = {"size": world.size, "local_size": world.local_size}
+        mode = resolve_mode(config.parallel, **sizes, num_parameters=self.num_parameters)
         if mode == "none":
             self.model.to(self.device)
         else:
             # From whole weights on the host, equal in every process: a run starts alike on any number.
-            mesh = build_mesh(mode, config.parallel, world)
-            half = config.dtype == "bfloat16"
-            shard(self.model, self._other_networks, mesh, config.parallel, half=half)
+            others = list(self.objective.trained_with_the_denoiser().values())
+            shard(self.model, others, mode, config.parallel, world, half=config.dtype == "bfloat16")
         return mode
-
-    @property
-    def _other_networks(self) -> list[nn.Module]:
-        """What is trained and sharded beside the model."""
-        return list(self.objective.trained_with_the_denoiser().values())
 
     # --- state ---
 
@@ -137,25 +112,11 @@ class Trainer:
             **self.optimizers.state_dict(),
         }
         if self._own_balance is not None:
-            state[self._own_balance] = self.objective.state_dict()["balance.weight"].clone()
+            state[self._own_balance] = state["objective"]["balance.weight"].clone()
         return state
 
-    @property
-    def _own_balance(self) -> str | None:
-        """Where this process's balance weight is kept, in the form that gives each process one of its own."""
-        balance = self.objective.balance
-        is_own = balance is not None and balance.form == "released" and self.world.size > 1
-        return f"balance_of_rank_{self.world.rank}" if is_own else None
-
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Restores what ``state_dict`` gave, on any number of processes.
-
-        Returns:
-            The position in the data, ``{}`` where that is a function of the step.
-
-        Raises:
-            UserError: the checkpoint is damaged, or that of a run that trains other parts.
-        """
+        """Restores what ``state_dict`` gave, on any number of processes; returns the position in the data."""
         position = self.world.together(lambda: self._load(checkpoint))
         steps = set(self.world.gather(self.step))
         if len(steps) > 1:
@@ -163,10 +124,8 @@ class Trainer:
         return position
 
     def _load(self, checkpoint: Path) -> dict[str, Any]:
-        checkpoints.read_meta(checkpoint)
-        check_same_parts(self.config, checkpoint, is_stream=bool(self.dataset.state_dict()))
         state = self.state_dict() | {"data": checkpoints.stored_values(checkpoint, "data")}
-        if self._own_balance is not None and self._own_balance not in checkpoints.stored_names(checkpoint):
+        if self._own_balance is not None and self._own_balance not in checkpoints.stored_entries(checkpoint):
             del state[self._own_balance]  # saved by fewer processes: another one's will do
         checkpoints.load_state(checkpoint, state)
         self.model.load_state_dict(state["model"])
@@ -177,22 +136,6 @@ class Trainer:
         self.optimizers.load_state_dict(state)
         self.step = state["step"]
         return state["data"]
-
-    def begin_from(self, path: str) -> None:
-        """Takes the weights of another run, or of the public code, into the model and its averages.
-
-        Raises:
-            FileNotFoundError: nothing at ``path``.
-            UserError: not a model, a damaged one, or one that fits in no way.
-        """
-        world, model, averages = self.world, self.model, self.averages
-        class_names = tuple(getattr(self.dataset, "class_names", ()))
-        source = world.in_turn("reading the weights to begin from", lambda: read_source(path, model))
-        own = fresh_state(model)
-        beginning = world.together(lambda: fit(source, model, own, averages.names, class_names))
-        begin(model, averages, beginning)
-        if world.is_main:
-            print(beginning.told, flush=True)
 
     # --- one step ---
 
@@ -224,18 +167,19 @@ class Trainer:
         """
         step = self.step
         whole_t = self.draw_time(step)
-        parts = self._parts(len(images))
+        size = len(images) // self.config.train.micro_batches
+        parts = [range(first, first + size) for first in range(0, len(images), size)]
         balance = self.objective.balance
         balances_first = balance is not None and balance.is_due(step) and len(parts) > 1
         if balances_first:  # by all parts, before the first one is weighted with it
             for part in parts:
-                self._forward(images, condition, part, whole_t)
+                self._forward(images, condition, part, whole_t, update_balance=True)
         self.optimizers.zero_grad()
         terms: dict[str, Tensor] = {}
         per_sample: list[tuple[int, dict[str, Tensor]]] = []
         for part in parts:
             outcome = self._forward(images, condition, part, whole_t, update_balance=not balances_first)
-            sum_over_copies([self.model, *self._other_networks], part is parts[-1])
+            sum_over_copies(self.optimizers.trained.values(), part is parts[-1])
             outcome.loss.backward()
             for name, value in {"loss": outcome.loss.detach(), **outcome.terms}.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
@@ -248,21 +192,10 @@ class Trainer:
         self.guard.update(self.step, terms, _joined(per_sample))
         return terms
 
-    def _parts(self, count: int) -> list[range]:
-        """Places in this process's part of the batch that go through the model together."""
-        size = count // self.config.train.micro_batches
-        return [range(first, first + size) for first in range(0, count, size)]
-
     def _forward(
-        self,
-        images: Tensor,
-        condition: Condition,
-        part: range,
-        whole_t: Tensor,
-        *,
-        update_balance: bool = True,
+        self, images: Tensor, condition: Condition, part: range, whole_t: Tensor, *, update_balance: bool
     ) -> Outcome:
-        """What the objective says of some samples, as shares of the whole batch's."""
+        """The objective's value on the images of ``part``, as a share of the whole batch's."""
         config, step = self.config, self.step
         first = self.world.rank * len(images) + part.start
         images, condition = images[part.start : part.stop], part_of(condition, part.start, part.stop)
@@ -293,19 +226,17 @@ class Trainer:
         )
         is_dropped = uniform(LABEL_DROP_STREAM) < config.optimizer.label_drop
         condition = dropped(condition, model.null(condition), is_dropped)
-        P = model.config.patch_size
-        grid = (images.shape[2] // P, images.shape[3] // P)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            layer = self.objective.feature_layer(step)
-            output, features = model.forward_tokens(tokens, grid, times.t, condition, layer)
-            if model.prediction != "x":
-                output = self._x_pred(output, tokens, times.t)
+            tap = self.objective.feature_layer(step)
+            output, features = model.forward_tokens(tokens, model.config.grid, times.t, condition, tap)
+            if model.prediction == "velocity":
+                output = self._clean_patches(output, tokens, times.t)
             return self.objective(
                 output, clean, images, times, features, step=step, update_balance=update_balance
             )
 
-    def _x_pred(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
-        """The clean patches that a velocity leads to, (B, T, P*P*channels) in the order of the output."""
+    def _clean_patches(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """The x-prediction (B, T, P*P*channels) in the output order, from noisy tokens in the input order."""
         model = self.model
         if model.input_order != model.output_order:
             P, side = model.config.patch_size, self.config.data.image_size
@@ -316,7 +247,7 @@ class Trainer:
     # --- what a run shows ---
 
     def describe_sample(self, step: int, place: int) -> str:
-        """A sample of the batch of a step, from 0: its place, its image and its t."""
+        """A sample of a step, both from 0, in words: its place in the batch, its image and its t."""
         t = float(self.draw_time(step)[place])
         share = Share(self.config.train.batch_size, self.config.seed)
         name = self.dataset.name(int(self.dataset.order(step, share)[place]))
@@ -324,19 +255,16 @@ class Trainer:
 
 
 def is_share(name: str) -> bool:
-    """Whether a figure of ``train_step`` is a share of the batch's, so that those of all processes add up.
-
-    Of others the mean counts: each process has the whole, or one of its own.
-    """
+    """Whether a figure of ``train_step`` is summed over the processes; others are averaged."""
     return name != "balance_weight" and not name.endswith("grad_norm")
 
 
-def _joined(seen: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """The values per sample of all parts; zeros where a part did not compute a term."""
-    if len(seen) == 1:
-        return seen[0][1]
-    some = {name: value for _, values in seen for name, value in values.items()}
+def _joined(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """The values per sample of all parts, given with their sizes; 0 where a part did not compute a term."""
+    if len(parts) == 1:
+        return parts[0][1]
+    examples = {name: value for _, values in parts for name, value in values.items()}
     return {
-        name: torch.cat([values.get(name, like.new_zeros(count)) for count, values in seen])
-        for name, like in some.items()
+        name: torch.cat([values.get(name, like.new_zeros(size)) for size, values in parts])
+        for name, like in examples.items()
     }

@@ -22,35 +22,31 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pixelgen.errors import UserError
 
 FORMAT = 2
-
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
-
+_STEP_FOLDER = re.compile(r"step_\d{8,}")
 META_FILE, CONFIG_FILE = "meta.json", "config.yaml"
 
 
 def ema_file(name: str) -> str:
-    """File of the average called ``name``."""
+    """File name of the average called ``name``."""
     return f"ema_{name}.safetensors"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = []
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match and (path / META_FILE).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+    folders = (run_dir / "checkpoints").glob("step_*")
+    found = [path for path in folders if _STEP_FOLDER.fullmatch(path.name) and (path / META_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that ``path`` names: a checkpoint's folder, or a run's folder and then its newest one.
+    """The checkpoint at ``path``: a checkpoint's own folder, or a run's folder and then its newest one.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
@@ -65,25 +61,20 @@ def find_checkpoint(path: str | Path) -> Path:
         )
     if (path / META_FILE).is_file():
         return path
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
-        if not (path / "checkpoints").is_dir():
-            if (path / CONFIG_FILE).is_file():
-                raise UserError(f"{path} has no checkpoint yet; delete it or start under another --name")
-            inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise UserError(f"{path} is not a run: it has no 'checkpoints' folder (found: {inside})")
-        partial = [entry.name for entry in (path / "checkpoints").iterdir()]
-        found = ", ".join(sorted(partial)) or "nothing"
-        raise UserError(f"{path} holds no complete checkpoint (found in {path / 'checkpoints'}: {found})")
-    return checkpoints[-1]
+    folder = path / "checkpoints"
+    if checkpoints := list_checkpoints(path):
+        return checkpoints[-1]
+    if folder.is_dir():
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise UserError(f"{path} holds no complete checkpoint (found in {folder}: {found})")
+    if (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path} has no checkpoint yet; delete it or start under another --name")
+    inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise UserError(f"{path} is not a run: it has no 'checkpoints' folder (found: {inside})")
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """The contents of ``meta.json``.
-
-    Raises:
-        UserError: written by another version of the format, or unreadable.
-    """
+    """The contents of ``meta.json``; raises UserError if it is damaged or of another format."""
     try:
         meta = json.loads((checkpoint / META_FILE).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -97,33 +88,21 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 def load_state(checkpoint: Path, state: dict[str, Any]) -> None:
     """Fills the tensors of ``state`` in place, and its other values, from a checkpoint.
 
-    Every process of a run calls it with its own shards; their number may differ from that of the saving run.
-
-    Args:
-        checkpoint: folder from ``find_checkpoint``.
-        state: nested state dicts of the same structure as saved.
+    ``state`` is nested as it was saved. Every process of a run calls it with its own shards; their number may
+    differ from that of the saving run.
 
     Raises:
         UserError: a damaged checkpoint, or one of another configuration.
     """
-    read_meta(checkpoint)
     try:
-        with quiet_alone():
+        with single_process():
             dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
     except dcp.api.CheckpointException as error:
         raise _damaged(checkpoint, first_failure(error)) from error
 
 
-def stored_names(checkpoint: Path) -> set[str]:
-    """Names of everything in a checkpoint, nested ones joined by dots.
-
-    Raises:
-        UserError: a damaged checkpoint.
-    """
-    return set(_stored(checkpoint))
-
-
-def _stored(checkpoint: Path) -> dict[str, Any]:
+def stored_entries(checkpoint: Path) -> dict[str, Any]:
+    """Metadata of everything in a checkpoint by name, nested names joined by dots; UserError if damaged."""
     try:
         return dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # it is a pickle: a part of one may raise anything
@@ -137,20 +116,19 @@ def _damaged(checkpoint: Path, reason: str) -> UserError:
 
 
 def stored_values(checkpoint: Path, prefix: str) -> dict[str, Any]:
-    """A place for each value that a checkpoint has under ``prefix.``, for ``load_state`` to fill."""
-    names = stored_names(checkpoint)
-    return {name.removeprefix(f"{prefix}."): None for name in names if name.startswith(f"{prefix}.")}
+    """None for each value that a checkpoint has under ``prefix.``, for ``load_state`` to fill in."""
+    prefix = f"{prefix}."
+    return {name.removeprefix(prefix): None for name in stored_entries(checkpoint) if name.startswith(prefix)}
 
 
 def load_part(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors whose names in the checkpoint begin with ``prefix``, without it, whole and on the CPU."""
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in _stored(checkpoint).items()
+        for key, entry in stored_entries(checkpoint).items()
         if key.startswith(prefix) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-    with quiet_alone():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    load_state(checkpoint, state)
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
@@ -162,8 +140,8 @@ def first_failure(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet_alone() -> Iterator[None]:
-    """torch warns that no process group takes part; where one process reads or writes, that is right."""
+def single_process() -> Iterator[None]:
+    """Silences torch's warning that no process group takes part, which here is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*in a single process.*")
         yield
@@ -179,8 +157,6 @@ def load_ema_weights(checkpoint: Path, name: str | None = None) -> dict[str, Ten
     Raises:
         UserError: no such average, a missing or damaged file.
     """
-    from safetensors import SafetensorError
-
     names = read_meta(checkpoint)["averages"]
     if name is not None and name not in names:
         raise UserError(f"{checkpoint} has no average {name}; it has {', '.join(names)}")

@@ -8,12 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
@@ -27,77 +26,50 @@ _BEAT_S = 2.0
 
 @dataclass
 class Save:
-    """One checkpoint, being written or done.
-
-    Attributes:
-        step: optimizer steps done.
-        stall_s: seconds for which training waited.
-        seconds: until the checkpoint was in its place; 0 while it is not.
-        error: why it could not be written; the folder is not there then.
-        is_told: whether the user knows of the error.
-    """
+    """One checkpoint, being written or done."""
 
     step: int
-    stall_s: float = 0.0
-    seconds: float = 0.0
-    error: str | None = None
-    is_told: bool = False
+    seconds: float = 0.0  # until the checkpoint was in its place; 0 while it is not
+    error: str | None = None  # why it could not be written; the folder is not there then
+    is_reported: bool = False  # whether the error was printed
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run; all processes call it at the same steps.
 
     Args:
-        run_dir: the run's folder, on a disk that all machines share.
+        run_dir: on a disk that all machines share.
         world: the processes.
-        averages: names of the averages, which get files of their own.
         keep: how many of the newest checkpoints stay; 0 keeps all.
         keep_every: checkpoints of steps that this divides stay too; 0 for none.
         data: what the run is trained on, from ``identify``.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        world: World,
-        averages: list[str],
-        keep: int,
-        keep_every: int,
-        data: dict[str, Any] | None = None,
-    ) -> None:
-        self._root, self._world, self._averages = run_dir / "checkpoints", world, averages
-        self._run_dir, self._keep, self._keep_every = run_dir, keep, keep_every
-        self._data = data or {}
-        self._group = gloo_group(world.size)
+    def __init__(self, run_dir: Path, world: World, keep: int, keep_every: int, data: dict[str, Any]) -> None:
+        self._root, self._keep, self._keep_every = run_dir / "checkpoints", keep, keep_every
+        self._data = data
+        self._world = replace(world, group=gloo_group(world.size))  # for the thread that writes
         # What DefaultStager uses; that one gives its memory up after the first copy in torch 2.11.
         self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self.last: Save | None = None  #: the newest save, done or not
 
-    def prepare(self, state: dict[str, Any]) -> None:
-        """Takes the memory for copies of ``state``, so that the first save is as quick as the others."""
-        self._stage(state)
-
     def start(self, step: int, state: dict[str, Any], config_yaml: str) -> None:
         """Takes a copy of ``state`` and begins to write it; waits for the one before if that is not done.
 
-        Args:
-            step: optimizer steps done.
-            state: nested state dicts; everything that changes training. ``ema.values`` holds the averages by
-                name, ``tables`` what a model needs besides parameters.
-            config_yaml: the run's configuration.
+        The nested state dicts hold everything that changes training. ``ema.values`` are the averages by name,
+        each of which gets its own file, ``tables`` what a model needs besides parameters.
         """
         started = time.perf_counter()
         self.wait()
-        staged = self._stage(state)
+        staged = self.stage(state)
         self.last = Save(step)
-        self._thread = threading.Thread(
-            target=self._write, args=(self.last, started, staged, config_yaml), name="checkpoint", daemon=True
-        )
+        arguments = (self.last, started, staged, config_yaml)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
-        self.last.stall_s = time.perf_counter() - started
 
-    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+    def stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy of ``state`` on the host. The first call takes its memory, which later ones use again."""
         on_gpu = self._world.device.type == "cuda"
         staged = self._stager.stage(state, non_blocking=on_gpu)
         if on_gpu:
@@ -105,22 +77,13 @@ class CheckpointWriter:
         return staged
 
     def wait(self, beat: Callable[[], object] = lambda: None) -> Save | None:
-        """Waits until nothing is being written; returns the newest save.
-
-        Args:
-            beat: called every few seconds meanwhile.
-        """
+        """Waits until nothing is being written, calls ``beat`` every 2 s, and returns the newest save."""
         while self._thread is not None:
             self._thread.join(_BEAT_S)
             if not self._thread.is_alive():
                 self._thread = None
             beat()
         return self.last
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """Waits, and frees the staging memory."""
@@ -133,17 +96,19 @@ class CheckpointWriter:
             torch.cuda.set_device(self._world.device)  # a thread begins on the first GPU, and would use it
 
         def write() -> None:
-            with checkpoints.quiet_alone():
-                dcp.save(
-                    staged, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None
-                )
+            group = self._world.group
+            with checkpoints.single_process():
+                dcp.save(staged, checkpoint_id=partial, process_group=group, no_dist=group is None)
 
+        averages = staged["ema"]["values"]
         error: str | None = "the processes lost each other"
         try:
             error = (
-                self._attempt(lambda: _make_anew(partial), only_main=True)
+                self._attempt(lambda: _make_empty(partial), only_main=True)
                 or self._attempt(write)
-                or self._attempt(lambda: self._complete(partial, save.step, config_yaml), only_main=True)
+                or self._attempt(
+                    lambda: self._complete(partial, save.step, list(averages), config_yaml), only_main=True
+                )
             )
         finally:
             if error is not None and self._world.is_main:
@@ -152,27 +117,23 @@ class CheckpointWriter:
             save.error = error
 
     def _attempt(self, action: Callable[[], None], *, only_main: bool = False) -> str | None:
-        """Does something, in the main process or in all; what went wrong in any of them, told to all."""
+        """Calls ``action`` in the main process or in all; returns the first error of any of them, in all."""
         error: str | None = None
         if self._world.is_main or not only_main:
             try:
                 action()
             except (Exception, dcp.api.CheckpointException) as failure:  # the latter is a BaseException
                 error = checkpoints.first_failure(failure)
-        if self._group is None:
-            return error
-        found: list[Any] = [None] * self._world.size
-        dist.all_gather_object(found, error, group=self._group)
-        return next((told for told in found if told is not None), None)
+        return next((found for found in self._world.gather(error) if found is not None), None)
 
-    def _complete(self, partial: Path, step: int, config_yaml: str) -> None:
+    def _complete(self, partial: Path, step: int, averages: list[str], config_yaml: str) -> None:
         """Adds what a checkpoint has besides the state, flushes it to disk and gives it its name."""
         # From the files and not from memory, where every process has only its part. What a process on another
-        # machine has written to a disk of its own is missed here, and not at a resume.
+        # machine has written to another disk is missed here, and not at a resume.
         config = partial / checkpoints.CONFIG_FILE
         config.write_text(config_yaml)
         tables = checkpoints.load_part(partial, "tables.")
-        for name in self._averages:
+        for name in averages:
             weights = checkpoints.load_part(partial, f"ema.values.{name}.")
             path = partial / checkpoints.ema_file(name)
             save_file(weights | tables, path)
@@ -180,7 +141,7 @@ class CheckpointWriter:
         meta = {
             "format": checkpoints.FORMAT,
             "step": step,
-            "averages": self._averages,
+            "averages": averages,
             "processes": self._world.size,
             "torch": str(torch.__version__),
             "data": self._data,
@@ -195,7 +156,7 @@ class CheckpointWriter:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        found = checkpoints.list_checkpoints(self._run_dir)
+        found = checkpoints.list_checkpoints(self._root.parent)
         for old in found[: -self._keep] if self._keep else []:
             step = int(old.name.removeprefix("step_"))
             if not (self._keep_every and step % self._keep_every == 0):
@@ -205,7 +166,7 @@ class CheckpointWriter:
                     print(f"warning: {old} could not be removed: {error}", file=sys.stderr)
 
 
-def _make_anew(folder: Path) -> None:
+def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while saving
     folder.mkdir(parents=True)
 

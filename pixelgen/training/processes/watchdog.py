@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,15 +20,11 @@ _BEAT_S = 1.0
 
 
 class Watchdog:
-    """A thread that notes how far this process has come, and compares where it stays for too long.
+    """A thread that ends this process if it makes no progress for ``timeout_s``, and says what it waits for.
 
-    A process that hangs inside a collective cannot tell why: it waits for another one. So every process
-    writes what it does to the store that the process group was started with, and whoever has made no progress
-    for ``timeout_s`` reads what all the others wrote, prints who is behind, and ends the process at once.
-
-    Args:
-        world: the processes; alone, the same thread ends a run that hangs by itself.
-        timeout_s: seconds without progress.
+    A process that hangs inside a collective cannot know why: it waits for another one. So every process
+    writes what it does to the store that the process group was started with. The one that hangs reads what
+    all the others wrote, prints who is behind, and ends at once. A single process prints what it did itself.
     """
 
     def __init__(self, world: World, timeout_s: float) -> None:
@@ -64,14 +61,14 @@ class Watchdog:
                 self._end()
 
     def _note(self) -> dict[str, Any]:
-        """Writes down what this process does."""
+        """Writes to the store what this process does."""
         with self._lock:
             state = {
                 "step": self._step,
                 "doing": self._doing,
                 "count": self._count,
                 "idle": time.monotonic() - self._since,
-                "host": self._world.host,
+                "host": socket.gethostname(),
                 "process": os.getpid(),
                 "beat": self._beats,
             }
@@ -88,20 +85,20 @@ class Watchdog:
             own = self._note()
         if own["idle"] < self._timeout_s:
             return  # it went on after all
-        told = f"no progress for {own['idle']:.0f} s"
+        message = f"no progress for {own['idle']:.0f} s"
         states = self._read_all()
         if self._store is None:
-            told += f": {own['doing']}, step {own['step']}"
+            message += f": {own['doing']}, step {own['step']}"
         elif states is None or before is None:
-            told += "; the main process, rank 0, cannot be reached"
+            message += "; the main process, rank 0, cannot be reached"
         else:
             # No clock of another machine is asked: who is well has written again meanwhile.
             silent = [rank for rank, state in states.items() if state == before[rank]]
             behind = silent or _behind(states)
             named = "; ".join(_describe(rank, states[rank], is_silent=bool(silent)) for rank in behind)
-            told += f"; the others wait for {named}" if len(behind) < len(states) else f": {named}"
+            message += f"; the others wait for {named}" if len(behind) < len(states) else f": {named}"
         print(
-            f"pixelgen.train: error: rank {self._world.rank}: {told}. Ended after parallel.timeout_s "
+            f"pixelgen.train: error: rank {self._world.rank}: {message}. Ended after parallel.timeout_s "
             f"{self._timeout_s:g}; continue with --resume",
             file=sys.stderr,
             flush=True,

@@ -18,36 +18,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixelgen.config.resolve import pick_device
-from pixelgen.errors import USER_ERRORS, ToldError, UserError
+from pixelgen.errors import USER_ERRORS, AlreadyReported, UserError
 from pixelgen.training.options import ParallelConfig
 
 T = TypeVar("T")
 
 _FOR_EVER = timedelta(days=365)
-
-_TELL_EVERY_S = 60.0
+_REPORT_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is.
+    """The processes of a run, and which of them this is."""
 
-    Attributes:
-        device: where this process computes.
-        rank, size: number of this process, and how many there are.
-        local_rank, local_size: the same on this machine.
-        host: name of this machine.
-        group: the processes where they exchange Python objects, however long one of them takes; None for the
-            default group.
-    """
-
-    device: torch.device
+    device: torch.device  # where this process computes
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # among the processes of this machine
     local_size: int = 1
-    host: str = ""
-    group: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None  # for what the host exchanges, however long one process takes
 
     @property
     def is_main(self) -> bool:
@@ -71,127 +60,93 @@ class World:
                 dist.all_reduce(parameter.grad)
 
     def gather(self, value: T) -> list[T]:
-        """A small Python object of every process, in the order of ranks, on all of them."""
+        """A Python object of every process, in the order of ranks, on all of them; tensors on the host."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def on_main(self, action: Callable[[], T]) -> T:
-        """What an action gives that the main process alone does; a small Python object.
+    def largest(self, value: int) -> int:
+        """The largest of the numbers of all processes, on the host: the device works on meanwhile."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
-        Raises:
-            Exception: what the action raised, in the main process.
-            ToldError: the same, in the others.
-        """
-        result: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.is_main:
-            try:
-                result[0] = action()
-            except Exception as error:
-                failure, result[1] = error, str(error)
-        if self.size > 1:
-            dist.broadcast_object_list(result, src=0, group=self.group)
-        if failure is not None:
-            raise failure
-        if result[1] is not None:
-            raise ToldError(result[1])
-        return result[0]
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What an action of the main process returns, a small Python object; errors as in ``together``."""
+        result: Any = self.together(action if self.is_main else lambda: None)
+        return self.gather(result)[0]
 
     def in_turn(self, doing: str, action: Callable[[], T]) -> T:
         """Does something in the main process first, then in one on each other machine, then in the rest.
 
-        For what the first one leaves on disk and the others only read: trained features, downloads. Who takes
-        long says so, and the others wait.
-
-        Args:
-            doing: what to say, such as ``"opening the data"``.
-            action: called without arguments.
-
-        Returns:
-            What the action gave in this process.
-
-        Raises:
-            Exception, ToldError: as ``together``.
+        For what the first one leaves on disk and the others only read: trained features, downloads. Where it
+        takes long, ``doing`` is printed, such as "opening the data". Errors as in ``together``.
         """
         own_turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        result: list[T] = []
 
-        def act() -> None:
-            with self._told_if_slow(doing):
-                result.append(action())
+        def act() -> T:
+            with self._reported_if_slow(doing):
+                return action()
 
-        for turn in range(3 if self.size > 1 else 1):
-            self.together(act if turn == own_turn else lambda: None)
-        return result[0]
+        turns = range(3 if self.size > 1 else 1)
+        results: list[Any] = [self.together(act if turn == own_turn else lambda: None) for turn in turns]
+        return results[own_turn]
 
     def together(self, action: Callable[[], T]) -> T:
         """Does something in all processes, and waits for all; the action itself must not wait for others.
 
         Raises:
             Exception: what the action raised, in the first process in which it did.
-            ToldError: the same, in all others.
+            AlreadyReported: the same, in all others.
         """
         failure: Exception | None = None
         try:
             result = action()
         except Exception as error:
             failure = error
-        told = self.gather(None if failure is None else str(failure))
-        first = next((rank for rank, message in enumerate(told) if message is not None), None)
+        messages = self.gather(None if failure is None else str(failure))
+        first = next((rank for rank, message in enumerate(messages) if message is not None), None)
         if first is None:
             return result
         if failure is not None and first == self.rank:
             raise failure
-        raise ToldError(told[first])
+        raise AlreadyReported(messages[first])
 
     @contextmanager
-    def _told_if_slow(self, doing: str) -> Iterator[None]:
+    def _reported_if_slow(self, doing: str) -> Iterator[None]:
         done, started = threading.Event(), time.monotonic()
 
-        def tell() -> None:
-            while not done.wait(_TELL_EVERY_S):
+        def report() -> None:
+            while not done.wait(_REPORT_EVERY_S):
                 seconds = time.monotonic() - started
                 print(f"rank {self.rank}: {doing} for {seconds:.0f} s; the others wait", file=sys.stderr)
 
-        thread = threading.Thread(target=tell, name="patience", daemon=True)
         if self.size > 1:
-            thread.start()
+            threading.Thread(target=report, name="slow action", daemon=True).start()
         try:
             yield
         finally:
             done.set()
 
     def fail(self, message: str) -> NoReturn:
-        """Ends all processes with an error that they agree on; the main one tells it."""
-        raise UserError(message) if self.is_main else ToldError(message)
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Equally many rows of every process, in the order of ranks, on all of them; on the host."""
-        if self.size == 1:
-            return rows
-        found = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(found, rows.contiguous())
-        return torch.cat(found)
+        """Ends all processes with an error that they agree on; the main one prints it."""
+        raise UserError(message) if self.is_main else AlreadyReported(message)
 
 
 def start_world(device: str, parallel: ParallelConfig) -> World:
     """Joins the other processes that torchrun started; alone without torchrun.
 
-    Args:
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-        parallel: for the timeout.
-
     Raises:
-        UserError: fewer GPUs than processes on this machine.
-        ToldError: the same, in all of its processes but one.
+        UserError: fewer GPUs than processes on this machine; ``AlreadyReported`` in all of these but one.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = pick_device(device)
     if size == 1:
-        return World(chosen, host=socket.gethostname())
+        return World(chosen)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     backend = "gloo"
@@ -201,7 +156,7 @@ def start_world(device: str, parallel: ParallelConfig) -> World:
         is_bound = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
         if count < local_size and not is_bound:
             message = f"{local_size} processes on {socket.gethostname()}, which has {count} GPUs; start fewer"
-            raise UserError(message) if local_rank == 0 else ToldError(message)
+            raise UserError(message) if local_rank == 0 else AlreadyReported(message)
         chosen = torch.device("cuda", 0 if is_bound else local_rank)
         torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl"
@@ -209,8 +164,7 @@ def start_world(device: str, parallel: ParallelConfig) -> World:
         # Longer than the watchdog's: that one names who hangs, the process group's does not.
         timeout = timedelta(seconds=parallel.timeout_s + 60)
         dist.init_process_group(backend, timeout=timeout)
-    group = gloo_group(size)
-    return World(chosen, rank, size, local_rank, local_size, socket.gethostname(), group)
+    return World(chosen, rank, size, local_rank, local_size, gloo_group(size))
 
 
 @contextmanager
@@ -234,10 +188,10 @@ def _leave() -> None:
 
 
 def gloo_group(size: int) -> dist.ProcessGroup | None:
-    """A group of all ``size`` processes for what the host does beside training; None alone.
+    """A group of all ``size`` processes for what the host does beside training; None for a single one.
 
-    Each use needs one of its own: collectives of two threads in one group would be mixed up. Its timeout is
-    out of the way: a process that ends breaks its connections, and one that hangs is the watchdog's business.
+    Each thread needs its own: collectives of two threads in one group would be mixed up. It has no timeout to
+    speak of: a process that ends breaks its connections, and the watchdog ends a run that hangs.
     """
     if size == 1:
         return None
