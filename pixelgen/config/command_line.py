@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import tyro
 from tyro.constructors import (
@@ -22,6 +22,7 @@ from tyro.constructors import (
     PrimitiveTypeInfo,
     StructConstructorSpec,
     StructFieldSpec,
+    StructTypeInfo,
 )
 
 from pixelgen.config.values import build, convert, describe_type, option_types
@@ -87,22 +88,17 @@ def parse_values(
         SystemExit: with 2 after a message about an unknown option (the nearest ones are named), a wrong type
             or choice, or a missing value; with 0 after ``--help``.
     """
-    values = values or {}
-    sections = {name: hint for name, hint in option_types(cls).items() if is_dataclass(hint)}
-    # Sections are of different classes, so the class says which defaults are meant.
-    defaults = {cls: values} | {hint: values.get(name, {}) for name, hint in sections.items()}
     registry = ConstructorRegistry()
     registry.primitive_rule(_option)
-    registry.struct_rule(
-        lambda info: _section(info.type, defaults[info.type]) if info.type in defaults else None
-    )
+    registry.struct_rule(_section)
     try:
         return tyro.cli(
             cls,
             prog=f"python -m {prog}",
             description=inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0],
             args=argv,
-            use_underscores=bool(sections),
+            default=values or {},
+            use_underscores=any(is_dataclass(hint) for hint in option_types(cls).values()),
             # one process on each machine tells: all have the same command line
             console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",
             config=(tyro.conf.FlagConversionOff,),
@@ -132,17 +128,17 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _section(cls: Any, values: Mapping[str, Any]) -> StructConstructorSpec:
-    """The options of a dataclass, whose values are gathered by name and checked by none."""
+def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The options of a dataclass; their values go into a dictionary, as their defaults come from one."""
+    cls: Any = info.type
+    if not is_dataclass(cls):
+        return None
     texts = {name: text for base in reversed(cls.__mro__) for name, text in describe_options(base).items()}
-    own = {
-        item.name: item.default if item.default_factory is MISSING else item.default_factory()
-        for item in fields(cls)
-    }
-    values = own | dict(values)
-    options = []
-    for name, hint in option_types(cls).items():
-        is_open = is_dataclass(hint) or values[name] is MISSING
-        default = tyro.MISSING if is_open else values[name]
-        options.append(StructFieldSpec(name, hint, default, texts.get(name)))
+    types, options = option_types(cls), []
+    for item in fields(cls):
+        hint, default = types[item.name], tyro.MISSING if item.default is MISSING else item.default
+        if is_dataclass(hint):  # tyro takes a default of another type from a field with a constructor only
+            hint, default = Annotated[hint, tyro.conf.arg(constructor=hint)], {}
+        default = info.default.get(item.name, default)
+        options.append(StructFieldSpec(item.name, hint, default, texts.get(item.name)))
     return StructConstructorSpec(dict, tuple(options))
