@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
@@ -74,7 +74,7 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str) -> T:
 
 
 def parse_values(
-    cls: type, argv: Sequence[str] | None = None, *, prog: str, values: Mapping[str, Any] | None = None
+    cls: type, argv: Sequence[str] | None = None, *, prog: str, values: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The value of every option of a command line, those of a section in a mapping of their own.
 
@@ -130,15 +130,16 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     """The options of a dataclass; their values go into a dictionary, as their defaults come from one."""
-    cls: Any = info.type
-    if not is_dataclass(cls):
+    if not is_dataclass(info.type):
         return None
+    cls: Any = info.type
     texts = {name: text for base in reversed(cls.__mro__) for name, text in describe_options(base).items()}
     types, options = option_types(cls), []
     for item in fields(cls):
-        hint, default = types[item.name], tyro.MISSING if item.default is MISSING else item.default
+        hint: Any = types[item.name]
+        default = tyro.MISSING if item.default is MISSING else item.default
         if is_dataclass(hint):  # tyro takes a default of another type from a field with a constructor only
-            hint, default = Annotated[hint, tyro.conf.arg(constructor=hint)], {}
+            hint, default = Annotated[hint, tyro.conf.arg(constructor=types[item.name])], {}
         default = info.default.get(item.name, default)
         options.append(StructFieldSpec(item.name, hint, default, texts.get(item.name)))
     return StructConstructorSpec(dict, tuple(options))

@@ -7,64 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import get_args, get_type_hints
 
-from pixelgen.config.resolve import check_batch, num_shards, resolve_mode
 from pixelgen.config.train_config import TrainConfig
-from pixelgen.errors import UserError
 from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine
 from pixelgen.planning.flops import expected_gate_share, schedule_edges, train_step_flops
-from pixelgen.planning.memory import Parameters, count_parameters, step_memory
+from pixelgen.planning.memory import Layout, Parameters, count_parameters, resolve_layout, step_memory
 from pixelgen.training.options import LoopConfig, ParallelConfig
-
-__all__ = ["plan_report"]
 
 FEW_PARAMETERS = 10**6  # of a frozen network that is not worth a line
 FEW_TOKENS = 2048  # with fewer in a pass, a GPU has too little to do
 CHECKPOINTING = get_args(get_type_hints(LoopConfig)["activation_checkpointing"])
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the GPUs share a run: ``shards`` of the state, in so many copies, and images per GPU and pass."""
-
-    mode: str
-    gpus: int
-    shards: int
-    images: int
-    images_per_pass: int
-
-    @property
-    def copies(self) -> int:
-        """Copies of the state."""
-        return self.gpus // self.shards
-
-
-def resolve_layout(config: TrainConfig, machine: Machine, parameters: Parameters) -> Layout:
-    """The layout that ``parallel`` and ``train`` lead to on a machine.
-
-    Raises:
-        UserError: the batch cannot be divided among the GPUs and micro-batches, or shards among the GPUs.
-    """
-    gpus, train = machine.gpus, config.train
-    check_batch(config, gpus)
-    on_node = min(gpus, GPUS_PER_NODE)
-    mode = resolve_mode(config.parallel, size=gpus, local_size=on_node, num_parameters=parameters.denoiser)
-    shards = num_shards(mode, config.parallel, size=gpus, local_size=on_node)
-    if gpus % shards:
-        raise UserError(f"parallel.shard_size must divide the {gpus} GPUs, got {shards}")
-    return Layout(
-        mode, gpus, shards, train.batch_size // gpus, train.batch_size // gpus // train.micro_batches
-    )
-
-
-def memory_of(config: TrainConfig, parameters: Parameters, layout: Layout) -> dict[str, float]:
-    """Bytes of one GPU in a layout."""
-    return step_memory(
-        config, parameters, gpus=layout.gpus, shards=layout.shards, images=layout.images_per_pass
-    )
 
 
 def remedy(config: TrainConfig, machine: Machine, parameters: Parameters) -> str | None:
@@ -81,16 +36,16 @@ def remedy(config: TrainConfig, machine: Machine, parameters: Parameters) -> str
             train=replace(train, micro_batches=micro_batches, activation_checkpointing=kind),
         )
         layout = resolve_layout(candidate, machine, parameters)
-        if sum(memory_of(candidate, parameters, layout).values()) <= machine.memory:
+        if sum(step_memory(candidate, parameters, layout).values()) <= machine.memory:
             # Passes that fill the GPU first, then little to compute again, then little to send.
             missing = max(FEW_TOKENS - layout.images_per_pass * config.model_config().num_tokens, 0)
             cost = (missing, kinds.index(kind), modes.index(mode), micro_batches)
-            options = {
-                "--parallel.mode": mode if mode != modes[0] else None,
-                "--train.activation_checkpointing": kind if kind != kinds[0] else None,
-                "--train.micro_batches": micro_batches if micro_batches != train.micro_batches else None,
-            }
-            found.append((cost, " ".join(f"{name} {value}" for name, value in options.items() if value)))
+            options = [
+                ("--parallel.mode", mode, modes[0]),
+                ("--train.activation_checkpointing", kind, kinds[0]),
+                ("--train.micro_batches", micro_batches, train.micro_batches),
+            ]
+            found.append((cost, " ".join(f"{name} {value}" for name, value, now in options if value != now)))
     return min(found)[1] if found else None
 
 
@@ -140,18 +95,16 @@ def plan_report(config: TrainConfig, gpus: str) -> str:
     Raises:
         UserError: GPUs or batch do not fit.
     """
-    machine = parse_machine(gpus)
-    parameters = count_parameters(config)
-    layout = resolve_layout(config, machine, parameters)
-    return "\n".join(_lines(config, machine, parameters, layout))
+    return "\n".join(_lines(config, parse_machine(gpus)))
 
 
 def _row(name: str, value: str, note: str = "") -> str:
     return f"  {name:<38}{value:>10}  {note}".rstrip()
 
 
-def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
-    train, loss = config.train, config.loss
+def _lines(config: TrainConfig, machine: Machine) -> Iterator[str]:
+    parameters, train, loss = count_parameters(config), config.train, config.loss
+    layout = resolve_layout(config, machine, parameters)
     height, width = config.model_config().image_height_width
     yield f"{config.model.size} at {height}x{width} on {machine.gpus}x{machine.device}, {config.dtype}"
     yield "parameters"
@@ -188,7 +141,7 @@ def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout
 def _memory_lines(
     config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
 ) -> Iterator[str]:
-    items = memory_of(config, parameters, layout)
+    items = step_memory(config, parameters, layout)
     total, kind = sum(items.values()), config.train.activation_checkpointing
     yield f"memory of a GPU, GiB, with activation checkpointing {kind}"
     for name, size in items.items():
@@ -198,7 +151,7 @@ def _memory_lines(
     for other in CHECKPOINTING:
         if other != kind:
             changed = replace(config, train=replace(config.train, activation_checkpointing=other))
-            value = sum(memory_of(changed, parameters, layout).values())
+            value = sum(step_memory(changed, parameters, layout).values())
             yield _row(f"total with {other}", f"{value / GIB:.1f}")
     if total > machine.memory:
         change = remedy(config, machine, parameters) or "more GPUs, larger ones, or a smaller model"
