@@ -22,8 +22,7 @@ class Section:
 
     def _require(self, name: str, is_valid: bool, expected: str) -> None:
         if not is_valid:
-            value = getattr(self, name)
-            raise UserError(f"{self.SECTION}{name} must {expected}, got {value!r}")
+            raise UserError(f"{self.SECTION}{name} must {expected}, got {getattr(self, name)!r}")
 
     def _require_choices(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():

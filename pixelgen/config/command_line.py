@@ -16,14 +16,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import tyro
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-    StructConstructorSpec,
-    StructFieldSpec,
-    StructTypeInfo,
-)
+from tyro import constructors
 
 from pixelgen.config.values import build, convert, describe_type, option_types
 from pixelgen.errors import USER_ERRORS, ToldError
@@ -37,11 +30,6 @@ def run(main: Callable[[list[str] | None], int | None], prog: str, argv: list[st
 
     Exit codes: what ``main`` returns (None is 0); 2 after ``prog: error: message``, one line on stderr, for a
     user's error; 130 when interrupted. Other exceptions keep their traceback.
-
-    Args:
-        main: the command line, which reads ``sys.argv`` when its argument is None.
-        prog: name that begins the message, such as ``"pixelgen.train"``.
-        argv: arguments after the program's name.
     """
     # libgomp spins while it waits: on busy cores a 12 ms step takes 2 s. It reads this as torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -65,11 +53,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str) -> T:
-    """Builds a dataclass from its defaults and the command line; arguments and errors as ``parse_values``.
-
-    Raises:
-        UserError: a value out of its range.
-    """
+    """A dataclass from its defaults and the command line; arguments and errors as ``parse_values``."""
     return build(cls, parse_values(cls, argv, prog=prog))
 
 
@@ -82,13 +66,13 @@ def parse_values(
         cls: a dataclass; ``--help`` shows its docstring, and the ``Args:`` of its sections'.
         argv: arguments after the program's name; None takes ``sys.argv[1:]``.
         prog: the program's name in the usage line.
-        values: defaults instead of the class's own, as ``read_values`` makes them.
+        values: defaults instead of the class's own, as ``read_yaml`` makes them.
 
     Raises:
         SystemExit: with 2 after a message about an unknown option (the nearest ones are named), a wrong type
             or choice, or a missing value; with 0 after ``--help``.
     """
-    registry = ConstructorRegistry()
+    registry = constructors.ConstructorRegistry()
     registry.primitive_rule(_option)
     registry.struct_rule(_section)
     try:
@@ -99,7 +83,7 @@ def parse_values(
             args=argv,
             default=values or {},
             use_underscores=any(is_dataclass(hint) for hint in option_types(cls).values()),
-            # one process on each machine tells: all have the same command line
+            # one process on each machine reports: all have the same command line
             console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",
             config=(tyro.conf.FlagConversionOff,),
             registry=registry,
@@ -108,7 +92,7 @@ def parse_values(
         raise SystemExit(0) from None
 
 
-def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+def _option(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec[Any] | None:
     """One argument, read as in YAML; without one, what is true or false is true."""
     hint: Any = info.type
     if is_dataclass(hint) or tyro.conf.UseAppendAction in info.markers:
@@ -119,7 +103,7 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_null = text in ("null", "~") and type(None) in get_args(hint)
         return None if is_null else convert(text, hint)
 
-    return PrimitiveConstructorSpec(
+    return constructors.PrimitiveConstructorSpec(
         nargs=(0, 1) if hint is bool else 1,
         metavar=f"[{describe_type(hint)}]" if hint is bool else describe_type(hint),
         instance_from_str=read,
@@ -128,7 +112,7 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
+def _section(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
     """The options of a dataclass; their values go into a dictionary, as their defaults come from one."""
     if not is_dataclass(info.type):
         return None
@@ -138,8 +122,10 @@ def _section(info: StructTypeInfo) -> StructConstructorSpec | None:
     for item in fields(cls):
         hint: Any = types[item.name]
         default = tyro.MISSING if item.default is MISSING else item.default
-        if is_dataclass(hint):  # tyro takes a default of another type from a field with a constructor only
+        if is_dataclass(hint):
+            texts[item.name] = (hint.__doc__ or "").partition("\n")[0]
+            # tyro takes a default of another type from a field with a constructor only
             hint, default = Annotated[hint, tyro.conf.arg(constructor=types[item.name])], {}
         default = info.default.get(item.name, default)
-        options.append(StructFieldSpec(item.name, hint, default, texts.get(item.name)))
-    return StructConstructorSpec(dict, tuple(options))
+        options.append(constructors.StructFieldSpec(item.name, hint, default, texts.get(item.name)))
+    return constructors.StructConstructorSpec(dict, tuple(options))

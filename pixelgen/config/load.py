@@ -14,15 +14,13 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from pixelgen.config.command_line import describe_error, parse_values
+from pixelgen.config.command_line import parse_values
 from pixelgen.config.train_config import TrainConfig
-from pixelgen.config.values import Loader, build, nearest, read_values
+from pixelgen.config.values import build, nearest, read_yaml
 from pixelgen.errors import UserError
 from pixelgen.options import OpenSection
 
 PRESET_DIR = Path(__file__).parent / "presets"
-
-DEFAULT_PLAN = "8xH100"
 
 
 def preset_names() -> list[str]:
@@ -67,26 +65,20 @@ def load_config(
     prog: str = "pixelgen.train",
     plan: Callable[[TrainConfig, str], str] | None = None,
 ) -> tuple[TrainConfig, str | None]:
-    """Reads the command line of a training run: every field, ``--config``, ``--resume``, ``--print_config``.
-
-    ``--config`` takes a preset's name or a YAML file, and may be given several times: later ones win, and
-    options on the command line win over all of them. ``--resume RUN`` starts from the run's configuration.
+    """Reads the command line of a training run, whose options are the fields of ``TrainCommand``.
 
     Args:
         argv: arguments after the program's name; None takes ``sys.argv[1:]``.
         prog: the program's name in the help.
-        plan: makes the text of ``--plan`` from the configuration and the GPUs; without it the option is
-            refused.
+        plan: makes the text of ``--plan`` from the configuration and the GPUs; None refuses the option.
 
     Returns:
         The configuration, with ``name`` filled in, and what was given to ``--resume``, or None.
 
     Raises:
-        UserError: unknown preset (all are listed) or key of a file (the nearest one is named), value out of
-            its range, YAML that cannot be read.
+        UserError: unknown preset or key of a file, value out of its range, YAML that cannot be read.
         FileNotFoundError: no such YAML file or run.
-        SystemExit: with 2 after a message about the command line, see ``parse_values``; with 0 after
-            ``--help``, ``--print_config`` and ``--plan``.
+        SystemExit: as ``parse_values``; with 0 after ``--print_config`` and ``--plan``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     # The files' values are defaults, which the help shows, so the files are looked for first.
@@ -101,7 +93,7 @@ def load_config(
     values: dict[str, Any] = {}
     paths = [_run_config(run)] if run else [_find_config(name) for name in first["config"]]
     for path in paths:
-        _read_yaml(path.read_bytes(), values, str(path))
+        read_yaml(TrainConfig, path.read_bytes(), values, str(path))
     values = parse_values(TrainCommand, argv, prog=prog, values=values)
     _make_paths_absolute(values)
     config = build(TrainConfig, {item.name: values[item.name] for item in fields(TrainConfig)})
@@ -143,28 +135,12 @@ def config_to_yaml(config: TrainConfig) -> str:
 def config_from_yaml(text: str, source: str = "config.yaml") -> TrainConfig:
     """The configuration of a YAML text; fields it does not name keep their defaults.
 
-    Args:
-        text: as written by ``config_to_yaml``, or by hand.
-        source: begins error messages; the file's name.
-
     Raises:
-        UserError: as ``load_config``.
+        UserError: as ``load_config``; ``source``, the file's name, begins the message.
     """
     values: dict[str, Any] = {}
-    _read_yaml(text.encode(), values, source)
+    read_yaml(TrainConfig, text.encode(), values, source)
     return build(TrainConfig, values)
-
-
-def _read_yaml(content: bytes, into: dict[str, Any], source: str) -> None:
-    try:
-        mapping = yaml.load(content, Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not a YAML file: {describe_error(error)}") from None
-    read_values(TrainConfig, mapping, into, source)
 
 
 def _find_config(name: str) -> Path:

@@ -42,16 +42,12 @@ class ModelOptions(OpenSection):
         return {family.name: _with_nulls(family) for family in FAMILIES.values()}
 
     def architecture(self, data: DataConfig) -> Architecture:
-        """The family's architecture: the named size, what differs from it, the shapes of the data.
-
-        Raises:
-            UserError: the parts do not fit, such as a patch size that does not divide the image size.
-        """
+        """The family's architecture: the named size, what differs from it, the shapes of the data."""
         family = FAMILIES[self.family]
         given = {name: getattr(self, name) for name in family.options}
         overrides = {name: value for name, value in given.items() if value is not None}
-        of_data = {name: getattr(data, name) for name in DATA_FIELDS}
-        return family.architecture(self.size, **of_data, **overrides)
+        shapes = {name: getattr(data, name) for name in DATA_FIELDS}
+        return family.architecture(self.size, **shapes, **overrides)
 
 
 @lru_cache

@@ -1,4 +1,7 @@
-"""FLOPs and activations of one image, counted by running the networks on tensors without memory."""
+"""FLOPs and activations of one image, counted by running the networks on tensors without memory.
+
+``dtype`` is that of matrix products: bfloat16 for what is trained under autocast, else float32.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +24,11 @@ from pixelgen.losses.build import build_skeleton
 from pixelgen.losses.options import LossConfig
 from pixelgen.losses.times import Times
 from pixelgen.models.families import Architecture, build_denoiser
-
-Checkpointing = Literal["none", "selective", "full"]
+from pixelgen.models.layers import Checkpointing
 
 
 class FlopCounter(TorchDispatchMode):
-    """FLOPs of what runs inside, second derivatives included, by PyTorch's own table.
-
-    Attributes:
-        count: so far.
-    """
+    """Adds up FLOPs of what runs inside, second derivatives included, by PyTorch's own table."""
 
     count = 0
 
@@ -42,14 +40,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 class LiveStorages(TorchDispatchMode):
-    """Bytes of the tensors made inside that are still alive, whoever keeps them.
-
-    Attributes:
-        alive: bytes of each storage.
-
-    Args:
-        known: tensors that do not count.
-    """
+    """Bytes of the storages made inside that are still alive, but for those of ``known`` tensors."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -69,13 +60,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 class FakeObjective:
-    """A run's objective of tensors that have shapes and no memory.
-
-    Args:
-        loss: the section of the configuration.
-        model: the denoiser's architecture.
-        dtype: of matrix products.
-    """
+    """A run's objective of tensors that have shapes and no memory."""
 
     def __init__(self, loss: LossConfig, model: Architecture, dtype: torch.dtype = torch.float32) -> None:
         self._model, self._dtype = model, dtype
@@ -125,13 +110,7 @@ def _bytes_kept(known: Iterable[Tensor], dtype: torch.dtype, forward: Callable[[
 
 @lru_cache(maxsize=64)
 def activation_bytes(model: Architecture, dtype: torch.dtype, checkpointing: Checkpointing = "none") -> int:
-    """Bytes of one image that are kept between the denoiser's forward and backward pass.
-
-    Args:
-        model: the architecture.
-        dtype: of matrix products: bfloat16 for training under autocast, else float32.
-        checkpointing: as in ``Denoiser.checkpoint_blocks``.
-    """
+    """Bytes of one image that are kept between the denoiser's forward and backward pass."""
     with FakeTensorMode():
         denoiser = build_denoiser(model)
         denoiser.checkpoint_blocks(checkpointing)
@@ -151,11 +130,6 @@ def activation_bytes(model: Architecture, dtype: torch.dtype, checkpointing: Che
 @lru_cache(maxsize=64)
 def objective_bytes(loss: LossConfig, model: Architecture, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that the objective keeps for its backward pass for one image.
-
-    Args:
-        loss: the section of the configuration.
-        model: the denoiser's architecture.
-        dtype: of matrix products: bfloat16 for training under autocast, else float32.
 
     Returns:
         Those for any image, and how many more for one that passes the noise gate.

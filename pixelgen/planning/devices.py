@@ -11,9 +11,9 @@ from pixelgen.errors import UserError
 GIB = 2**30
 GPUS_PER_NODE = 8
 
-# Patterns of names, of which the first that matches counts; TFLOP/s of dense matrix products from the vendor's
-# data sheets, in bf16 and fp16 with fp32 accumulation, and in fp32 through TF32, without sparsity, which doubles
-# what is advertised; names that --plan takes, with the GiB that the driver leaves, rounded down.
+# Patterns of names, of which the first that matches counts. TFLOP/s of dense matrix products, from the
+# vendor's data sheets: bf16 and fp16 with fp32 accumulation, then fp32 through TF32; sparsity is left out, it
+# doubles what is advertised. Names that --plan takes, with the GiB that the driver leaves, rounded down.
 _GPUS: tuple[tuple[str, float, float, dict[str, int]], ...] = (
     (r"GB[23]00", 2500, 1250, {}),
     (r"B[23]00", 2250, 1125, {"B200": 178}),

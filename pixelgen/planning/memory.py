@@ -28,9 +28,9 @@ WORKSPACE = 2 * GIB
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; ``block`` is one of the denoiser's, ``adaln`` the AdaLN layers of all.
+    """Numbers of parameters, ``block`` of one of the denoiser's and ``adaln`` of the AdaLN layers of all.
 
-    Of those in ``with_one_average`` the optimizer keeps one average, of the others two.
+    ``optimizer_bytes`` are what the optimizers keep of all that they move.
     """
 
     denoiser: int
@@ -39,17 +39,12 @@ class Parameters:
     adaln: int
     stages: int
     tokens: int
-    with_one_average: int
+    optimizer_bytes: int
 
     @property
     def trained(self) -> int:
         """What the optimizer moves."""
         return self.denoiser + self.projector
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """What the optimizers keep of all that they move."""
-        return 8 * self.trained - 4 * self.with_one_average
 
 
 def count_parameters(config: TrainConfig) -> Parameters:
@@ -61,16 +56,18 @@ def count_parameters(config: TrainConfig) -> Parameters:
     def count(module: nn.Module | None) -> int:
         return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
-    blocks = denoiser.fsdp_units()
-    matrices = [p.numel() for block in blocks for p in block.parameters() if p.ndim == 2]
+    blocks, projector = denoiser.fsdp_units(), sum(map(count, objective.trained_with_the_denoiser().values()))
+    optimizer_bytes = 8 * (count(denoiser) + projector)  # two averages
+    if config.optimizer.name == "muon":  # one of the matrices of the blocks
+        optimizer_bytes -= 4 * sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
     return Parameters(
         denoiser=count(denoiser),
-        projector=sum(map(count, objective.trained_with_the_denoiser().values())),
+        projector=projector,
         block=count(blocks[0]),
         adaln=sum(p.numel() for name, p in denoiser.named_parameters() if "adaLN_modulation" in name),
         stages=count(objective.networks.lpips),
         tokens=count(objective.networks.encoder),
-        with_one_average=sum(matrices) if config.optimizer.name == "muon" else 0,
+        optimizer_bytes=optimizer_bytes,
     )
 
 

@@ -9,17 +9,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise, product
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from pixelgen.config.train_config import TrainConfig
+from pixelgen.models.layers import Checkpointing
 from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine
 from pixelgen.planning.flops import expected_gate_share, schedule_edges, train_step_flops
 from pixelgen.planning.memory import Layout, Parameters, count_parameters, resolve_layout, step_memory
-from pixelgen.training.options import LoopConfig, ParallelConfig
+from pixelgen.training.options import ParallelConfig
 
 FEW_PARAMETERS = 10**6  # of a frozen network that is not worth a line
 FEW_TOKENS = 2048  # with fewer in a pass, a GPU has too little to do
-CHECKPOINTING = get_args(get_type_hints(LoopConfig)["activation_checkpointing"])
+CHECKPOINTING = get_args(Checkpointing)
 
 
 def remedy(config: TrainConfig, machine: Machine, parameters: Parameters) -> str | None:
@@ -72,29 +73,14 @@ def checkpoints_kept(config: TrainConfig) -> int:
     written = math.ceil(train.max_steps / train.checkpoint_every) if train.checkpoint_every else 1
     if not train.keep_checkpoints:
         return written
-    kept = min(written, train.keep_checkpoints)
+    kept = train.keep_checkpoints + 1
     if train.keep_every and train.checkpoint_every:
         kept += train.max_steps // math.lcm(train.keep_every, train.checkpoint_every)
-    return min(written, kept + 1)
-
-
-def run_flops(config: TrainConfig) -> float:
-    """Useful FLOPs of the whole run, through the schedules of its terms."""
-    last = config.train.max_steps
-    edges = [*(step for step in schedule_edges(config.loss) if step < last), last]
-    return sum(train_step_flops(config, first).total * (until - first) for first, until in pairwise(edges))
+    return min(written, kept)
 
 
 def plan_report(config: TrainConfig, gpus: str) -> str:
-    """The text of ``--plan``.
-
-    Args:
-        config: of the run; its data are not read.
-        gpus: as ``parse_machine`` reads it.
-
-    Raises:
-        UserError: GPUs or batch do not fit.
-    """
+    """The text of ``--plan`` for GPUs as ``parse_machine`` reads them; the run's data are not read."""
     return "\n".join(_lines(config, parse_machine(gpus)))
 
 
@@ -123,7 +109,7 @@ def _lines(config: TrainConfig, machine: Machine) -> Iterator[str]:
     yield _row("parallel", mode, "chosen by auto" if is_auto else "")
     yield _row("shards x copies", f"{layout.shards} x {layout.copies}")
     yield _row("batch", f"{train.batch_size:,}", f"{layout.images} a GPU, {layout.images_per_pass} a pass")
-    yield from _memory_lines(config, machine, parameters, layout)
+    yield from _memory(config, machine, parameters, layout)
 
     averages = len(config.ema.decays) + len(config.ema.power)
     average = 4 * parameters.denoiser
@@ -135,12 +121,10 @@ def _lines(config: TrainConfig, machine: Machine) -> Iterator[str]:
     yield _row("one", f"{on_disk / 1e9:.1f}")
     yield _row("on disk at most", f"{kept * on_disk / 1e9:,.1f}", f"{kept} of them")
     yield _row("host memory of a node, for copies", f"{on_node / 1e9:.1f}")
-    yield from _time_lines(config, machine, parameters, layout)
+    yield from _work(config, machine, parameters, layout)
 
 
-def _memory_lines(
-    config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
-) -> Iterator[str]:
+def _memory(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
     items = step_memory(config, parameters, layout)
     total, kind = sum(items.values()), config.train.activation_checkpointing
     yield f"memory of a GPU, GiB, with activation checkpointing {kind}"
@@ -158,9 +142,7 @@ def _memory_lines(
         yield f"  does not fit: try {change}"
 
 
-def _time_lines(
-    config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
-) -> Iterator[str]:
+def _work(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
     train, gpus = config.train, machine.gpus
     flops = train_step_flops(config)
     yield "useful work of a step, TFLOP"
@@ -179,8 +161,11 @@ def _time_lines(
         yield _row("sent, and as much received", f"{volume / 1e9:.2f}", formula)
     peak = machine.peak(config.dtype)
     yield f"time to step {train.max_steps:,}, at a peak of {peak / 1e12:g} TFLOP/s a GPU"
+    # terms come and go on schedule, and their work with them
+    edges = [*(step for step in schedule_edges(config.loss) if step < train.max_steps), train.max_steps]
+    work = sum(train_step_flops(config, first).total * (until - first) for first, until in pairwise(edges))
     for mfu in (0.2, 0.4, 0.6):
-        seconds = run_flops(config) / (peak * gpus * mfu)
+        seconds = work / (peak * gpus * mfu)
         rate = train.max_steps * train.batch_size / seconds
         hours = f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:,.2g} s"
         yield _row(f"MFU {mfu:.0%}", hours, f"{rate:,.0f} img/s, {rate / gpus:,.0f} a GPU")
