@@ -86,8 +86,8 @@ def load_config(
     first = parse_values(TrainCommand, others, prog=prog, values={"out_dir": ""})
     # A job that is queued again has one command line: with auto it says what the run is, whether new or not.
     run = None if first["resume"] == "auto" else first["resume"]
-    of_the_run = {"config": "configuration", "name": "folder", "out_dir": "folder", "init": "weights"}
-    for option, own in of_the_run.items():
+    fixed = {"config": "configuration", "name": "folder", "out_dir": "folder", "init": "weights"}
+    for option, own in fixed.items():
         if run and first[option]:
             raise UserError(f"--resume continues with the run's own {own}; leave out --{option}")
     values: dict[str, Any] = {}

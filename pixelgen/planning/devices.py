@@ -54,12 +54,6 @@ class Machine:
         """Bytes of one GPU."""
         return MEMORY_GIB[self.device] * GIB
 
-    def peak(self, dtype: str) -> float:
-        """FLOP/s of one GPU."""
-        peak = peak_flops(self.device, "bf16" if dtype == "bfloat16" else "fp32")
-        assert peak is not None
-        return peak
-
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """FLOP/s of dense matrix products that the vendor states, MFU's denominator.

@@ -130,7 +130,7 @@ def step_memory(config: TrainConfig, parameters: Parameters, layout: Layout) -> 
     kept = activation_bytes(model, dtype, config.train.activation_checkpointing)
     # what comes back while a block's forward pass is run again for its backward pass
     recomputed = (activation_bytes(model, dtype) - kept) / model.depth
-    of_objective, of_perceptual = objective_bytes(config.loss, model, dtype)
+    objective, perceptual = objective_bytes(config.loss, model, dtype)
     seen = images_past_gate(config, images)
     return {
         "weights": shard * 4,
@@ -139,7 +139,7 @@ def step_memory(config: TrainConfig, parameters: Parameters, layout: Layout) -> 
         OPTIMIZER_LABELS[config.optimizer.name]: parameters.optimizer_bytes / layout.shards,
         f"EMA x {averages}": averages * parameters.denoiser / layout.shards * 4,
         "frozen networks": (parameters.stages + parameters.tokens) * size,
-        f"activations, {images} images": images * (kept + recomputed + of_objective),
-        f"perceptual activations, {seen} images": seen * of_perceptual,
+        f"activations, {images} images": images * (kept + recomputed + objective),
+        f"perceptual activations, {seen} images": seen * perceptual,
         "CUDA and workspaces (allowance)": WORKSPACE,
     }

@@ -13,7 +13,7 @@ from typing import get_args
 
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.models.layers import Checkpointing
-from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine
+from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine, peak_flops
 from pixelgen.planning.flops import expected_gate_share, schedule_edges, train_step_flops
 from pixelgen.planning.memory import Layout, Parameters, count_parameters, resolve_layout, step_memory
 from pixelgen.training.options import ParallelConfig
@@ -159,7 +159,8 @@ def _work(config: TrainConfig, machine: Machine, parameters: Parameters, layout:
         volume, formula = communication(config, parameters, layout)
         yield f"communication of a GPU and step, GB, with P = {parameters.trained / 1e6:,.1f} M parameters"
         yield _row("sent, and as much received", f"{volume / 1e9:.2f}", formula)
-    peak = machine.peak(config.dtype)
+    peak = peak_flops(machine.device, "bf16" if config.dtype == "bfloat16" else "fp32")
+    assert peak is not None
     yield f"time to step {train.max_steps:,}, at a peak of {peak / 1e12:g} TFLOP/s a GPU"
     # terms come and go on schedule, and their work with them
     edges = [*(step for step in schedule_edges(config.loss) if step < train.max_steps), train.max_steps]
