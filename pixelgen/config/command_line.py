@@ -78,7 +78,7 @@ def parse_values(
     try:
         return tyro.cli(
             cls,
-            prog=f"python -m {prog}",
+            prog=f"python {prog}" if prog.endswith(".py") else f"python -m {prog}",
             description=inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0],
             args=argv,
             default=values or {},
