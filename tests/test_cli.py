@@ -14,7 +14,7 @@ from training import refused, unframed
 
 from pixelgen.config import TrainConfig, load_config, preset_names
 from pixelgen.config import command_line as cli
-from pixelgen.config.values import nearest, option_names, option_types, read_values
+from pixelgen.config.values import nearest, option_names, option_types, read_yaml
 from pixelgen.errors import UserError
 
 
@@ -263,8 +263,8 @@ print("\\n", codes, sorted(heavy))
 
 def test_sections_are_read_like_nested_mappings():
     values = {"data": {"flip": True}}
-    text = {"data": {"image_size": "16"}, "seed": 3, "loss": None, "time.std": 1}
-    read_values(TrainConfig, text, values, "file")
+    text = b"data: {image_size: '16'}\nseed: 3\nloss:\ntime.std: 1"
+    read_yaml(TrainConfig, text, values, "file")
     assert values == {"data": {"flip": True, "image_size": 16}, "seed": 3, "loss": {}, "time": {"std": 1.0}}
     with pytest.raises(UserError, match=r"^file: unknown key loss\.lr; did you mean optimizer\.lr\?$"):
-        read_values(TrainConfig, {"loss": {"lr": 1}}, {}, "file")
+        read_yaml(TrainConfig, b"loss: {lr: 1}", {}, "file")

@@ -24,15 +24,16 @@ from pixelgen.losses.times import Times
 from pixelgen.models.families import build_denoiser
 from pixelgen.models.jit import JiT
 from pixelgen.models.sizes import SIZES
-from pixelgen.planning.activations import LiveStorages, activation_bytes, objective_bytes
+from pixelgen.planning.counting import LiveStorages, activation_bytes, objective_bytes
 from pixelgen.planning.devices import parse_machine
-from pixelgen.planning.memory import count_parameters, recomputed_bytes, selected, step_memory
-from pixelgen.planning.plan import checkpoints_kept, communication, plan_report, resolve_layout
+from pixelgen.planning.memory import count_parameters, images_past_gate, resolve_layout, step_memory
+from pixelgen.planning.plan import checkpoints_kept, communication, plan_report
 
 RECIPES = ("pixelgen-xl-256", "pixelgen-l-256", "jit-l-256", "jit-b-256")
 IN_CONTEXT = replace(
     SIZES["tiny/4"], width=128, depth=4, bottleneck_dim=32, in_context_len=8, in_context_start=2
 )
+DTYPES = {False: torch.float32, True: torch.bfloat16}
 MODELS_TO_MEASURE = {
     "tokens in context": IN_CONTEXT,
     "dropout": replace(IN_CONTEXT, width=96, bottleneck_dim=0, in_context_len=0, proj_dropout=0.1),
@@ -60,7 +61,7 @@ def kept_by_denoiser(model, batch, is_half, checkpointing):
     """Bytes alive after a forward pass, parameters and inputs left out."""
     denoiser = JiT(model)
     denoiser.checkpoint_blocks(checkpointing)
-    dtype = torch.bfloat16 if is_half else torch.float32
+    dtype = DTYPES[is_half]
     tokens = torch.randn(batch, model.num_tokens, model.patch_dim, dtype=dtype)
     t, y = torch.rand(batch), torch.zeros(batch, dtype=torch.int64)
     known = [*denoiser.parameters(), *denoiser.buffers(), tokens, t, y]
@@ -80,13 +81,13 @@ def kept_by_denoiser(model, batch, is_half, checkpointing):
 def test_activations_are_what_a_forward_pass_leaves_behind(model, is_half, checkpointing):
     small, large = (kept_by_denoiser(model, batch, is_half, checkpointing) for batch in (2, 6))
     per_image = (large - small) / 4  # what does not grow with the batch are weights
-    estimate = activation_bytes(model, 2 if is_half else 4, checkpointing)
+    estimate = activation_bytes(model, DTYPES[is_half], checkpointing)
     assert estimate == pytest.approx(per_image, rel=0.03)
 
 
 @pytest.mark.parametrize("is_half", [False, True], ids=["fp32", "bf16"])
 def test_what_is_alive_is_what_autograd_saved(is_half):
-    model, size = IN_CONTEXT, 2 if is_half else 4
+    model, dtype = IN_CONTEXT, DTYPES[is_half]
     denoiser = JiT(model)
     tokens = torch.randn(8, model.num_tokens, model.patch_dim)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
@@ -99,8 +100,8 @@ def test_what_is_alive_is_what_autograd_saved(is_half):
     # with the weights: the packed AdaLN, and where autocast casts, copies of all but AdaLN and labels
     adaln = sum(p.numel() for name, p in denoiser.named_parameters() if "adaLN" in name)
     rest = sum(parameter.numel() for parameter in denoiser.parameters()) - adaln
-    weights = adaln * size + (rest * size if is_half else 0)
-    assert 8 * activation_bytes(model, size) + weights == pytest.approx(saved, rel=0.05)
+    weights = adaln * dtype.itemsize + (rest * 2 if is_half else 0)
+    assert 8 * activation_bytes(model, dtype) + weights == pytest.approx(saved, rel=0.05)
 
 
 def saved_bytes(module, forward):
@@ -139,7 +140,7 @@ def kept_by_objective(run, t, is_half):
     """Bytes alive after a forward pass for images at some times, parameters and inputs left out."""
     objective, model = objective_of(run)
     objective.networks.speed_up(half=is_half, compiled=False)
-    dtype = torch.bfloat16 if is_half else torch.float32
+    dtype = DTYPES[is_half]
     shape = (len(t), model.num_tokens, model.patch_dim)
     x_pred, clean = torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(shape, dtype=dtype)
     images = torch.zeros(len(t), model.channels, *model.image_height_width, dtype=torch.uint8)
@@ -168,11 +169,23 @@ def test_activations_of_the_objective_are_what_a_forward_pass_leaves_behind(netw
         run = config("pixelgen-l-256", data={"image_size": 32}, loss=loss)
     kept = {t: kept_by_objective(run, t, is_half) for t in ((1.0,), (1.0,) * 3, (1.0, 0.0, 0.0))}
     one = kept[1.0,]
-    of_any, of_passing = objective_bytes(run.loss, run.model_config(), 2 if is_half else 4)
+    rejected, more = objective_bytes(run.loss, run.model_config(), DTYPES[is_half])
     within = 0.12 if networks == "embedded" else 0.05  # with the discriminator a little is counted twice
-    assert of_passing == pytest.approx((kept[(1.0,) * 3] - one) / 2, rel=within)
-    assert of_any == pytest.approx((kept[1.0, 0.0, 0.0] - one) / 2, rel=within)
-    assert 0 < of_any < of_passing
+    assert rejected + more == pytest.approx((kept[(1.0,) * 3] - one) / 2, rel=within)
+    assert rejected == pytest.approx((kept[1.0, 0.0, 0.0] - one) / 2, rel=within)
+    assert rejected > 0 and more > 0
+
+
+def test_what_the_perceptual_networks_keep_has_its_row_without_a_gate_too():
+    gated, ungated = config("digits"), config("digits", loss={"gate_t": 0.0})
+    model = gated.model_config()
+    some, all_ = (objective_bytes(run.loss, model, torch.float32) for run in (gated, ungated))
+    assert all_[0] == some[0] > 0
+    assert all_[1] == pytest.approx(some[1], rel=0.05)  # without the copies of a selection
+    layout, parameters = layout_of(ungated, "1")
+    images = ungated.train.batch_size
+    row = step_memory(ungated, parameters, layout)[f"perceptual activations, {images} images"]
+    assert row == images * all_[1]
 
 
 def test_parameters_of_frozen_networks():
@@ -200,12 +213,12 @@ def test_parameters_of_a_real_model():
 
 def test_a_selection_is_as_large_as_the_gate_makes_it():
     run, gate = config("pixelgen-l-256"), NoiseGate("hard", 0.3)
-    generator, most = torch.Generator().manual_seed(0), selected(run, 32)
+    generator, most = torch.Generator().manual_seed(0), images_past_gate(run, 32)
     normal = torch.randn(500, 32, generator=generator)
     sizes = [len(select_samples(Times.of(torch.sigmoid(draw * 0.8 - 0.8)), gate)) for draw in normal]
     assert most % 4 == 0 and sum(size > most for size in sizes) <= 5
     assert most - 4 <= max(sizes)  # and not more than a bucket too large
-    assert selected(config("pixelgen-l-256", loss={"gate_t": 0.0}), 32) == 32
+    assert images_past_gate(config("pixelgen-l-256", loss={"gate_t": 0.0}), 32) == 32
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -325,23 +338,27 @@ def test_without_a_remedy_it_says_so():
 
 
 def test_more_averages_and_fewer_shards_cost_what_they_hold():
-    run = config("jit-l-256")
+    run = config("jit-l-256", train={"batch_size": 8 * 16})
     parameters = count_parameters(run)
 
-    def item(run, name, shards=8):
-        return step_memory(run, parameters, gpus=8, shards=shards, images=16)[name]
+    def changed(**sections):
+        return config("jit-l-256", **{"train": {"batch_size": 8 * 16}} | sections)
 
-    more = config("jit-l-256", ema={"decay": (0.99, 0.999), "power": (0.1,)})
+    def item(run, name, shards=8):
+        layout = replace(resolve_layout(run, parse_machine("8"), parameters), shards=shards)
+        return step_memory(run, parameters, layout)[name]
+
+    more = changed(ema={"decay": (0.99, 0.999), "power": (0.1,)})
     assert item(more, "EMA x 3") == 3 * item(run, "EMA x 1") == 3 * 4 * parameters.denoiser / 8
     assert item(run, "AdamW", shards=1) == 8 * parameters.trained
     gathered = "gathered weights, a block's gradient"
-    kept = config("jit-l-256", parallel={"reshard_after_forward": False})
+    kept = changed(parallel={"reshard_after_forward": False})
     assert item(kept, gathered) - item(run, gathered) == 2 * 22 * parameters.block  # all 24 instead of 2
     model = run.model_config()
-    full = config("jit-l-256", train={"activation_checkpointing": "full"})
-    back = recomputed_bytes(model, 2, "full")
-    of_any, _ = objective_bytes(full.loss, model, 2)
-    kept = activation_bytes(model, 2, "full") + of_any + back
+    full = changed(train={"batch_size": 8 * 16, "activation_checkpointing": "full"})
+    kept, everything = (activation_bytes(model, torch.bfloat16, kind) for kind in ("full", "none"))
+    of_objective, _ = objective_bytes(full.loss, model, torch.bfloat16)
+    kept += of_objective + (everything - kept) / model.depth
     assert item(full, "activations, 16 images") == 16 * kept
 
 

@@ -26,8 +26,9 @@ from pixelgen.config import config_to_yaml, load_config
 from pixelgen.config.resolve import check_batch
 from pixelgen.data.prepare.command import PrepareOptions, prepare
 from pixelgen.errors import UserError
-from pixelgen.planning.memory import count_parameters
-from pixelgen.planning.plan import Machine, communication, resolve_layout
+from pixelgen.planning.devices import Machine
+from pixelgen.planning.memory import count_parameters, resolve_layout
+from pixelgen.planning.plan import communication
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.checkpoint.write import CheckpointWriter
 from pixelgen.training.log import METRICS_FILE

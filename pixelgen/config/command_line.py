@@ -11,18 +11,12 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import tyro
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-    StructConstructorSpec,
-    StructFieldSpec,
-)
+from tyro import constructors
 
 from pixelgen.config.values import build, convert, describe_type, option_types
 from pixelgen.errors import USER_ERRORS, AlreadyReported
@@ -36,11 +30,6 @@ def run(main: Callable[[list[str] | None], int | None], prog: str, argv: list[st
 
     Exit codes: what ``main`` returns (None is 0); 2 after ``prog: error: message``, one line on stderr, for a
     user's error; 130 when interrupted. Other exceptions keep their traceback.
-
-    Args:
-        main: the command line, which reads ``sys.argv`` when its argument is None.
-        prog: name that begins the message, such as ``"pixelgen.train"``.
-        argv: arguments after the program's name.
     """
     # libgomp spins while it waits: on busy cores a 12 ms step takes 2 s. It reads this as torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -64,16 +53,12 @@ def describe_error(error: BaseException) -> str:
 
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, *, prog: str) -> T:
-    """Builds a dataclass from its defaults and the command line; arguments and errors as ``parse_values``.
-
-    Raises:
-        UserError: a value out of its range.
-    """
+    """A dataclass from its defaults and the command line; arguments and errors as ``parse_values``."""
     return build(cls, parse_values(cls, argv, prog=prog))
 
 
 def parse_values(
-    cls: type, argv: Sequence[str] | None = None, *, prog: str, values: Mapping[str, Any] | None = None
+    cls: type, argv: Sequence[str] | None = None, *, prog: str, values: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The value of every option of a command line, those of a section in a mapping of their own.
 
@@ -81,29 +66,24 @@ def parse_values(
         cls: a dataclass; ``--help`` shows its docstring, and the ``Args:`` of its sections'.
         argv: arguments after the program's name; None takes ``sys.argv[1:]``.
         prog: the program's name in the usage line.
-        values: defaults instead of the class's own, as ``read_values`` makes them.
+        values: defaults instead of the class's own, as ``read_yaml`` makes them.
 
     Raises:
         SystemExit: with 2 after a message about an unknown option (the nearest ones are named), a wrong type
             or choice, or a missing value; with 0 after ``--help``.
     """
-    values = values or {}
-    sections = {name: hint for name, hint in option_types(cls).items() if is_dataclass(hint)}
-    # Sections are of different classes, so the class says which defaults are meant.
-    defaults = {cls: values} | {hint: values.get(name, {}) for name, hint in sections.items()}
-    registry = ConstructorRegistry()
+    registry = constructors.ConstructorRegistry()
     registry.primitive_rule(_option)
-    registry.struct_rule(
-        lambda info: _section(info.type, defaults[info.type]) if info.type in defaults else None
-    )
+    registry.struct_rule(_section)
     try:
         return tyro.cli(
             cls,
-            prog=f"python -m {prog}",
+            prog=f"python {prog}" if prog.endswith(".py") else f"python -m {prog}",
             description=inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:")[0],
             args=argv,
-            use_underscores=bool(sections),
-            # one process on each machine tells: all have the same command line
+            default=values or {},
+            use_underscores=any(is_dataclass(hint) for hint in option_types(cls).values()),
+            # one process on each machine reports: all have the same command line
             console_outputs=os.environ.get("LOCAL_RANK", "0") == "0",
             config=(tyro.conf.FlagConversionOff,),
             registry=registry,
@@ -112,7 +92,7 @@ def parse_values(
         raise SystemExit(0) from None
 
 
-def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+def _option(info: constructors.PrimitiveTypeInfo) -> constructors.PrimitiveConstructorSpec[Any] | None:
     """One argument, read as in YAML; without one, what is true or false is true."""
     hint: Any = info.type
     if is_dataclass(hint) or tyro.conf.UseAppendAction in info.markers:
@@ -123,7 +103,7 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_null = text in ("null", "~") and type(None) in get_args(hint)
         return None if is_null else convert(text, hint)
 
-    return PrimitiveConstructorSpec(
+    return constructors.PrimitiveConstructorSpec(
         nargs=(0, 1) if hint is bool else 1,
         metavar=f"[{describe_type(hint)}]" if hint is bool else describe_type(hint),
         instance_from_str=read,
@@ -132,17 +112,20 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _section(cls: Any, values: Mapping[str, Any]) -> StructConstructorSpec:
-    """The options of a dataclass, whose values are gathered by name and checked by none."""
+def _section(info: constructors.StructTypeInfo) -> constructors.StructConstructorSpec | None:
+    """The options of a dataclass; their values go into a dictionary, as their defaults come from one."""
+    if not is_dataclass(info.type):
+        return None
+    cls: Any = info.type
     texts = {name: text for base in reversed(cls.__mro__) for name, text in describe_options(base).items()}
-    own = {
-        item.name: item.default if item.default_factory is MISSING else item.default_factory()
-        for item in fields(cls)
-    }
-    values = own | dict(values)
-    options = []
-    for name, hint in option_types(cls).items():
-        is_open = is_dataclass(hint) or values[name] is MISSING
-        default = tyro.MISSING if is_open else values[name]
-        options.append(StructFieldSpec(name, hint, default, texts.get(name)))
-    return StructConstructorSpec(dict, tuple(options))
+    types, options = option_types(cls), []
+    for item in fields(cls):
+        hint: Any = types[item.name]
+        default = tyro.MISSING if item.default is MISSING else item.default
+        if is_dataclass(hint):
+            texts[item.name] = (hint.__doc__ or "").partition("\n")[0]
+            # tyro takes a default of another type from a field with a constructor only
+            hint, default = Annotated[hint, tyro.conf.arg(constructor=types[item.name])], {}
+        default = info.default.get(item.name, default)
+        options.append(constructors.StructFieldSpec(item.name, hint, default, texts.get(item.name)))
+    return constructors.StructConstructorSpec(dict, tuple(options))

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 import yaml
 
-from pixelgen.config.command_line import describe_error, parse_values
+from pixelgen.config.command_line import parse_values
 from pixelgen.config.train_config import TrainConfig
-from pixelgen.config.values import Loader, build, nearest, option_types, read_values
+from pixelgen.config.values import build, nearest, read_yaml
 from pixelgen.errors import UserError
 from pixelgen.options import OpenSection
 
 PRESET_DIR = Path(__file__).parent / "presets"
-
-DEFAULT_PLAN = "8xH100"
-
-# What --resume takes from the run, by the option that would say otherwise.
-_OF_THE_RUN = {"config": "configuration", "name": "folder", "out_dir": "folder", "init": "weights"}
 
 
 def preset_names() -> list[str]:
@@ -39,7 +33,7 @@ _NAMES = tyro.conf.arg(metavar="|".join([*preset_names(), "FILE"]))
 _GPUS = tyro.constructors.PrimitiveConstructorSpec[str | None](
     nargs=(0, 1),
     metavar="[GPUS]",
-    instance_from_str=lambda given: [*given, DEFAULT_PLAN][0],
+    instance_from_str=lambda given: [*given, "8xH100"][0],
     is_instance=lambda value: True,
     str_from_instance=lambda value: ["null"],
 )
@@ -71,116 +65,82 @@ def load_config(
     prog: str = "pixelgen.train",
     plan: Callable[[TrainConfig, str], str] | None = None,
 ) -> tuple[TrainConfig, str | None]:
-    """Reads the command line of a training run: every field, ``--config``, ``--resume``, ``--print_config``.
-
-    ``--config`` takes a preset's name or a YAML file, and may be given several times: later ones win, and
-    options on the command line win over all of them. ``--resume RUN`` starts from the run's configuration.
+    """Reads the command line of a training run, whose options are the fields of ``TrainCommand``.
 
     Args:
         argv: arguments after the program's name; None takes ``sys.argv[1:]``.
         prog: the program's name in the help.
-        plan: makes the text of ``--plan`` from the configuration and the GPUs; without it there is no such
-            option.
+        plan: makes the text of ``--plan`` from the configuration and the GPUs; None refuses the option.
 
     Returns:
         The configuration, with ``name`` filled in, and what was given to ``--resume``, or None.
 
     Raises:
-        UserError: unknown preset (all are listed) or key of a file (the nearest one is named), value out of
-            its range, YAML that cannot be read.
+        UserError: unknown preset or key of a file, value out of its range, YAML that cannot be read.
         FileNotFoundError: no such YAML file or run.
-        SystemExit: with 2 after a message about the command line, see ``parse_values``; with 0 after
-            ``--help``, ``--print_config`` and ``--plan``.
+        SystemExit: as ``parse_values``; with 0 after ``--print_config`` and ``--plan``.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    # The files are the defaults of the other options, so they are looked for first.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", nargs="?", default=[])
-    for option in ("--resume", "--name", "--init"):
-        first.add_argument(option, nargs="?")
-    first.add_argument("--out_dir", "--out-dir", nargs="?")
-    known, _ = first.parse_known_args(argv)
+    # The files' values are defaults, which the help shows, so the files are looked for first.
+    others = [argument for argument in argv if argument not in ("-h", "--help")]
+    first = parse_values(TrainCommand, others, prog=prog, values={"out_dir": ""})
     # A job that is queued again has one command line: with auto it says what the run is, whether new or not.
-    run = None if known.resume == "auto" else known.resume
-    for option, own in _OF_THE_RUN.items():
-        if run and getattr(known, option):
+    run = None if first["resume"] == "auto" else first["resume"]
+    fixed = {"config": "configuration", "name": "folder", "out_dir": "folder", "init": "weights"}
+    for option, own in fixed.items():
+        if run and first[option]:
             raise UserError(f"--resume continues with the run's own {own}; leave out --{option}")
     values: dict[str, Any] = {}
-    paths = [_run_config(run)] if run else [_find_config(name) for name in known.config if name]
+    paths = [_run_config(run)] if run else [_find_config(name) for name in first["config"]]
     for path in paths:
-        _read_yaml(path.read_bytes(), values, str(path))
-    given = parse_values(TrainCommand, argv, prog=prog, values=values)
-    if plan is None and given["plan"]:
+        read_yaml(TrainConfig, path.read_bytes(), values, str(path))
+    values = parse_values(TrainCommand, argv, prog=prog, values=values)
+    _make_paths_absolute(values)
+    config = build(TrainConfig, {item.name: values[item.name] for item in fields(TrainConfig)})
+    if plan is None and values["plan"]:
         raise UserError("unknown option --plan: this program does not plan")
-    config = _with_absolute_paths(
-        build(TrainConfig, {name: given[name] for name in option_types(TrainConfig)})
-    )
-    if given["print_config"]:
+    if values["print_config"]:
         print(config_to_yaml(config), end="")
         raise SystemExit(0)
-    if plan is not None and given["plan"]:
-        print(plan(config, given["plan"]))
+    if plan is not None and values["plan"]:
+        print(plan(config, values["plan"]))
         raise SystemExit(0)
-    if known.resume == "auto" and config.name is None:
+    if values["resume"] == "auto" and config.name is None:
         raise UserError("--resume auto needs --name: it continues the run of that name, or starts it")
     if config.name is None:
         # Without a preset or file the data say best what the run is: digits, or folder.
         stem = paths[-1].stem if paths else config.data.name
         config = replace(config, name=f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return config, given["resume"]
+    return config, values["resume"]
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+def _make_paths_absolute(values: dict[str, Any]) -> None:
     """A run may go on in another directory; what is not there, such as a hub id, stays as it is."""
-
-    def absolute(path: str | None) -> Any:
-        if path in (None, "pretrained", "random") or not (glob.has_magic(path) or os.path.exists(path)):
-            return path
-        return os.path.abspath(path)
-
-    loss, data = config.loss, config.data
-    loss = replace(
-        loss, stages_weights=absolute(loss.stages_weights), tokens_weights=absolute(loss.tokens_weights)
-    )
-    of_source = {"path": absolute(data.path)}
-    data = replace(data, **of_source)
-    return replace(config, init=absolute(config.init), loss=loss, data=data)
+    data, loss = values["data"], values["loss"]
+    for section, name in (values, "init"), (data, "path"), (loss, "stages_weights"), (loss, "tokens_weights"):
+        path = section[name]
+        is_path = path not in (None, "pretrained", "random")
+        if is_path and (glob.has_magic(path) or os.path.exists(path)):
+            section[name] = os.path.abspath(path)
 
 
 def config_to_yaml(config: TrainConfig) -> str:
     """Every field as YAML, of the model those of its family; ``config_from_yaml`` gives an equal one back."""
     values = asdict(config)
-    for name, section in vars(config).items():
-        if isinstance(section, OpenSection):
-            values[name] = section.own_values()
+    sections = {name: value for name, value in vars(config).items() if isinstance(value, OpenSection)}
+    values |= {name: section.own_values() for name, section in sections.items()}
     return yaml.safe_dump(values, sort_keys=False)
 
 
 def config_from_yaml(text: str, source: str = "config.yaml") -> TrainConfig:
     """The configuration of a YAML text; fields it does not name keep their defaults.
 
-    Args:
-        text: as written by ``config_to_yaml``, or by hand.
-        source: begins error messages; the file's name.
-
     Raises:
-        UserError: as ``load_config``.
+        UserError: as ``load_config``; ``source``, the file's name, begins the message.
     """
     values: dict[str, Any] = {}
-    _read_yaml(text.encode(), values, source)
+    read_yaml(TrainConfig, text.encode(), values, source)
     return build(TrainConfig, values)
-
-
-def _read_yaml(content: bytes, into: dict[str, Any], source: str) -> None:
-    try:
-        mapping = yaml.load(content, Loader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not a YAML file: {describe_error(error)}") from None
-    read_values(TrainConfig, mapping, into, source)
 
 
 def _find_config(name: str) -> Path:

@@ -34,15 +34,6 @@ class TrainConfig(Section):
         kernels: auto runs the compiled kernels; eager runs plain PyTorch.
         compile: torch.compile the blocks of the denoiser.
         threads: CPU threads; 0 leaves the choice to PyTorch.
-        data: what to train on
-        model: architecture
-        time: how t and noise are drawn
-        loss: terms besides flow matching
-        optimizer: kind, learning rate and its schedule
-        ema: averaged weights
-        train: length and outputs
-        parallel: how processes share the work
-        sample: how images are drawn
     """
 
     name: str | None = None
@@ -78,9 +69,5 @@ class TrainConfig(Section):
             options.check(self)
 
     def model_config(self) -> Architecture:
-        """The denoiser's architecture, of the class that its family has for it.
-
-        Raises:
-            UserError: the parts do not fit, such as a patch size that does not divide the image size.
-        """
+        """The denoiser's architecture, of the class that its family has for it."""
         return self.model.architecture(self.data)

@@ -96,18 +96,26 @@ def _convert(value: Any, hint: Any) -> Any:
     raise ValueError
 
 
-def read_values(cls: type, mapping: Any, into: dict[str, Any], source: str) -> None:
-    """Converts nested values, as read from YAML, over those that are there.
+def read_yaml(cls: type, content: bytes, into: dict[str, Any], source: str) -> None:
+    """Puts the values of a YAML file over those that are there.
 
     Args:
         cls: the dataclass the values are for.
-        mapping: nested mappings; None for an empty file or section.
+        content: of the file.
         into: converted values by name, those of a section in a mapping of their own.
-        source: begins the error message; a file's name.
+        source: begins the error message; the file's name.
 
     Raises:
-        UserError: an unknown key (the nearest one is named), a value of the wrong type, or no mapping.
+        UserError: not YAML, an unknown key (the nearest one is named), a value of the wrong type, no mapping.
     """
+    try:
+        mapping = yaml.load(content, Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{source}: not valid YAML{where}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not a YAML file: {' '.join(str(error).split())}") from None
 
     def walk(section: Any, node: Any, into: dict[str, Any], prefix: str) -> None:
         if not isinstance(node, Mapping):
@@ -141,10 +149,7 @@ def build(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known dotted name a user most likely meant, or None.
-
-    That is the closest spelling of the whole name, or else of the last part, in whatever section.
-    """
+    """The known dotted name closest to the whole of what a user wrote, or else to its last part; or None."""
 
     def likeness(other: str) -> float:
         return max(_ratio(name, other), _ratio(name.rpartition(".")[2], other.rpartition(".")[2]) - 0.2)

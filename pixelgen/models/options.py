@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 from pixelgen.models.families import DATA_FIELDS, FAMILIES, Architecture, Family
-from pixelgen.options import OpenSection, Option, added_options
+from pixelgen.options import OpenSection
 
 if TYPE_CHECKING:
     from pixelgen.data.options import DataConfig
@@ -38,20 +38,11 @@ class ModelOptions(OpenSection):
 
     @classmethod
     def parts(cls) -> Mapping[str, type]:
-        """The architectures of the families that are registered by now."""
-        return {family.name: family.config for family in FAMILIES.values()}
-
-    @classmethod
-    def added(cls) -> tuple[Option, ...]:
-        """The fields of the architectures, null by default."""
-        return _added(tuple(FAMILIES.values()))
+        """The architectures of the families that are registered by now, with nothing but options."""
+        return {family.name: _with_nulls(family) for family in FAMILIES.values()}
 
     def architecture(self, data: DataConfig) -> Architecture:
-        """The family's architecture: the named size, what differs from it, the shapes of the data.
-
-        Raises:
-            UserError: the parts do not fit, such as a patch size that does not divide the image size.
-        """
+        """The family's architecture: the named size, what differs from it, the shapes of the data."""
         family = FAMILIES[self.family]
         given = {name: getattr(self, name) for name in family.options}
         overrides = {name: value for name, value in given.items() if value is not None}
@@ -59,17 +50,9 @@ class ModelOptions(OpenSection):
         return family.architecture(self.size, **shapes, **overrides)
 
 
-@lru_cache(maxsize=4)
-def _added(families: tuple[Family, ...]) -> tuple[Option, ...]:
-    found: dict[str, Option] = {}
-    for family in families:
-        for option in added_options({family.name: family.config}):
-            if option.name not in family.options:
-                continue
-            before = found.get(option.name)
-            owners = (*before.owners, family.name) if before else (family.name,)
-            text = before.text if before else option.text
-            found[option.name] = replace(
-                option, hint=option.hint | None, default=None, owners=owners, text=text
-            )
-    return tuple(found.values())
+@lru_cache
+def _with_nulls(family: Family) -> type:
+    """The options of a family as a dataclass, each of which may be null, and is by default."""
+    types = get_type_hints(family.config)
+    options = [(name, types[name] | None, None) for name in family.options]
+    return make_dataclass(family.name, options, namespace={"__doc__": family.config.__doc__})

@@ -11,53 +11,35 @@ from pixelgen.errors import UserError
 GIB = 2**30
 GPUS_PER_NODE = 8
 
-# TFLOP/s of dense matrix products, from the vendor's data sheets: bf16 and fp16 with fp32 accumulation, then
-# fp32 through TF32. The first name that matches counts. Sparsity is left out: it doubles what is advertised.
-_PEAK_TFLOPS: tuple[tuple[str, float, float], ...] = (
-    (r"GB[23]00", 2500, 1250),
-    (r"B[23]00", 2250, 1125),
-    (r"H200 NVL", 835.5, 417.5),
-    (r"H200|GH200", 989.5, 494.5),
-    (r"H[18]00 PCIe", 756, 378),
-    (r"H100 NVL", 835.5, 417.5),
-    (r"H[18]00", 989.5, 494.5),
-    (r"H20", 148, 74),
-    (r"A[18]00", 312, 156),
-    (r"A40", 149.7, 74.8),
-    (r"A30", 165, 82),
-    (r"A10", 125, 62.5),
-    (r"L40S", 362, 183),
-    (r"L40", 181, 90.5),
-    (r"L4", 121, 60),
-    (r"RTX A6000", 154.8, 77.4),
-    (r"RTX 6000 Ada Generation", 364.2, 182.1),
-    (r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 251.9),
-    (r"RTX 5090", 209.5, 104.8),
-    (r"RTX 4090", 165.2, 82.6),
-    (r"RTX 3090", 71, 35.6),
+# Patterns of names, of which the first that matches counts. TFLOP/s of dense matrix products, from the
+# vendor's data sheets: bf16 and fp16 with fp32 accumulation, then fp32 through TF32; sparsity is left out, it
+# doubles what is advertised. Names that --plan takes, with the GiB that the driver leaves, rounded down.
+_GPUS: tuple[tuple[str, float, float, dict[str, int]], ...] = (
+    (r"GB[23]00", 2500, 1250, {}),
+    (r"B[23]00", 2250, 1125, {"B200": 178}),
+    (r"H200 NVL", 835.5, 417.5, {}),
+    (r"H200|GH200", 989.5, 494.5, {"H200": 139}),
+    (r"H[18]00 PCIe", 756, 378, {}),
+    (r"H100 NVL", 835.5, 417.5, {}),
+    (r"H[18]00", 989.5, 494.5, {"H100": 79, "H800": 79}),
+    (r"H20", 148, 74, {"H20": 95}),
+    (r"A[18]00", 312, 156, {"A100": 79, "A100-40GB": 39, "A800": 79}),
+    (r"A40", 149.7, 74.8, {"A40": 44}),
+    (r"A30", 165, 82, {}),
+    (r"A10", 125, 62.5, {"A10": 22}),
+    (r"L40S", 362, 183, {"L40S": 44}),
+    (r"L40", 181, 90.5, {}),
+    (r"L4", 121, 60, {"L4": 22}),
+    (r"RTX A6000", 154.8, 77.4, {}),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1, {}),
+    (r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 251.9, {}),
+    (r"RTX ?5090", 209.5, 104.8, {"RTX5090": 31}),
+    (r"RTX ?4090", 165.2, 82.6, {"RTX4090": 23}),
+    (r"RTX ?3090", 71, 35.6, {"RTX3090": 23}),
 )
+MEMORY_GIB = {name: gib for *_, memory in _GPUS for name, gib in memory.items()}
 # Parts of a name that make it another, slower device: a slice, a notebook's chip, a cut-down variant.
 _OTHER_DEVICE = re.compile(r"\b(MIG|Laptop|Max-Q|D|Ti|SUPER)\b")
-
-
-# Name in the table of peaks, and GiB that the driver leaves, rounded down.
-DEVICES = {
-    "B200": ("B200", 178),
-    "H200": ("H200", 139),
-    "H100": ("H100", 79),
-    "H800": ("H800", 79),
-    "H20": ("H20", 95),
-    "A100": ("A100", 79),
-    "A100-40GB": ("A100", 39),
-    "A800": ("A800", 79),
-    "A40": ("A40", 44),
-    "A10": ("A10", 22),
-    "L40S": ("L40S", 44),
-    "L4": ("L4", 22),
-    "RTX5090": ("RTX 5090", 31),
-    "RTX4090": ("RTX 4090", 23),
-    "RTX3090": ("RTX 3090", 23),
-}
 
 
 @dataclass(frozen=True)
@@ -70,13 +52,7 @@ class Machine:
     @property
     def memory(self) -> int:
         """Bytes of one GPU."""
-        return DEVICES[self.device][1] * GIB
-
-    def peak(self, dtype: str) -> float:
-        """FLOP/s of one GPU."""
-        peak = peak_flops(DEVICES[self.device][0], "bf16" if dtype == "bfloat16" else "fp32")
-        assert peak is not None
-        return peak
+        return MEMORY_GIB[self.device] * GIB
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
@@ -88,15 +64,10 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
     Returns:
         None for a device that is not in the table, a slice of one (MIG) included.
-
-    Raises:
-        ValueError: unknown dtype.
     """
-    if dtype not in ("bf16", "fp16", "fp32"):
-        raise ValueError(f"peak_flops: dtype must be bf16, fp16 or fp32, got {dtype!r}")
     if _OTHER_DEVICE.search(device_name):
         return None
-    for name, half, tf32 in _PEAK_TFLOPS:
+    for name, half, tf32, _ in _GPUS:
         if re.search(rf"\b(?:{name})\b", device_name):
             return (tf32 if dtype == "fp32" else half) * 1e12
     return None
@@ -113,10 +84,10 @@ def parse_machine(text: str) -> Machine:
         raise UserError(f"--plan must be N or NxDEVICE, such as 4 or 16xH100, got {text!r}")
     gpus = int(match[1])
     wanted = re.sub(r"[\s_]", "", match[2] or "H100").upper()
-    if wanted not in DEVICES:
-        guess = nearest(wanted, DEVICES)
+    if wanted not in MEMORY_GIB:
+        guess = nearest(wanted, MEMORY_GIB)
         hint = f"did you mean {guess}? " if guess else ""
-        raise UserError(f"--plan: unknown device {match[2]}; {hint}Known are {', '.join(DEVICES)}")
+        raise UserError(f"--plan: unknown device {match[2]}; {hint}Known are {', '.join(MEMORY_GIB)}")
     if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
         raise UserError(f"--plan: above 8, GPUs must come in full nodes of 8, got {gpus}")
     return Machine(gpus, wanted)

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pixelgen.config.resolve import check_batch, num_shards, resolve_mode
 from pixelgen.config.train_config import TrainConfig
+from pixelgen.errors import UserError
 from pixelgen.losses.build import build_skeleton
 from pixelgen.losses.gate import BUCKETS
-from pixelgen.models.families import Architecture, build_denoiser
-from pixelgen.planning.activations import Checkpointing, activation_bytes, objective_bytes
-from pixelgen.planning.devices import GIB
+from pixelgen.models.families import build_denoiser
+from pixelgen.planning.counting import activation_bytes, objective_bytes
+from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine
 from pixelgen.planning.flops import expected_gate_share
-
-__all__ = ["Parameters", "count_parameters", "step_memory"]
 
 OPTIMIZER_LABELS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 # An allowance for the CUDA context, NCCL's buffers, and the workspaces of cuBLAS and cuDNN.
@@ -28,9 +28,9 @@ WORKSPACE = 2 * GIB
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters; ``block`` is one of the denoiser's, ``adaln`` the AdaLN layers of all.
+    """Numbers of parameters, ``block`` of one of the denoiser's and ``adaln`` of the AdaLN layers of all.
 
-    ``with_one_average``: those of which the optimizer keeps one average, of the others two.
+    ``optimizer_bytes`` are what the optimizers keep of all that they move.
     """
 
     denoiser: int
@@ -39,12 +39,7 @@ class Parameters:
     adaln: int
     stages: int
     tokens: int
-    with_one_average: int = 0
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """What the optimizers keep of all that they move."""
-        return 8 * self.trained - 4 * self.with_one_average
+    optimizer_bytes: int
 
     @property
     def trained(self) -> int:
@@ -54,41 +49,62 @@ class Parameters:
 
 def count_parameters(config: TrainConfig) -> Parameters:
     """Counts all networks of a run, without memory for them."""
-    loss, model = config.loss, config.model_config()
+    with torch.device("meta"):
+        denoiser = build_denoiser(config.model_config(), "eager")
+        objective = build_skeleton(config.loss, denoiser)
 
     def count(module: nn.Module | None) -> int:
         return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
-    with torch.device("meta"):
-        denoiser = build_denoiser(model, "eager")
-        objective = build_skeleton(loss, denoiser)
-    adaln = [
-        parameter.numel() for name, parameter in denoiser.named_parameters() if "adaLN_modulation" in name
-    ]
-    is_muon = config.optimizer.name == "muon"
+    blocks, projector = denoiser.fsdp_units(), sum(map(count, objective.trained_with_the_denoiser().values()))
+    optimizer_bytes = 8 * (count(denoiser) + projector)  # two averages
+    if config.optimizer.name == "muon":  # one of the matrices of the blocks
+        optimizer_bytes -= 4 * sum(p.numel() for block in blocks for p in block.parameters() if p.ndim == 2)
     return Parameters(
         denoiser=count(denoiser),
-        projector=sum(map(count, objective.trained_with_the_denoiser().values())),
-        block=count(denoiser.fsdp_units()[0]),
-        adaln=sum(adaln),
+        projector=projector,
+        block=count(blocks[0]),
+        adaln=sum(p.numel() for name, p in denoiser.named_parameters() if "adaLN_modulation" in name),
         stages=count(objective.networks.lpips),
         tokens=count(objective.networks.encoder),
-        with_one_average=sum(
-            parameter.numel()
-            for block in denoiser.fsdp_units()
-            for parameter in block.parameters()
-            if is_muon and parameter.ndim == 2
-        ),
+        optimizer_bytes=optimizer_bytes,
     )
 
 
-def recomputed_bytes(model: Architecture, size: int, checkpointing: Checkpointing) -> float:
-    """Bytes of one image that come back while a block's forward pass is run again for its backward pass."""
-    everything, kept = (activation_bytes(model, size, kind) for kind in ("none", checkpointing))
-    return (everything - kept) / model.depth
+@dataclass(frozen=True)
+class Layout:
+    """How the GPUs share a run: ``shards`` of the state, in so many copies, and images per GPU and pass."""
+
+    mode: str
+    gpus: int
+    shards: int
+    images: int
+    images_per_pass: int
+
+    @property
+    def copies(self) -> int:
+        """Copies of the state."""
+        return self.gpus // self.shards
 
 
-def selected(config: TrainConfig, images: int) -> int:
+def resolve_layout(config: TrainConfig, machine: Machine, parameters: Parameters) -> Layout:
+    """The layout that ``parallel`` and ``train`` lead to on a machine.
+
+    Raises:
+        UserError: the batch cannot be divided among the GPUs and micro-batches, or shards among the GPUs.
+    """
+    gpus, train = machine.gpus, config.train
+    check_batch(config, gpus)
+    on_node = min(gpus, GPUS_PER_NODE)
+    mode = resolve_mode(config.parallel, size=gpus, local_size=on_node, num_parameters=parameters.denoiser)
+    shards = num_shards(mode, config.parallel, size=gpus, local_size=on_node)
+    if gpus % shards:
+        raise UserError(f"parallel.shard_size must divide the {gpus} GPUs, got {shards}")
+    images = train.batch_size // gpus
+    return Layout(mode, gpus, shards, images, images // train.micro_batches)
+
+
+def images_past_gate(config: TrainConfig, images: int) -> int:
     """Images of a pass that the perceptual networks see at most, but for one pass in a thousand."""
     share = expected_gate_share(config)
     count = images * share + 3 * math.sqrt(images * share * (1 - share))
@@ -96,22 +112,13 @@ def selected(config: TrainConfig, images: int) -> int:
     return min(-(-math.ceil(count) // bucket) * bucket, images)
 
 
-def step_memory(
-    config: TrainConfig, parameters: Parameters, *, gpus: int, shards: int, images: int
-) -> dict[str, float]:
-    """Bytes on one GPU at the end of a forward pass, by what they hold.
-
-    Args:
-        config: of the run.
-        parameters: from ``count_parameters``.
-        gpus: that work together.
-        shards: parts into which the trained state is cut; 1 for all of it on every GPU.
-        images: in one pass.
-    """
-    model, loss, parallel = config.model_config(), config.loss, config.parallel
-    size = 2 if config.dtype == "bfloat16" else 4
-    shard, averages = parameters.trained / shards, len(config.ema.decays) + len(config.ema.power)
-    if gpus > 1:  # FSDP's: blocks come and go, the rest stays
+def step_memory(config: TrainConfig, parameters: Parameters, layout: Layout) -> dict[str, float]:
+    """Bytes on one GPU at the end of a forward pass, by what they hold."""
+    model, parallel, images = config.model_config(), config.parallel, layout.images_per_pass
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    size = dtype.itemsize
+    shard, averages = parameters.trained / layout.shards, len(config.ema.decays) + len(config.ema.power)
+    if layout.gpus > 1:  # FSDP's: blocks come and go, the rest stays
         rest = parameters.trained - model.depth * parameters.block
         gathered = min(model.depth, 1 + parallel.prefetch) if parallel.reshard_after_forward else model.depth
         label = "gathered weights, a block's gradient"
@@ -120,21 +127,19 @@ def step_memory(
         label, working = "weights in bf16", parameters.trained * size
     else:
         label, working = "packed AdaLN weights", parameters.adaln * size
-    checkpointing = config.train.activation_checkpointing
-    activations: float = activation_bytes(model, size, checkpointing)
-    activations += recomputed_bytes(model, size, checkpointing)
-    of_any, of_passing = objective_bytes(loss, model, size)
-    seen = selected(config, images)
-    perceptual = seen * (of_passing - of_any)
-    activations += of_any
+    kept = activation_bytes(model, dtype, config.train.activation_checkpointing)
+    # what comes back while a block's forward pass is run again for its backward pass
+    recomputed = (activation_bytes(model, dtype) - kept) / model.depth
+    objective, perceptual = objective_bytes(config.loss, model, dtype)
+    seen = images_past_gate(config, images)
     return {
         "weights": shard * 4,
         label: working,
         "gradients": shard * 4,
-        OPTIMIZER_LABELS[config.optimizer.name]: parameters.optimizer_bytes / shards,
-        f"EMA x {averages}": averages * parameters.denoiser / shards * 4,
+        OPTIMIZER_LABELS[config.optimizer.name]: parameters.optimizer_bytes / layout.shards,
+        f"EMA x {averages}": averages * parameters.denoiser / layout.shards * 4,
         "frozen networks": (parameters.stages + parameters.tokens) * size,
-        f"activations, {images} images": images * activations,
-        f"perceptual activations, {seen} images": perceptual,
+        f"activations, {images} images": images * (kept + recomputed + objective),
+        f"perceptual activations, {seen} images": seen * perceptual,
         "CUDA and workspaces (allowance)": WORKSPACE,
     }

@@ -7,64 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise, product
-from typing import get_args, get_type_hints
+from typing import get_args
 
-from pixelgen.config.resolve import check_batch, num_shards, resolve_mode
 from pixelgen.config.train_config import TrainConfig
-from pixelgen.errors import UserError
-from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine
+from pixelgen.models.layers import Checkpointing
+from pixelgen.planning.devices import GIB, GPUS_PER_NODE, Machine, parse_machine, peak_flops
 from pixelgen.planning.flops import expected_gate_share, schedule_edges, train_step_flops
-from pixelgen.planning.memory import Parameters, count_parameters, step_memory
-from pixelgen.training.options import LoopConfig, ParallelConfig
-
-__all__ = ["plan_report"]
+from pixelgen.planning.memory import Layout, Parameters, count_parameters, resolve_layout, step_memory
+from pixelgen.training.options import ParallelConfig
 
 FEW_PARAMETERS = 10**6  # of a frozen network that is not worth a line
 FEW_TOKENS = 2048  # with fewer in a pass, a GPU has too little to do
-CHECKPOINTING = get_args(get_type_hints(LoopConfig)["activation_checkpointing"])
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the GPUs share a run: ``shards`` of the state, in so many copies, and images per GPU and pass."""
-
-    mode: str
-    gpus: int
-    shards: int
-    images: int
-    images_per_pass: int
-
-    @property
-    def copies(self) -> int:
-        """Copies of the state."""
-        return self.gpus // self.shards
-
-
-def resolve_layout(config: TrainConfig, machine: Machine, parameters: Parameters) -> Layout:
-    """The layout that ``parallel`` and ``train`` lead to on a machine.
-
-    Raises:
-        UserError: the batch cannot be divided among the GPUs and micro-batches, or shards among the GPUs.
-    """
-    gpus, train = machine.gpus, config.train
-    check_batch(config, gpus)
-    on_node = min(gpus, GPUS_PER_NODE)
-    mode = resolve_mode(config.parallel, size=gpus, local_size=on_node, num_parameters=parameters.denoiser)
-    shards = num_shards(mode, config.parallel, size=gpus, local_size=on_node)
-    if gpus % shards:
-        raise UserError(f"parallel.shard_size must divide the {gpus} GPUs, got {shards}")
-    return Layout(
-        mode, gpus, shards, train.batch_size // gpus, train.batch_size // gpus // train.micro_batches
-    )
-
-
-def memory_of(config: TrainConfig, parameters: Parameters, layout: Layout) -> dict[str, float]:
-    """Bytes of one GPU in a layout."""
-    return step_memory(
-        config, parameters, gpus=layout.gpus, shards=layout.shards, images=layout.images_per_pass
-    )
+CHECKPOINTING = get_args(Checkpointing)
 
 
 def remedy(config: TrainConfig, machine: Machine, parameters: Parameters) -> str | None:
@@ -81,16 +37,16 @@ def remedy(config: TrainConfig, machine: Machine, parameters: Parameters) -> str
             train=replace(train, micro_batches=micro_batches, activation_checkpointing=kind),
         )
         layout = resolve_layout(candidate, machine, parameters)
-        if sum(memory_of(candidate, parameters, layout).values()) <= machine.memory:
+        if sum(step_memory(candidate, parameters, layout).values()) <= machine.memory:
             # Passes that fill the GPU first, then little to compute again, then little to send.
             missing = max(FEW_TOKENS - layout.images_per_pass * config.model_config().num_tokens, 0)
             cost = (missing, kinds.index(kind), modes.index(mode), micro_batches)
-            options = {
-                "--parallel.mode": mode if mode != modes[0] else None,
-                "--train.activation_checkpointing": kind if kind != kinds[0] else None,
-                "--train.micro_batches": micro_batches if micro_batches != train.micro_batches else None,
-            }
-            found.append((cost, " ".join(f"{name} {value}" for name, value in options.items() if value)))
+            options = [
+                ("--parallel.mode", mode, modes[0]),
+                ("--train.activation_checkpointing", kind, kinds[0]),
+                ("--train.micro_batches", micro_batches, train.micro_batches),
+            ]
+            found.append((cost, " ".join(f"{name} {value}" for name, value, now in options if value != now)))
     return min(found)[1] if found else None
 
 
@@ -117,41 +73,24 @@ def checkpoints_kept(config: TrainConfig) -> int:
     written = math.ceil(train.max_steps / train.checkpoint_every) if train.checkpoint_every else 1
     if not train.keep_checkpoints:
         return written
-    kept = min(written, train.keep_checkpoints)
+    kept = train.keep_checkpoints + 1
     if train.keep_every and train.checkpoint_every:
         kept += train.max_steps // math.lcm(train.keep_every, train.checkpoint_every)
-    return min(written, kept + 1)
-
-
-def run_flops(config: TrainConfig) -> float:
-    """Useful FLOPs of the whole run, through the schedules of its terms."""
-    last = config.train.max_steps
-    edges = [*(step for step in schedule_edges(config.loss) if step < last), last]
-    return sum(train_step_flops(config, first).total * (until - first) for first, until in pairwise(edges))
+    return min(written, kept)
 
 
 def plan_report(config: TrainConfig, gpus: str) -> str:
-    """The text of ``--plan``.
-
-    Args:
-        config: of the run; its data are not read.
-        gpus: as ``parse_machine`` reads it.
-
-    Raises:
-        UserError: GPUs or batch do not fit.
-    """
-    machine = parse_machine(gpus)
-    parameters = count_parameters(config)
-    layout = resolve_layout(config, machine, parameters)
-    return "\n".join(_lines(config, machine, parameters, layout))
+    """The text of ``--plan`` for GPUs as ``parse_machine`` reads them; the run's data are not read."""
+    return "\n".join(_lines(config, parse_machine(gpus)))
 
 
 def _row(name: str, value: str, note: str = "") -> str:
     return f"  {name:<38}{value:>10}  {note}".rstrip()
 
 
-def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
-    train, loss = config.train, config.loss
+def _lines(config: TrainConfig, machine: Machine) -> Iterator[str]:
+    parameters, train, loss = count_parameters(config), config.train, config.loss
+    layout = resolve_layout(config, machine, parameters)
     height, width = config.model_config().image_height_width
     yield f"{config.model.size} at {height}x{width} on {machine.gpus}x{machine.device}, {config.dtype}"
     yield "parameters"
@@ -170,7 +109,7 @@ def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout
     yield _row("parallel", mode, "chosen by auto" if is_auto else "")
     yield _row("shards x copies", f"{layout.shards} x {layout.copies}")
     yield _row("batch", f"{train.batch_size:,}", f"{layout.images} a GPU, {layout.images_per_pass} a pass")
-    yield from _memory_lines(config, machine, parameters, layout)
+    yield from _memory(config, machine, parameters, layout)
 
     averages = len(config.ema.decays) + len(config.ema.power)
     average = 4 * parameters.denoiser
@@ -182,13 +121,11 @@ def _lines(config: TrainConfig, machine: Machine, parameters: Parameters, layout
     yield _row("one", f"{on_disk / 1e9:.1f}")
     yield _row("on disk at most", f"{kept * on_disk / 1e9:,.1f}", f"{kept} of them")
     yield _row("host memory of a node, for copies", f"{on_node / 1e9:.1f}")
-    yield from _time_lines(config, machine, parameters, layout)
+    yield from _work(config, machine, parameters, layout)
 
 
-def _memory_lines(
-    config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
-) -> Iterator[str]:
-    items = memory_of(config, parameters, layout)
+def _memory(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
+    items = step_memory(config, parameters, layout)
     total, kind = sum(items.values()), config.train.activation_checkpointing
     yield f"memory of a GPU, GiB, with activation checkpointing {kind}"
     for name, size in items.items():
@@ -198,16 +135,14 @@ def _memory_lines(
     for other in CHECKPOINTING:
         if other != kind:
             changed = replace(config, train=replace(config.train, activation_checkpointing=other))
-            value = sum(memory_of(changed, parameters, layout).values())
+            value = sum(step_memory(changed, parameters, layout).values())
             yield _row(f"total with {other}", f"{value / GIB:.1f}")
     if total > machine.memory:
         change = remedy(config, machine, parameters) or "more GPUs, larger ones, or a smaller model"
         yield f"  does not fit: try {change}"
 
 
-def _time_lines(
-    config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout
-) -> Iterator[str]:
+def _work(config: TrainConfig, machine: Machine, parameters: Parameters, layout: Layout) -> Iterator[str]:
     train, gpus = config.train, machine.gpus
     flops = train_step_flops(config)
     yield "useful work of a step, TFLOP"
@@ -224,10 +159,14 @@ def _time_lines(
         volume, formula = communication(config, parameters, layout)
         yield f"communication of a GPU and step, GB, with P = {parameters.trained / 1e6:,.1f} M parameters"
         yield _row("sent, and as much received", f"{volume / 1e9:.2f}", formula)
-    peak = machine.peak(config.dtype)
+    peak = peak_flops(machine.device, "bf16" if config.dtype == "bfloat16" else "fp32")
+    assert peak is not None
     yield f"time to step {train.max_steps:,}, at a peak of {peak / 1e12:g} TFLOP/s a GPU"
+    # terms come and go on schedule, and their work with them
+    edges = [*(step for step in schedule_edges(config.loss) if step < train.max_steps), train.max_steps]
+    work = sum(train_step_flops(config, first).total * (until - first) for first, until in pairwise(edges))
     for mfu in (0.2, 0.4, 0.6):
-        seconds = run_flops(config) / (peak * gpus * mfu)
+        seconds = work / (peak * gpus * mfu)
         rate = train.max_steps * train.batch_size / seconds
         hours = f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:,.2g} s"
         yield _row(f"MFU {mfu:.0%}", hours, f"{rate:,.0f} img/s, {rate / gpus:,.0f} a GPU")
