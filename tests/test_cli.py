@@ -126,6 +126,15 @@ def test_the_nearest_option_is_the_one_meant(name, expected):
     assert nearest(name, option_names(TrainConfig)) == expected
 
 
+def test_an_option_of_another_section_is_named():
+    with pytest.raises(UserError, match=r"unknown option --train\.lr; did you mean --optimizer\.lr\?"):
+        load_config(["--train.lr", "1e-3"])
+    with pytest.raises(
+        UserError, match=r"unknown option --optimiser\.max_grad_norm; .* --optimizer\.max_grad"
+    ):
+        load_config(["--optimiser.max-grad-norm=1"])
+
+
 def test_a_section_given_as_an_option_lists_its_options(capsys):
     error = refused(capsys, load_config, ["--data", "imagenet"])
     assert "--data, imagenet Perhaps you meant:" in error

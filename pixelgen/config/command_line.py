@@ -18,8 +18,8 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_args
 import tyro
 from tyro import constructors
 
-from pixelgen.config.values import build, convert, describe_type, option_types
-from pixelgen.errors import USER_ERRORS, AlreadyReported
+from pixelgen.config.values import build, convert, describe_type, option_names, option_types
+from pixelgen.errors import USER_ERRORS, AlreadyReported, UserError
 from pixelgen.options import describe_options
 
 T = TypeVar("T")
@@ -69,9 +69,18 @@ def parse_values(
         values: defaults instead of the class's own, as ``read_yaml`` makes them.
 
     Raises:
+        UserError: an option of another section, which is named.
         SystemExit: with 2 after a message about an unknown option (the nearest ones are named), a wrong type
             or choice, or a missing value; with 0 after ``--help``.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    names = list(option_names(cls))
+    for argument in argv:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and "." in name and name not in names:
+            last = name.rpartition(".")[2]
+            if found := [f"--{other}" for other in names if other.rpartition(".")[2] == last]:
+                raise UserError(f"unknown option --{name}; did you mean {' or '.join(found)}?")
     registry = constructors.ConstructorRegistry()
     registry.primitive_rule(_option)
     registry.struct_rule(_section)
