@@ -136,10 +136,8 @@ def objective_of(run):
     return objective, model.config
 
 
-def kept_by_objective(run, t, is_half):
+def kept_by_objective(objective, model, t, is_half):
     """Bytes alive after a forward pass for images at some times, parameters and inputs left out."""
-    objective, model = objective_of(run)
-    objective.networks.speed_up(half=is_half, compiled=False)
     dtype = DTYPES[is_half]
     shape = (len(t), model.num_tokens, model.patch_dim)
     x_pred, clean = torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(shape, dtype=dtype)
@@ -167,7 +165,9 @@ def test_activations_of_the_objective_are_what_a_forward_pass_leaves_behind(netw
         loss = {"tokens": "dinov2_vits14", "p_dino_layer": 3, "stages_weights": "random"}
         loss["tokens_weights"] = "random"
         run = config("pixelgen-l-256", data={"image_size": 32}, loss=loss)
-    kept = {t: kept_by_objective(run, t, is_half) for t in ((1.0,), (1.0,) * 3, (1.0, 0.0, 0.0))}
+    objective, model = objective_of(run)
+    objective.networks.speed_up(half=is_half, compiled=False)
+    kept = {t: kept_by_objective(objective, model, t, is_half) for t in ((1.0,), (1.0,) * 3, (1.0, 0.0, 0.0))}
     one = kept[1.0,]
     rejected, more = objective_bytes(run.loss, run.model_config(), DTYPES[is_half])
     within = 0.12 if networks == "embedded" else 0.05  # with the discriminator a little is counted twice

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ class Discriminator(nn.Module):
     def generator_term(self, fake: Tensor) -> Tensor:
         """-D(fake) per sample, (B,) fp32: what the denoiser lowers. No gradient for the discriminator."""
         frozen = {name: parameter.detach() for name, parameter in self.head.named_parameters()}
-        with torch.autocast(fake.device.type, enabled=False):
+        with _full_precision(fake):
             return -functional_call(self.head, frozen, (_normalised(fake),)).mean((1, 2))
 
     def discriminator_term(self, real: Tensor, fake: Tensor) -> Tensor:
@@ -47,13 +49,19 @@ class Discriminator(nn.Module):
             fake: (B, T, D) tokens of predictions.
         """
         real = _normalised(real.detach()).requires_grad_(self.r1_weight > 0)
-        with torch.autocast(real.device.type, enabled=False):  # a second derivative, in fp32
+        with _full_precision(real):  # a second derivative
             on_real, on_fake = self.head(real), self.head(_normalised(fake.detach()))
             per_sample = F.relu(1 - on_real).mean((1, 2)) + F.relu(1 + on_fake).mean((1, 2))
             if self.r1_weight > 0:
                 (gradient,) = torch.autograd.grad(on_real.sum(), real, create_graph=True)
                 per_sample = per_sample + self.r1_weight / 2 * gradient.square().sum(2).mean(1)
         return per_sample
+
+
+def _full_precision(tokens: Tensor) -> AbstractContextManager[object]:
+    device = tokens.device.type
+    # the meta device, on which FLOPs are counted, knows no autocast
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _normalised(tokens: Tensor) -> Tensor:

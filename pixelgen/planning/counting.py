@@ -60,24 +60,30 @@ class LiveStorages(TorchDispatchMode):
 
 
 class FakeObjective:
-    """A run's objective of tensors that have shapes and no memory."""
+    """A run's objective of tensors that have shapes and no memory.
 
-    def __init__(self, loss: LossConfig, model: Architecture, dtype: torch.dtype = torch.float32) -> None:
+    On the meta device, which is quick, or with a dtype on a fake CPU, which knows autocast.
+    """
+
+    def __init__(self, loss: LossConfig, model: Architecture, dtype: torch.dtype | None = None) -> None:
         self._model, self._dtype = model, dtype
         with torch.device("meta"):
             self.objective = build_skeleton(loss, build_denoiser(model, "eager"))
             self.objective.networks.speed_up(half=dtype == torch.bfloat16, compiled=False)
         networks = (self.objective.networks.encoder, self.objective.networks.lpips)
         self._parts = nn.ModuleList(filter(None, [*self.objective.children(), *networks]))
+        if dtype is None:
+            self._parts.to("meta")  # tables too, wherever they were computed
+            return
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:  # a fake CPU: the meta device knows no autocast
+        with self._mode:
             for module in self._parts.modules():  # each once, though both networks may hold it
                 module.to_empty(device="cpu", recurse=False)
 
     def inputs(self, t: tuple[float, ...]) -> tuple[Any, ...]:
         """Arguments of ``Objective.forward`` for images at some times."""
-        model, dtype, batch = self._model, self._dtype, len(t)
-        with self._mode:
+        model, dtype, batch = self._model, self._dtype or torch.float32, len(t)
+        with torch.device("meta") if self._dtype is None else self._mode:
             patches = torch.empty(batch, model.num_tokens, model.patch_dim, dtype=dtype)
             images = torch.empty(batch, model.channels, *model.image_height_width, dtype=torch.uint8)
             features = torch.empty(batch, model.num_tokens, model.width, dtype=dtype)
@@ -90,6 +96,7 @@ class FakeObjective:
         """What a forward pass for images at some times keeps for its backward pass."""
         inputs = self.inputs(t)
         known = [*self._parts.parameters(), *self._parts.buffers(), *inputs[:3], inputs[4]]
+        assert self._dtype is not None
         return _bytes_kept(known, self._dtype, lambda: self.objective(*inputs, update_balance=False))
 
 
@@ -135,12 +142,12 @@ def objective_bytes(loss: LossConfig, model: Architecture, dtype: torch.dtype) -
         Those for any image, and how many more for one that passes the noise gate.
     """
     fake = FakeObjective(loss, model, dtype)
-    passing = fake.bytes_kept(1.0, 1.0) - fake.bytes_kept(
-        1.0
-    )  # what does not grow with the batch are weights
+    one = fake.bytes_kept(1.0)
+    passing = fake.bytes_kept(1.0, 1.0) - one  # what does not grow with the batch are weights
     if fake.objective.gate.first_t <= 0:  # rejects nothing: what it adds shows beside a gate that does
         fake = FakeObjective(replace(loss, gate="hard", gate_t=0.5), model, dtype)
-    rejected = fake.bytes_kept(1.0, 0.0) - fake.bytes_kept(1.0)
+        one = fake.bytes_kept(1.0)
+    rejected = fake.bytes_kept(1.0, 0.0) - one
     return rejected, passing - rejected
 
 
@@ -156,6 +163,9 @@ def denoiser_flops(model: Architecture) -> int:
     return counter.count
 
 
+_fake_objective = lru_cache(maxsize=1)(FakeObjective)  # which is counted on several times in a row
+
+
 @lru_cache(maxsize=64)
 @sdpa_kernel(SDPBackend.MATH)
 def objective_flops(
@@ -166,7 +176,7 @@ def objective_flops(
     Returns:
         Those of networks that terms train, and those of frozen ones.
     """
-    fake = FakeObjective(loss, model)
+    fake = _fake_objective(loss, model)
     with FlopCounter() as frozen:
         found = fake.objective.frozen_features(*fake.inputs(t), step=step)
         outputs = [value for value in found if value.requires_grad]
