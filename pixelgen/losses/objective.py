@@ -67,6 +67,16 @@ class _GatedBatch:
         return masked_sum(values, self.passing.is_real) / self.num_passing
 
 
+class Look(NamedTuple):
+    """What the terms of a step see of a batch: ``active`` ones, of which ``seen`` are those that see any."""
+
+    step: int
+    times: Times
+    batch: _GatedBatch
+    active: list[Term]
+    seen: dict[str, Seen]
+
+
 class Objective(nn.Module):
     """loss = flow matching + sum of w * term + r * b * sum of w * perceptual term.
 
@@ -160,8 +170,7 @@ class Objective(nn.Module):
 
     def feature_layer(self, step: int) -> int | None:
         """The block of the denoiser whose input is needed at a step; None for none."""
-        needing = (term for term in self.terms if "features" in term.needs and term.options.weight(step) > 0)
-        return next((term.feature_layer for term in needing), None)
+        return next((t.feature_layer for t in self._active(step) if "features" in t.needs), None)
 
     # --- one batch ---
 
@@ -194,6 +203,20 @@ class Objective(nn.Module):
         Raises:
             ValueError: shapes that do not fit, or features that are missing.
         """
+        seen = self.look(prediction, clean, images, times, features, step=step)
+        return self.evaluate(seen, update_balance=update_balance)
+
+    def look(
+        self,
+        prediction: Tensor,
+        clean: Tensor,
+        images: Tensor,
+        times: Times,
+        features: Tensor | None = None,
+        *,
+        step: int = 0,
+    ) -> Look:
+        """What the terms of a step see; arguments as of ``forward``."""
         count = len(clean)
         if prediction.shape != clean.shape or clean.ndim != 3 or len(images) != count or images.ndim != 4:
             raise ValueError(
@@ -202,10 +225,41 @@ class Objective(nn.Module):
             )
         if times.t.shape != (count,):
             raise ValueError(f"Objective: times must have {count} local samples, got {len(times.t)}")
+        height, width = images.shape[-2:]
+
+        def predicted_images(rows: Selection) -> Tensor:
+            patches = _at_least_float32(rows.rows(prediction))
+            return self.ops.unpatchify(
+                patches, self.patch_size, (height, width), channel_order=self.channel_order
+            )
+
+        predicted = ImageFeatures(self.networks, predicted_images, has_gradient=True)
+        target = ImageFeatures(self.networks, lambda rows: _in_range(rows.rows(images)), has_gradient=False)
         batch = self._gate(times)
-        seen = self._look(batch, prediction, clean, images, times.t, features, step)
-        active = self._active(step, batch)
-        nothing = torch.zeros((), device=clean.device)
+        # A network that is trained alone steps in all processes or in none.
+        active = [t for t in self._active(step) if not (t.own_loss_name and batch.is_empty)]
+        seen = {}
+        # Those that see all samples first: their features serve the others.
+        for term in sorted(active, key=lambda term: batch.rows(term) is not batch.every):
+            rows = batch.rows(term)
+            if rows is None:
+                continue
+            inputs: dict[str, Any] = {}
+            if "patches" in term.needs:
+                inputs |= {"prediction": rows.rows(prediction), "clean": rows.rows(clean)}
+            if "features" in term.needs:
+                if features is None:
+                    raise ValueError(f"Objective: features must be given for {term.name}, got None")
+                inputs["features"] = rows.rows(features)
+            own_t = times.t if rows is batch.every else batch.t
+            sides = SelectedFeatures(predicted, rows), SelectedFeatures(target, rows)
+            seen[term.name] = Seen(own_t, *sides, **inputs)
+        return Look(step, times, batch, active, seen)
+
+    def evaluate(self, look: Look, *, update_balance: bool = True) -> Outcome:
+        """The terms and the loss of what ``look`` gave."""
+        step, batch, count = look.step, look.batch, len(look.times.t)
+        nothing = torch.zeros((), device=look.times.t.device)
         terms: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}  # of the samples that each term sees
         per_sample: dict[str, Tensor] = {}
@@ -217,68 +271,62 @@ class Objective(nn.Module):
             assert rows is not None
             per_sample[name] = rows.scatter(value.detach(), count)
 
-        for term in active:
+        for term in look.active:
             terms[term.name] = nothing
             if term.sees == "batch" and batch.is_empty:
                 terms[term.name] = nothing + term.if_none_passes * count / batch.size
-        for name, visible in seen.items():
+        for name, seen in look.seen.items():
             term = self._by_name[name]
-            reduce(name, term, term.forward(visible))
-        loss = flow = terms["flow_matching"]
-        for term in active:
+            reduce(name, term, term.forward(seen))
+        loss = terms["flow_matching"]
+        for term in look.active:
             if not term.is_perceptual and term.own_loss_name is None and term.name != "flow_matching":
                 loss = loss + term.options.weight(step) * terms[term.name]
-        perceptual = [term for term in active if term.is_perceptual]
-        if perceptual:
-            total, penalty = nothing, nothing
-            for term in perceptual:
-                total = total + term.options.weight(step) * terms[term.name]
-            if self.loss.gate == "learned":
-                penalty = terms["gate_penalty"] = self._gate_penalty(perceptual, values, times, batch, step)
-            if self.balance is not None and update_balance and self.balance.is_due(step):
-                assert self._balance_parameter is not None
-                gate_sum = torch.where(batch.passing.is_real, batch.weight.detach(), 0.0).sum()
-                self.balance.update(flow, total, self._balance_parameter(), gate_sum)
-            ratio: float | Tensor = self.loss.perceptual_ratio
-            loss = loss + (ratio if self.balance is None else ratio * self.balance.weight) * (total + penalty)
-        for term in active:
+        if any(term.is_perceptual for term in look.active):
+            loss = loss + self._perceptual(look, terms, values, nothing, update_balance)
+        for term in look.active:
             if term.own_loss_name is not None:
                 terms[term.own_loss_name] = nothing
-                if term.name in seen:
-                    reduce(term.own_loss_name, term, term.own_loss(seen[term.name]), is_weighted=False)
+                if term.name in look.seen:
+                    reduce(term.own_loss_name, term, term.own_loss(look.seen[term.name]), is_weighted=False)
                 loss = loss + (term.options.weight(step) * terms[term.name] + terms[term.own_loss_name])
-        share = int(self.gate.passes(times.host).sum()) / batch.size
-        terms["gated_fraction"] = torch.full((), share, device=clean.device)
+        share = int(self.gate.passes(look.times.host).sum()) / batch.size
+        terms["gated_fraction"] = torch.full((), share, device=nothing.device)
         return Outcome(loss, terms, per_sample)
 
-    def frozen_features(
+    def _perceptual(
         self,
-        prediction: Tensor,
-        clean: Tensor,
-        images: Tensor,
-        times: Times,
-        features: Tensor | None = None,
-        *,
-        step: int = 0,
-    ) -> list[Tensor]:
-        """What the frozen networks make of a batch for the terms of a step; arguments as of ``forward``."""
-        found: list[Tensor] = []
-        seen = self._look(self._gate(times), prediction, clean, images, times.t, features, step)
-        for name, visible in seen.items():
-            for need in self._by_name[name].needs & {"target_tokens", "tokens", "maps", "images"}:
-                both = (visible.target, visible.predicted)
-                for side in both[:1] if need == "target_tokens" else both:
-                    value = getattr(side, need.removeprefix("target_"))
-                    found += value if isinstance(value, list) else [value]
-        return found
+        look: Look,
+        terms: dict[str, Tensor],
+        values: dict[str, Tensor],
+        nothing: Tensor,
+        update_balance: bool,
+    ) -> Tensor:
+        """r * b * the weighted sum of the perceptual terms, with what a learned gate pays."""
+        batch, total, penalty = look.batch, nothing, nothing
+        weights = {term.name: term.options.weight(look.step) for term in look.active if term.is_perceptual}
+        for name, weight in weights.items():
+            total = total + weight * terms[name]
+        if self.loss.gate == "learned":
+            # judged by each sample's terms, weighted by all but the gate
+            judged = torch.zeros_like(batch.weight)
+            for name, weight in weights.items():
+                if name in values and self._by_name[name].sees == "gated":
+                    judged = judged + weight * values[name]
+            share = masked_sum(judged, batch.passing.is_real) / batch.num_passing
+            penalty = self.gate.penalty(to_device(look.times.whole, nothing.device), share)
+            terms["gate_penalty"] = penalty
+        ratio: float | Tensor = self.loss.perceptual_ratio
+        if self.balance is not None:
+            if update_balance and self.balance.is_due(look.step):
+                assert self._balance_parameter is not None
+                gate_sum = torch.where(batch.passing.is_real, batch.weight.detach(), 0.0).sum()
+                self.balance.update(terms["flow_matching"], total, self._balance_parameter(), gate_sum)
+            ratio = ratio * self.balance.weight
+        return ratio * (total + penalty)
 
-    def _active(self, step: int, batch: _GatedBatch) -> list[Term]:
-        """The terms that are computed; a network that is trained alone steps in all processes or in none."""
-        return [
-            term
-            for term in self.terms
-            if term.options.weight(step) > 0 and not (term.own_loss_name and batch.is_empty)
-        ]
+    def _active(self, step: int) -> list[Term]:
+        return [term for term in self.terms if term.options.weight(step) > 0]
 
     def _gate(self, times: Times) -> _GatedBatch:
         passing = select_samples(times, self.gate)
@@ -286,55 +334,6 @@ class Objective(nn.Module):
         t = passing.rows(times.t)
         every = Selection(None, torch.ones_like(times.t, dtype=torch.bool))
         return _GatedBatch(every, passing, t, self.gate(t), len(times.whole), max(1, count), count == 0)
-
-    def _look(
-        self,
-        batch: _GatedBatch,
-        prediction: Tensor,
-        clean: Tensor,
-        images: Tensor,
-        t: Tensor,
-        features: Tensor | None,
-        step: int,
-    ) -> dict[str, Seen]:
-        """What the active terms see; those that see all samples first, whose features serve the others."""
-        height, width = images.shape[-2:]
-
-        def predicted_images(rows: Selection) -> Tensor:
-            patches = _at_least_float32(rows.rows(prediction))
-            return self.ops.unpatchify(
-                patches, self.patch_size, (height, width), channel_order=self.channel_order
-            )
-
-        predicted = ImageFeatures(self.networks, predicted_images, has_gradient=True)
-        target = ImageFeatures(self.networks, lambda rows: _in_range(rows.rows(images)), has_gradient=False)
-        seen = {}
-        terms = [(term, batch.rows(term)) for term in self._active(step, batch)]
-        for term, rows in sorted(terms, key=lambda pair: pair[1] is not batch.every):
-            if rows is None:
-                continue
-            inputs: dict[str, Any] = {}
-            if "patches" in term.needs:
-                inputs |= {"prediction": rows.rows(prediction), "clean": rows.rows(clean)}
-            if "features" in term.needs:
-                if features is None:
-                    raise ValueError(f"Objective: features must be given for {term.name}, got None")
-                inputs["features"] = rows.rows(features)
-            own_t = t if rows is batch.every else batch.t
-            sides = SelectedFeatures(predicted, rows), SelectedFeatures(target, rows)
-            seen[term.name] = Seen(own_t, *sides, **inputs)
-        return seen
-
-    def _gate_penalty(
-        self, terms: list[Term], values: dict[str, Tensor], times: Times, batch: _GatedBatch, step: int
-    ) -> Tensor:
-        """What the learned gate pays, judged by each sample's terms, weighted by all but the gate."""
-        total = torch.zeros_like(batch.weight)
-        for term in terms:
-            if term.sees == "gated" and term.name in values:
-                total = total + term.options.weight(step) * values[term.name]
-        share = masked_sum(total, batch.passing.is_real) / batch.num_passing
-        return self.gate.penalty(to_device(times.whole, batch.t.device), share)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

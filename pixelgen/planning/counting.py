@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pixelgen.losses.build import build_skeleton
+from pixelgen.losses.features import Seen
 from pixelgen.losses.options import LossConfig
+from pixelgen.losses.term import TERMS, Term
 from pixelgen.losses.times import Times
 from pixelgen.models.families import Architecture, build_denoiser
 from pixelgen.models.layers import Checkpointing
@@ -163,9 +165,6 @@ def denoiser_flops(model: Architecture) -> int:
     return counter.count
 
 
-_fake_objective = lru_cache(maxsize=1)(FakeObjective)  # which is counted on several times in a row
-
-
 @lru_cache(maxsize=64)
 @sdpa_kernel(SDPBackend.MATH)
 def objective_flops(
@@ -176,12 +175,25 @@ def objective_flops(
     Returns:
         Those of networks that terms train, and those of frozen ones.
     """
-    fake = _fake_objective(loss, model)
-    with FlopCounter() as frozen:
-        found = fake.objective.frozen_features(*fake.inputs(t), step=step)
-        outputs = [value for value in found if value.requires_grad]
+    fake = FakeObjective(loss, model)
+    look = fake.objective.look(*fake.inputs(t), step=step)
+    with FlopCounter() as forward:
+        outputs = [value for name, seen in look.seen.items() for value in _frozen_features(TERMS[name], seen)]
+    outputs = [output for output in outputs if output.requires_grad]
+    with FlopCounter() as backward:
         if outputs:
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-    with FlopCounter() as total:
-        fake.objective(*fake.inputs(t), step=step, update_balance=False).loss.backward()
-    return total.count - frozen.count, frozen.count
+            torch.autograd.backward(outputs, list(map(torch.ones_like, outputs)), retain_graph=True)
+    with FlopCounter() as total:  # of all but the frozen networks' forward pass, which is done
+        fake.objective.evaluate(look, update_balance=False).loss.backward()
+    return total.count - backward.count, forward.count + backward.count
+
+
+def _frozen_features(term: type[Term], seen: Seen) -> list[Tensor]:
+    """What the frozen networks make of the images for a term."""
+    found = []
+    for need in term.needs & {"target_tokens", "tokens", "maps", "images"}:
+        sides = (seen.target,) if need == "target_tokens" else (seen.target, seen.predicted)
+        for side in sides:
+            value = getattr(side, need.removeprefix("target_"))
+            found += value if isinstance(value, list) else [value]
+    return found
