@@ -153,6 +153,7 @@ def build_loader(
         batch_size=None,  # an element is a whole batch
         sampler=_requests(source, share),
         num_workers=min(1, num_workers) if first_state else num_workers,
+        collate_fn=_as_it_is,  # the DataLoader's own conversion takes 0.1 ms
         pin_memory=pin_memory,
         worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # without one, starting the loader draws from the global generator
@@ -182,10 +183,7 @@ def _requests(source: Source, share: Share) -> Iterator[tuple[np.ndarray, np.nda
 
 
 class _Batches(Dataset[Any]):
-    """Reads whole batches, each with the state of the source after it.
-
-    The DataLoader makes tensors of a batch's arrays in the worker, which sends those through shared memory.
-    """
+    """Reads whole batches, each with the state of the source after it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -194,10 +192,20 @@ class _Batches(Dataset[Any]):
         self, request: tuple[np.ndarray, np.ndarray | None]
     ) -> tuple[ReadBatch, dict[str, int]] | UserError:
         try:
-            return self.source.read(*request), self.source.state_dict()
+            read = self.source.read(*request)
+            # tensors, which a worker sends through shared memory
+            tensors: dict[str, Any] = {
+                "images": torch.from_numpy(read.images),
+                "labels": torch.from_numpy(read.labels),
+            }
+            return read._replace(**tensors), self.source.state_dict()
         except UserError as error:
             # Handed over, not raised: the DataLoader would make a worker's traceback the message.
             return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _outlive_signals(worker: int) -> None:

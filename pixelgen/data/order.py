@@ -50,10 +50,14 @@ class Share:
 
 def shuffled_indices(step: int, num_images: int, share: Share) -> np.ndarray:
     """Which of ``num_images`` images a process reads at a step, (batch_size // world_size,) int64."""
-    epochs, places = np.divmod(step * share.batch_size + share.places, num_images)
+    left = share.batch_size // share.world_size
+    first = step * share.batch_size + share.rank * left
     parts = []
-    for epoch in np.unique(epochs):
-        parts.append(permutation(share.seed, int(epoch), num_images)[places[epochs == epoch]])
+    while left > 0:
+        epoch, place = divmod(first, num_images)
+        part = permutation(share.seed, epoch, num_images)[place : place + left]
+        parts.append(part)
+        first, left = first + len(part), left - len(part)
     return np.concatenate(parts)
 
 
