@@ -48,6 +48,7 @@ class Loader:
         self, loader: DataLoader[Any], max_broken: float, min_judged: int, state: dict[str, int]
     ) -> None:
         self.broken: list[Broken] = []
+        self._broken_paths: set[str] = set()
         self.num_broken = self.num_drawn = 0
         self._loader: DataLoader[Any] | None = loader
         self._batches: Iterator[Any] | None = None
@@ -92,7 +93,8 @@ class Loader:
 
     def _count_broken(self, broken: list[Broken]) -> None:
         for image in broken:
-            if all(image.path != known.path for known in self.broken):
+            if image.path not in self._broken_paths:
+                self._broken_paths.add(image.path)
                 self.broken.append(image)
                 report_broken(*image)
         if self.num_broken > self._max_broken * max(self.num_drawn, self._min_judged):
