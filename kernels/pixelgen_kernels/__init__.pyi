@@ -12,6 +12,8 @@ from pixelgen_kernels.ops.patchify import patchify as patchify
 from pixelgen_kernels.ops.patchify import unpatchify as unpatchify
 from pixelgen_kernels.ops.philox import philox_normal as philox_normal
 from pixelgen_kernels.ops.philox import philox_uniform as philox_uniform
+from pixelgen_kernels.ops.pixel_mlp import pixel_mlp as pixel_mlp
+from pixelgen_kernels.ops.pixel_modulate import pixel_modulate as pixel_modulate
 from pixelgen_kernels.ops.qk_norm_rope import qk_norm_rope as qk_norm_rope
 from pixelgen_kernels.ops.rms_norm_modulate import rms_norm_modulate as rms_norm_modulate
 from pixelgen_kernels.ops.swiglu import swiglu as swiglu

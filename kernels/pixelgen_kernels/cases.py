@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = [
     *("BATCH", "LAYOUTS", "MAPS", "MODELS", "ROWS", "STRIDED"),
-    *("Benchmark", "Draw", "Inputs", "ModelShape", "per_model"),
+    *("Benchmark", "Draw", "Inputs", "ModelShape", "per_model", "pixel_paths"),
 ]
 
 Inputs = dict[str, Any]
@@ -172,5 +172,18 @@ def per_model(
         for name, model in MODELS.items():
             label, shape, options = make(BATCH[device], model)
             yield Benchmark(label=f"{name} {label}", shape=shape, options=options)
+
+    return benchmarks
+
+
+def pixel_paths(make: Callable[[int, int, int], Benchmark]) -> Callable[[str], Iterator[Benchmark]]:
+    """One benchmark of the pixel path of PixelDiT-XL: make(patches, pixels of a patch, channels of a pixel).
+
+    A quarter of the images: a pixel has 16 values in the stream and 96 in its modulation.
+    """
+
+    def benchmarks(device: str) -> Iterator[Benchmark]:
+        model = MODELS["PixelDiT-XL"]
+        yield make(BATCH[device] // 4 * model.T, model.P**2, 16)
 
     return benchmarks

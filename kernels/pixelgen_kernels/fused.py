@@ -19,11 +19,16 @@ from torch.autograd import forward_ad
 
 from pixelgen_kernels.native import _C, check_cuda, has_cuda
 
-__all__ = ["Kernel", "register", "rows"]
+__all__ = ["Kernel", "below_autograd", "dense", "register", "rows"]
 
 LIBRARY = torch.library.Library("pixelgen", "FRAGMENT")
 # Where nothing is to be recorded: without the visit to autograd's dispatch key, which is Python.
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Uninitialised, of its shape and dtype."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def rows(grad: Tensor) -> Tensor:
@@ -109,26 +114,33 @@ class Kernel:
             for output in (outputs,) if self._is_single else outputs:
                 output.zero_()
             return outputs
+        self._call_native((outputs,) if self._is_single else outputs, args)
+        return outputs
+
+    def _call_native(self, outputs: tuple[Tensor, ...], args: tuple[Any, ...]) -> None:
         for i in self._grads:
             grad = args[i]
             if grad is not None and not grad.is_contiguous():
                 args = (*args[:i], self._readable(grad), *args[i + 1 :])
-        tensors, values = args[: self._num_tensors], self._values(args)
-        if self._is_single:
-            self.native(*tensors, outputs, *values)  # type: ignore[misc]
+        self.native(*args[: self._num_tensors], *outputs, *self._values(args))  # type: ignore[misc]
+
+    def into(self, outputs: tuple[Tensor, ...], *args: Any) -> None:
+        """Compiled code or Triton, into dense tensors, of which the code itself says which may be arguments."""
+        if args[self._main].is_cuda and self._triton is not None:
+            self._launch(*args, outputs=outputs)
         else:
-            self.native(*tensors, *outputs, *values)  # type: ignore[misc]
-        return outputs
+            self._call_native(outputs, args)
+
+    def _launch(self, *args: Any, **named: Any) -> Any:
+        # imported when first needed: a machine without a GPU may have no triton
+        module = importlib.import_module(f"pixelgen_kernels.ops.{self._triton}")
+        with torch.cuda.device_of(args[self._main]):
+            return getattr(module, f"launch_{self.name}")(*args, **named)
 
     def on_cuda(self, *args: Any) -> Any:
         """Triton, where there is data, or CUDA C++, for which float64 is not worth it."""
         if self._triton is not None:
-            if args[self._main].numel() == 0:
-                return self.compiled(*args)
-            # imported when first needed: a machine without a GPU may have no triton
-            module = importlib.import_module(f"pixelgen_kernels.ops.{self._triton}")
-            with torch.cuda.device_of(args[self._main]):
-                return getattr(module, f"launch_{self.name}")(*args)
+            return self.compiled(*args) if args[self._main].numel() == 0 else self._launch(*args)
         if any((arg.dtype if isinstance(arg, Tensor) else arg) == torch.float64 for arg in args):
             return self.by_reference(*args)
         return self._without_triton(*args)
@@ -213,7 +225,7 @@ def register(
     )
 
     def record(ctx: Any, *args: Any) -> Any:
-        with _BelowAutograd():
+        with below_autograd():
             output = fwd.call(*args)
         setup_context(ctx, args, output)
         return output
@@ -234,7 +246,7 @@ def register(
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
                     return function.apply(*args)
-        with _BelowAutograd():
+        with below_autograd():
             return fwd.call(*args)
 
     return _with_kernels(call, fwd, bwd)
@@ -312,7 +324,7 @@ def _derived(
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             made = bwd.op(*given, *ctx.saved_tensors, *values)
         else:
-            with _BelowAutograd():
+            with below_autograd():
                 made = bwd.call(*given, *ctx.saved_tensors, *values)
         made = (made, None) if is_single else (*made, None)
         # an input that needs none may be None, and its gradient an empty tensor

@@ -9,6 +9,8 @@ import pixelgen_kernels.ops.lpips_distance
 import pixelgen_kernels.ops.noise_patchify
 import pixelgen_kernels.ops.patchify
 import pixelgen_kernels.ops.philox
+import pixelgen_kernels.ops.pixel_mlp
+import pixelgen_kernels.ops.pixel_modulate
 import pixelgen_kernels.ops.qk_norm_rope
 import pixelgen_kernels.ops.rms_norm_modulate
 import pixelgen_kernels.ops.swiglu
@@ -26,6 +28,8 @@ class Ops:
     patchify = staticmethod(pixelgen_kernels.ops.patchify.patchify)
     philox_normal = staticmethod(pixelgen_kernels.ops.philox.philox_normal)
     philox_uniform = staticmethod(pixelgen_kernels.ops.philox.philox_uniform)
+    pixel_mlp = staticmethod(pixelgen_kernels.ops.pixel_mlp.pixel_mlp)
+    pixel_modulate = staticmethod(pixelgen_kernels.ops.pixel_modulate.pixel_modulate)
     qk_norm_rope = staticmethod(pixelgen_kernels.ops.qk_norm_rope.qk_norm_rope)
     rms_norm_modulate = staticmethod(pixelgen_kernels.ops.rms_norm_modulate.rms_norm_modulate)
     swiglu = staticmethod(pixelgen_kernels.ops.swiglu.swiglu)
