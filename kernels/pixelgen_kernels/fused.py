@@ -125,7 +125,7 @@ class Kernel:
         self.native(*args[: self._num_tensors], *outputs, *self._values(args))  # type: ignore[misc]
 
     def into(self, outputs: tuple[Tensor, ...], *args: Any) -> None:
-        """Compiled code or Triton, into dense tensors, of which the code itself says which may be arguments."""
+        """Compiled code or Triton, into dense tensors; the code says which of them may be arguments."""
         if args[self._main].is_cuda and self._triton is not None:
             self._launch(*args, outputs=outputs)
         else:

@@ -1,5 +1,5 @@
 """Denoisers: their families, sizes and layers. Imports no torch by itself."""
 
-from pixelgen.models import sizes  # registers the family jit
+from pixelgen.models import pixeldit_sizes, sizes  # register the families pixeldit and jit
 
-__all__ = ["sizes"]
+__all__ = ["pixeldit_sizes", "sizes"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pixelgen.conditions import Condition
 
 ChannelOrder = Literal["first", "last"]
+Prediction = Literal["x", "velocity"]
 Kernels = Literal["auto", "eager"]
 
 
@@ -33,7 +34,7 @@ class Denoiser(nn.Module, ABC):
         ops: the kernels in use.
     """
 
-    prediction: ClassVar[Literal["x", "velocity"]] = "x"
+    prediction: Prediction = "x"
     class_table: ClassVar[str | None] = None
     input_order: ClassVar[ChannelOrder] = "first"
     output_order: ClassVar[ChannelOrder] = "last"
@@ -117,8 +118,19 @@ class Denoiser(nn.Module, ABC):
 
     # --- what all families share ---
 
+    @staticmethod
+    def _other_classes(given: Tensor, own: Tensor, classes: Mapping[int, int]) -> tuple[Tensor, str] | None:
+        """``resized`` of a class table: rows of known classes and the null label are kept."""
+        if given.shape[1] != own.shape[1]:
+            return None
+        table = own.clone()
+        table[-1] = given[-1]
+        for here, there in classes.items():
+            table[here] = given[there]
+        return table, f"{len(classes)} classes kept, {len(own) - 1 - len(classes)} new"
+
     def forward(
-        self, x_t: Tensor, t: Tensor, condition: Condition | Tensor, tap: int | None = None
+        self, x_t: Tensor, t: Tensor, condition: Condition | Tensor, tap: int | None = None, **inputs: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicts from a noisy image.
 
@@ -127,6 +139,7 @@ class Denoiser(nn.Module, ABC):
             t: (B,) time in [0, 1].
             condition: as in ``forward_tokens``; a tensor (B,) is short for ``{"label": tensor}``.
             tap: as in ``forward_tokens``.
+            **inputs: what a family's ``forward_tokens`` takes besides.
 
         Returns:
             The prediction (B, channels, H, W), and with ``tap`` the features.
@@ -144,7 +157,8 @@ class Denoiser(nn.Module, ABC):
         if isinstance(condition, Tensor):
             condition = {"label": condition}
         tokens = self.ops.patchify(x_t, P, channel_order=self.input_order)
-        output, features = self.forward_tokens(tokens, (height // P, width // P), t, condition, tap)
+        grid = height // P, width // P
+        output, features = self.forward_tokens(tokens, grid, t, condition, tap, **inputs)
         output = self.ops.unpatchify(output, P, (height, width), channel_order=self.output_order)
         return output if features is None else (output, features)
 
@@ -159,12 +173,14 @@ class Denoiser(nn.Module, ABC):
             block.checkpointing = mode  # type: ignore[assignment]
 
     def compile_blocks(self) -> None:
-        """Compiles the forward pass of every block by itself; equal blocks share their code.
+        """Compiles the forward pass of every block by itself; equal blocks share their code."""
+        self._compile(self.fsdp_units())
 
-        Hooks on the blocks, such as those that gather sharded weights, stay outside.
-        """
+    @staticmethod
+    def _compile(blocks: list[nn.Module]) -> None:
+        """Hooks on the blocks, such as those that gather sharded weights, stay outside."""
         # Blocks differ in dropout, tokens and pending branch, in training and in evaluation: more variants
         # than PyTorch compiles of one function by default, after which it would run the others uncompiled.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-        for block in self.fsdp_units():
+        for block in blocks:
             block.forward = torch.compile(block.forward)

@@ -128,12 +128,13 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Time in [0, 1] to a vector: 128 cosines and 128 sines of t * 10000^(-k/128), then an MLP."""
+    """Time in [0, 1] to a vector: 128 cosines and 128 sines of t * max_period^(-k/128), then an MLP."""
 
     num_features = 256
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, max_period: float = 10000.0) -> None:
         super().__init__()
+        self.max_period = max_period
         self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def reset_parameters(self) -> None:
@@ -148,7 +149,7 @@ class TimestepEmbedder(nn.Module):
         """(B,) to (B, C). The features are fp32 whatever the weights are."""
         half = self.num_features // 2
         frequency = torch.exp(
-            torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half)
+            torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(self.max_period) / half)
         )
         angle = t.float()[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -17,7 +17,17 @@ from pixelgen.models.embeddings import (
     TimestepEmbedder,
     sincos_position_table,
 )
-from pixelgen.models.layers import Block, FinalLayer, Pending, RMSNorm, add_pending, packed_modulations
+from pixelgen.models.layers import (
+    Attention,
+    Block,
+    FinalLayer,
+    Pending,
+    RMSNorm,
+    SwiGLU,
+    adaln,
+    add_pending,
+    packed_modulations,
+)
 from pixelgen.models.sizes import ModelConfig
 
 
@@ -48,20 +58,24 @@ class JiT(Denoiser):
         self.rope = PositionTable(config.head_dim, rows, columns)
         if config.in_context_len:
             self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, config.width))
-        middle = range(config.depth // 4, config.depth // 4 * 3)  # the blocks with dropout
-        self.blocks = nn.ModuleList(
-            Block(
-                config.width,
-                config.heads,
-                config.mlp_width,
-                config.attn_dropout if index in middle else 0.0,
-                config.proj_dropout if index in middle else 0.0,
-                self.ops,
-            )
-            for index in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(self._block(index) for index in range(config.depth))
         self.final_layer = FinalLayer(config.width, config.patch_dim, self.ops)
         self.reset_parameters()
+
+    def _block(self, index: int) -> Block:
+        config = self.config
+        # the middle half drops out
+        is_middle = index in range(config.depth // 4, config.depth // 4 * 3)
+        proj_dropout = config.proj_dropout if is_middle else 0.0
+        attention = Attention(
+            config.width,
+            config.heads,
+            self.ops,
+            attn_dropout=config.attn_dropout if is_middle else 0.0,
+            proj_dropout=proj_dropout,
+        )
+        mlp = SwiGLU(config.width, config.mlp_width, proj_dropout, self.ops)
+        return Block(config.width, attention, mlp, adaln(config.width, 6 * config.width), self.ops)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -109,12 +123,8 @@ class JiT(Denoiser):
         self, name: str, given: Tensor, own: Tensor, classes: Mapping[int, int]
     ) -> tuple[Tensor, str] | None:
         """Other classes; another number of channels, over which weights are averaged: grey stays grey."""
-        if name == self.class_table and given.shape[1] == own.shape[1]:
-            table = own.clone()
-            table[-1] = given[-1]
-            for here, there in classes.items():
-                table[here] = given[there]
-            return table, f"{len(classes)} classes kept, {len(own) - 1 - len(classes)} new"
+        if name == self.class_table:
+            return self._other_classes(given, own, classes)
         P, channels = self.config.patch_size, self.config.channels
         if name == "x_embedder.proj1.weight" and given.shape[::2] == own.shape[::2]:
             given_channels = given.shape[1]

@@ -36,15 +36,24 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Self-attention with RMSNorm on queries and keys and axial RoPE on the image tokens."""
 
-    def __init__(self, width: int, heads: int, attn_dropout: float, proj_dropout: float, ops: Ops) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ops: Ops,
+        *,
+        qkv_bias: bool = True,
+        attn_dropout: float = 0.0,
+        proj_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.heads, self.attn_dropout, self.proj_dropout, self.ops = heads, attn_dropout, proj_dropout, ops
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], num_prefix_tokens: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], num_prefix_tokens: int = 0) -> Tensor:
         """(B, T, C) to (B, T, C); the first ``num_prefix_tokens`` tokens are not rotated."""
         q, k, v = self.ops.qk_norm_rope(
             self.qkv(x),
@@ -75,6 +84,25 @@ class SwiGLU(nn.Module):
         return self.w3(F.dropout(self.ops.swiglu(self.w12(x)), self.dropout, self.training))
 
 
+class SplitSwiGLU(nn.Module):
+    """silu(x W1) * (x W3), projected back by W2, without biases; one product where gradients are recorded."""
+
+    def __init__(self, width: int, inner: int, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
+        self.w3 = nn.Linear(width, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        if torch.is_grad_enabled() and _is_plain(self.w1) and _is_plain(self.w3):
+            packed = F.linear(x, _packed([self.w1.weight, self.w3.weight]))
+        else:
+            packed = torch.cat([self.w1(x), self.w3(x)], dim=-1)
+        return self.w2(self.ops.swiglu(packed))
+
+
 def packed_modulations(
     condition: Tensor, modules: Sequence[nn.Module], dtype: torch.dtype
 ) -> Sequence[Tensor | None]:
@@ -85,7 +113,7 @@ def packed_modulations(
 
     Args:
         condition: (B, C).
-        modules: ``adaLN_modulation`` of each block and of the final layer, SiLU and projection.
+        modules: ``adaLN_modulation`` of each block and of the final layer, as `adaln` makes them.
         dtype: of the result.
 
     Returns:
@@ -93,35 +121,48 @@ def packed_modulations(
         their own, because no gradients are recorded, or because one of them is not what it was: it has hooks,
         an adapter, quantised or sharded weights.
     """
-    if not torch.is_grad_enabled() or not all(map(_is_plain, modules)):
+    if not torch.is_grad_enabled() or not all(map(_is_plain_adaln, modules)):
         return [None] * len(modules)
-    layers = [cast("nn.Linear", module[1]) for module in cast("Sequence[nn.Sequential]", modules)]
-    device = condition.device.type
-    is_autocast = torch.is_autocast_enabled(device)
-    packed = torch.get_autocast_dtype(device) if is_autocast else layers[0].weight.dtype
-    # cast before they are packed: a packed copy in fp32 would be moved twice more
-    weight = torch.cat([layer.weight.to(packed) for layer in layers])
-    bias = torch.cat([layer.bias.to(packed) for layer in layers])
-    modulations = F.linear(F.silu(condition), weight, bias).to(dtype)
+    sequences = cast("Sequence[nn.Sequential]", modules)
+    layers = [cast("nn.Linear", sequence[-1]) for sequence in sequences]
+    weight = _packed([layer.weight for layer in layers])
+    bias = _packed([layer.bias for layer in layers])
+    for activation in sequences[0][:-1]:
+        condition = activation(condition)
+    modulations = F.linear(condition, weight, bias).to(dtype)
     return modulations.split([layer.out_features for layer in layers], dim=1)
 
 
-def adaln(width: int, num_vectors: int) -> nn.Sequential:
-    """SiLU and a projection of the condition (B, C) to so many vectors (B, C)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_vectors * width))
+def _packed(parameters: Sequence[Tensor]) -> Tensor:
+    """One after the other, in the dtype of autocast where that is on."""
+    device = parameters[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+    # cast before they are packed: a packed copy in fp32 would be moved twice more
+    return torch.cat([parameter.to(dtype) for parameter in parameters])
 
 
-def _is_plain(module: nn.Module) -> bool:
+def adaln(width: int, num_values: int, *, is_activated: bool = False) -> nn.Sequential:
+    """SiLU, unless the condition (..., C) has been through it, and a projection to so many values."""
+    projection = nn.Linear(width, num_values)
+    return nn.Sequential(projection) if is_activated else nn.Sequential(nn.SiLU(), projection)
+
+
+def _is_plain_adaln(module: nn.Module) -> bool:
     """Whether an AdaLN module is as `adaln` made it, so that its projection may be computed elsewhere."""
-    if type(module) is not nn.Sequential or len(module) != 2:
+    if type(module) is not nn.Sequential or _has_hooks(module):
         return False
-    silu, linear = module
+    *activations, linear = module
+    is_silu = all(type(part) is nn.SiLU and not _has_hooks(part) for part in activations)
+    return is_silu and len(activations) < 2 and _is_plain(linear)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer does nothing but multiply by its weight and add its bias."""
     return (
-        type(silu) is nn.SiLU
-        and type(linear) is nn.Linear
+        type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter
-        and type(linear.bias) is nn.Parameter
-        and not any(_has_hooks(part) for part in (module, silu, linear))
+        and type(linear.bias) in (nn.Parameter, type(None))
+        and not _has_hooks(linear)
     )
 
 
@@ -183,31 +224,37 @@ _keep_products = _keep(_PRODUCTS)
 _keep_products_and_attention = _keep(_PRODUCTS | _ATTENTION)
 
 
+def checkpointed(
+    compute: Callable[..., Any], mode: Checkpointing, *arguments: Any, keeps_attention: bool = True
+) -> Any:
+    """``compute(*arguments)``, whose backward pass computes again what ``mode`` says, see ``Denoiser``."""
+    if mode == "none" or not torch.is_grad_enabled():
+        return compute(*arguments)
+    if mode == "full":
+        return checkpoint(compute, *arguments, use_reentrant=False)
+    context = _keep_products_and_attention if keeps_attention else _keep_products
+    return checkpoint(compute, *arguments, use_reentrant=False, context_fn=context)
+
+
 class Block(nn.Module):
     """AdaLN transformer block: x + gate * f(norm(x) * (1 + scale) + shift), attention then MLP.
 
     The MLP's branch is added by the norm that follows, usually that of the next block.
     """
 
-    #: What the backward pass computes again; see ``JiT.checkpoint_blocks``.
+    #: What the backward pass computes again; see ``Denoiser.checkpoint_blocks``.
     checkpointing: Checkpointing = "none"
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        attn_dropout: float,
-        proj_dropout: float,
-        ops: Ops,
+        self, width: int, attn: Attention, mlp: nn.Module, adaLN_modulation: nn.Sequential, ops: Ops
     ) -> None:
         super().__init__()
         self.ops = ops
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, attn_dropout, proj_dropout, ops)
+        self.attn = attn
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, mlp_width, proj_dropout, ops)
-        self.adaLN_modulation = adaln(width, 6)
+        self.mlp = mlp
+        self.adaLN_modulation = adaLN_modulation
 
     def forward(
         self,
@@ -232,15 +279,10 @@ class Block(nn.Module):
         Returns:
             The residual stream (B, T, C) and the MLP's branch with its gate, in x's dtype.
         """
-        arguments = x, pending, condition, rope, num_prefix_tokens, modulation
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._compute(*arguments)
-        if self.checkpointing == "full":
-            return checkpoint(self._compute, *arguments, use_reentrant=False)
         # Attention that drops out has to run again: dropout after it would draw other numbers otherwise.
         drops_out = self.training and self.attn.attn_dropout > 0
-        context = _keep_products if drops_out else _keep_products_and_attention
-        return checkpoint(self._compute, *arguments, use_reentrant=False, context_fn=context)
+        arguments = x, pending, condition, rope, num_prefix_tokens, modulation
+        return checkpointed(self._compute, self.checkpointing, *arguments, keeps_attention=not drops_out)
 
     def _compute(
         self,
@@ -268,7 +310,7 @@ class FinalLayer(nn.Module):
         self.ops = ops
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, patch_dim)
-        self.adaLN_modulation = adaln(width, 2)
+        self.adaLN_modulation = adaln(width, 2 * width)
 
     def forward(
         self, x: Tensor, pending: Pending | None, condition: Tensor, modulation: Tensor | None

@@ -128,10 +128,10 @@ def pixel_mlp_bwd_ref(
     grad_r = g + rstd * (grad_n - n * (grad_n * n).mean(-1, keepdim=True))
 
     if norm is None:
-        kinds = (grad_r * branch, grad_r, g * o, g)
+        kinds = [grad_r * branch, grad_r, g * o, g]
     else:
         zeros = torch.zeros_like(g)
-        kinds = (zeros, zeros, grad_r * branch, grad_u, grad_u * n * weight, g * o)
+        kinds = [zeros, zeros, grad_r * branch, grad_u, grad_u * n * weight, g * o]
     rows = (0, 1)
     gradients = (
         (grad_r, x),
@@ -159,7 +159,7 @@ def _empty_gradients(grad_out, x, y, modulation, *others):
     return dense(x), dense(y), grad_modulation, *map(dense, weights)
 
 
-_pixel_mlp = register(
+_pixel_mlp: Any = register(
     "pixel_mlp",
     pixel_mlp_fwd_ref,
     pixel_mlp_bwd_ref,
@@ -207,9 +207,9 @@ def pixel_mlp(
 ) -> Tensor:
     """Add the gated attention of a pixel block, then its whole MLP branch (arXiv 2511.20645).
 
-    r = x + gate_attn * y;  out = r + gate_mlp * mlp(norm(r) * norm_weight * (1 + scale) + shift), where mlp is
-    fc2 after an exact GELU after fc1. With four kinds of modulation: r = x + y * (1 + scale_attn) + shift_attn
-    and out = r + mlp(norm(r) * norm_weight) * (1 + scale) + shift.
+    r = x + gate_attn * y;  out = r + gate_mlp * mlp(norm(r) * norm_weight * (1 + scale) + shift), where mlp
+    is fc2 after an exact GELU after fc1. With four kinds of modulation: r = x + y * (1 + scale_attn) +
+    shift_attn and out = r + mlp(norm(r) * norm_weight) * (1 + scale) + shift.
 
     Args:
         x: (R, Q, d) pixels grouped by patch: R patches of Q pixels, any floating dtype, 1 <= d <= 64. This, y

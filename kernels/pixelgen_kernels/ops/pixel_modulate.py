@@ -2,10 +2,10 @@
 
     normed = x * rstd * weight * (1 + scale) + shift         rstd = 1 / sqrt(mean(x^2) + eps)
 
-over the d channels of a pixel (pixel-wise AdaLN, PixelDiT, arXiv 2511.20645). The d values of a pixel are few
-and its modulation is 6 d, so bytes are all that counts: shift and scale are read where the projection has left
-them, (pixel, kind, channel), and their gradients are written there. The gate and the residual of the attention
-are added by the op that reads its output: `pixel_mlp`.
+over the d channels of a pixel (pixel-wise AdaLN, PixelDiT, arXiv 2511.20645). The d values of a pixel are
+few and its modulation is 6 d, so bytes are all that counts: shift and scale are read where the projection has
+left them, (pixel, kind, channel), and their gradients are written there. The gate and the residual of the
+attention are added by the op that reads its output: `pixel_mlp`.
 
 Arithmetic in fp32 (fp64 for fp64 `x`), one rounding at the end.
 """
@@ -47,8 +47,8 @@ def pixel_modulate_bwd_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, modulation (of the kinds that are not read: 0) and weight.
 
-    With n = x * rstd and h = grad_normed * (1 + scale): grad_shift = grad_normed, grad_scale = grad_normed * n
-    * weight, grad_weight = sum over pixels of h * n, grad_n = h * weight and grad_x = rstd * (grad_n - n *
+    With n = x * rstd and h = grad_normed * (1 + scale): grad_shift = grad_normed, grad_scale = grad_normed *
+    n * weight, grad_weight = sum over pixels of h * n, grad_n = h * weight and grad_x = rstd * (grad_n - n *
     mean(grad_n * n)).
     """
     dtype = stats_dtype(x)
@@ -74,7 +74,7 @@ def _empty_gradients(grad_normed, x, modulation, weight, eps):
     return dense(x), torch.zeros_like(modulation, memory_format=torch.contiguous_format), dense(weight)
 
 
-_pixel_modulate = register(
+_pixel_modulate: Any = register(
     "pixel_modulate",
     pixel_modulate_fwd_ref,
     pixel_modulate_bwd_ref,
@@ -122,14 +122,14 @@ def pixel_modulate(
     normed = x / sqrt(mean(x^2) + eps) * weight * (1 + scale) + shift.
 
     Args:
-        x: (R, Q, d) pixels grouped by patch: R patches of Q pixels, any floating dtype, 1 <= d <= 64. This and
-            the modulation may be strided, their last dimension contiguous.
+        x: (R, Q, d) pixels grouped by patch: R patches of Q pixels, any floating dtype, 1 <= d <= 64. This
+            and the modulation may be strided, their last dimension contiguous.
         modulation: (R, Q, 6 d), any floating dtype: shift, scale, gate of the attention, then of the MLP. A
             projection (R, Q 6 d) is viewed so at no cost. Shift and scale of the attention are read here.
         weight: (d,), any floating dtype.
         eps: added to the mean square, above 0.
-        handover: shared with the call of `pixel_mlp` that reads the rest of this modulation: both gradients are
-            then written over it, see `Handover`. By default this op's gradient is a tensor of its own.
+        handover: shared with the call of `pixel_mlp` that reads the rest of this modulation: both gradients
+            are then written over it, see `Handover`. By default this op's gradient is a tensor of its own.
 
     Returns:
         normed, shape and dtype of x, dense: also (R, Q d), the input of a projection.

@@ -1,0 +1,39 @@
+"""A tensor that the backward pass makes again instead of keeping it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Recomputed(torch.autograd.graph.saved_tensors_hooks):
+    """While it is entered, operations that save ``tensor`` or a view of all of it save how to make it.
+
+    Args:
+        tensor: cheap to make again for the memory that it takes.
+        make: makes it from tensors that are kept anyway; run without gradients, under the autocast of now.
+    """
+
+    NOTHING: ClassVar[AbstractContextManager[Any]] = nullcontext()
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        self._memory, self._count, self._make = tensor.data_ptr(), tensor.numel(), make
+        device = tensor.device.type
+        self._autocast = torch.autocast(
+            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+        )
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        is_it = tensor.data_ptr() == self._memory and tensor.numel() == self._count
+        return tensor.shape if is_it else tensor
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad(), self._autocast:
+            return self._make().view(packed)
