@@ -55,8 +55,8 @@ def test_a_family_is_known_by_its_name_and_its_options_are_its_own():
     [
         (["--model.slope", "2"], "model.slope is an option of model.family toy, not of jit: leave it out"),
         (
-            [*TOY, "--model.heads", "2"],
-            "model.heads is an option of model.family jit, not of toy: leave it out",
+            [*TOY, "--model.mlp_ratio", "2"],
+            "model.mlp_ratio is an option of model.family jit, not of toy: leave it out",
         ),
         ([*TOY[:2]], "model.size must be one of toy/2, got 'tiny/2', which is a size of model.family jit"),
     ],
@@ -68,7 +68,7 @@ def test_what_is_refused(tmp_path, capsys, given, said):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--model.family", "dit"], "--model.family: must be jit|toy, got 'dit'"),
+        (["--model.family", "dit"], "--model.family: must be jit|pixeldit|toy, got 'dit'"),
         ([*TOY, "--model.slope", "steep"], "--model.slope: must be number|null, got 'steep'"),
         ([*TOY, "--model.slop", "1"], "--model.slop, 1 Perhaps you meant: --model.slope number|null"),
     ],

@@ -11,9 +11,9 @@ class Handover:
 
     The modulation of a pixel block is its largest tensor by far (24576 values a patch in PixelDiT-XL, 400 MB
     in bf16 for 32 images of 256 pixels). `pixel_modulate` and `pixel_mlp` read different kinds of it; by
-    default each returns a gradient of the whole, zeros included, and autograd adds them. With one fresh object
-    given to both calls, `pixel_mlp`, whose backward pass comes first, writes its part over the values that it
-    has read, and `pixel_modulate` the rest: no second tensor, no zeros, no sum.
+    default each returns a gradient of the whole, zeros included, and autograd adds them. With one fresh
+    object given to both calls, `pixel_mlp`, whose backward pass comes first, writes its part over the values
+    that it has read, and `pixel_modulate` the rest: no second tensor, no zeros, no sum.
 
     So nothing else may read this modulation, and a graph is good for one backward pass: a second one raises
     RuntimeError. Where it cannot be done (no gradients are recorded, the tensor is strided, a graph is being

@@ -22,8 +22,10 @@ class ModelOptions(OpenSection):
     channels and classes come from the data section.
 
     Args:
-        family: kind of denoiser; jit is the transformer of PixelGen and JiT.
-        size: a published size such as PixelGen-XL/16, JiT-B/16 or JiT-L/32, or tiny/2, tiny/4.
+        family: kind of denoiser; jit is the transformer of PixelGen and JiT, pixeldit has patch and pixel
+            blocks.
+        size: a published size such as PixelGen-XL/16, JiT-B/16 or JiT-L/32, or tiny/2, tiny/4; of pixeldit
+            PixelDiT-B/16, PixelDiT-L/16, PixelDiT-XL/16, or dual-tiny/4, dual-tiny/8.
     """
 
     SECTION = "model."
@@ -39,7 +41,7 @@ class ModelOptions(OpenSection):
     @classmethod
     def parts(cls) -> Mapping[str, type]:
         """The architectures of the families that are registered by now, with nothing but options."""
-        return {family.name: _with_nulls(family) for family in FAMILIES.values()}
+        return {name: _with_nulls(family) for name, family in sorted(FAMILIES.items())}
 
     def architecture(self, data: DataConfig) -> Architecture:
         """The family's architecture: the named size, what differs from it, the shapes of the data."""
