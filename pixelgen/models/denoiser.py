@@ -91,6 +91,10 @@ class Denoiser(nn.Module, ABC):
     def balance_weight(self) -> Tensor:
         """The parameter by whose gradients loss terms are balanced: the last linear layer's weight."""
 
+    def adaln_modules(self) -> list[nn.Module]:
+        """AdaLN layers of an image's condition, whose weights a training step packs into one product."""
+        return []
+
     @classmethod
     def convert(cls, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The ``state_dict`` of this class from the published code's; unknown names stay as they are."""

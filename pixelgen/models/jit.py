@@ -92,14 +92,15 @@ class JiT(Denoiser):
         self.y_embedder.reset_parameters()
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02)
-        adaln = [cast("nn.Linear", module[1]) for module in self._adaln_modules()]
-        for layer in (*adaln, self.final_layer.linear):
+        projections = [cast("nn.Sequential", module)[1] for module in self.adaln_modules()]
+        for layer in (*cast("list[nn.Linear]", projections), self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(sincos_position_table(self.config.width, *self.config.grid))
 
-    def _adaln_modules(self) -> list[nn.Sequential]:
+    def adaln_modules(self) -> list[nn.Module]:
+        """Those of the blocks and of the final layer."""
         blocks = cast("list[Block]", self.fsdp_units())
         return [*(block.adaLN_modulation for block in blocks), self.final_layer.adaLN_modulation]
 
@@ -161,7 +162,7 @@ class JiT(Denoiser):
         # The residual stream has the embedding's dtype (bf16 under autocast) from first block to last.
         x = x + self.pos_embed.to(x.dtype)
         rope = self.rope()
-        modulations = packed_modulations(c, self._adaln_modules(), x.dtype)
+        modulations = packed_modulations(c, self.adaln_modules(), x.dtype)
         prefix, features = 0, None
         pending: Pending | None = None
         for index, block in enumerate(self.blocks):

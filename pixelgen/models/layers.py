@@ -135,10 +135,16 @@ def packed_modulations(
 
 def _packed(parameters: Sequence[Tensor]) -> Tensor:
     """One after the other, in the dtype of autocast where that is on."""
-    device = parameters[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters[0].dtype
+    dtype = autocast_dtype(parameters[0].device) or parameters[0].dtype
     # cast before they are packed: a packed copy in fp32 would be moved twice more
     return torch.cat([parameter.to(dtype) for parameter in parameters])
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products there, where autocast is on."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 def adaln(width: int, num_values: int, *, is_activated: bool = False) -> nn.Sequential:

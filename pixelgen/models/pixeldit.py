@@ -29,6 +29,7 @@ from pixelgen.models.layers import (
     SplitSwiGLU,
     adaln,
     add_pending,
+    autocast_dtype,
     checkpointed,
     packed_modulations,
 )
@@ -257,6 +258,10 @@ class PixelDiT(Denoiser):
         """The label ``num_classes``."""
         return {"label": torch.full_like(condition["label"], self.config.num_classes)}
 
+    def adaln_modules(self) -> list[nn.Module]:
+        """Those of the patch blocks; the pixel blocks' are larger products, of every patch."""
+        return [cast("Block", block).adaLN_modulation for block in self.patch_blocks]
+
     def fsdp_units(self) -> list[Any]:
         """Patch blocks, then pixel blocks."""
         return [*self.patch_blocks, *self.pixel_blocks]
@@ -343,7 +348,7 @@ class PixelDiT(Denoiser):
         x = self.s_embedder["proj"](by_channel.to(self.s_embedder["proj"].weight.dtype))
         rope = self.rope(grid, x.device)
         blocks = cast("list[Block]", list(self.patch_blocks))
-        modulations = packed_modulations(c, [block.adaLN_modulation for block in blocks], x.dtype)
+        modulations = packed_modulations(c, self.adaln_modules(), x.dtype)
         features: Tensor | None = None
         pending: Pending | None = None
         for index, block in enumerate(blocks):
@@ -362,7 +367,7 @@ class PixelDiT(Denoiser):
         x = embedder(pixels.to(embedder.weight.dtype))
         if self.config.pixel_positions:
             # The pixel stream is fp32 under autocast, as in the published code; else of the weights' dtype.
-            dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+            dtype = x.dtype if autocast_dtype(x.device) is None else torch.float32
             x = x.to(dtype) + self.pixel_positions(grid, x.device).to(dtype)
         x = x.flatten(0, 1)  # (B * T, Q, d)
         rope = self.rope(grid, x.device)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pixelgen.models.layers import autocast_dtype
+
 
 class Recomputed(torch.autograd.graph.saved_tensors_hooks):
     """While it is entered, operations that save ``tensor`` or a view of all of it save how to make it.
@@ -21,19 +23,21 @@ class Recomputed(torch.autograd.graph.saved_tensors_hooks):
     NOTHING: ClassVar[AbstractContextManager[Any]] = nullcontext()
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        self._memory, self._count, self._make = tensor.data_ptr(), tensor.numel(), make
-        device = tensor.device.type
-        self._autocast = torch.autocast(
-            device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
-        )
+        self._memory, self._count, self._make = _memory(tensor), tensor.numel(), make
+        self._device, self._autocast = tensor.device.type, autocast_dtype(tensor.device)
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        is_it = tensor.data_ptr() == self._memory and tensor.numel() == self._count
+        is_it = _memory(tensor) == self._memory and tensor.numel() == self._count
         return tensor.shape if is_it else tensor
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        with torch.no_grad(), self._autocast:
+        dtype = self._autocast
+        with torch.no_grad(), torch.autocast(self._device, dtype, enabled=dtype is not None):
             return self._make().view(packed)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

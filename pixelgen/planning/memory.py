@@ -28,14 +28,14 @@ WORKSPACE = 2 * GIB
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters, ``block`` of one of the denoiser's and ``adaln`` of the AdaLN layers of all.
+    """Numbers of parameters: ``blocks`` of the denoiser's one by one, ``adaln`` of what is packed.
 
     ``optimizer_bytes`` are what the optimizers keep of all that they move.
     """
 
     denoiser: int
     projector: int
-    block: int
+    blocks: tuple[int, ...]
     adaln: int
     stages: int
     tokens: int
@@ -63,8 +63,8 @@ def count_parameters(config: TrainConfig) -> Parameters:
     return Parameters(
         denoiser=count(denoiser),
         projector=projector,
-        block=count(blocks[0]),
-        adaln=sum(p.numel() for name, p in denoiser.named_parameters() if "adaLN_modulation" in name),
+        blocks=tuple(map(count, blocks)),
+        adaln=sum(map(count, denoiser.adaln_modules())),
         stages=count(objective.networks.lpips),
         tokens=count(objective.networks.encoder),
         optimizer_bytes=optimizer_bytes,
@@ -119,17 +119,18 @@ def step_memory(config: TrainConfig, parameters: Parameters, layout: Layout) -> 
     size = dtype.itemsize
     shard, averages = parameters.trained / layout.shards, len(config.ema.decays) + len(config.ema.power)
     if layout.gpus > 1:  # FSDP's: blocks come and go, the rest stays
-        rest = parameters.trained - model.depth * parameters.block
-        gathered = min(model.depth, 1 + parallel.prefetch) if parallel.reshard_after_forward else model.depth
+        blocks = sorted(parameters.blocks, reverse=True)
+        rest = parameters.trained - sum(blocks)
+        gathered = sum(blocks[: 1 + parallel.prefetch] if parallel.reshard_after_forward else blocks)
         label = "gathered weights, a block's gradient"
-        working = (rest + gathered * parameters.block) * size + parameters.block * (size + 4)
+        working = (rest + gathered) * size + blocks[0] * (size + 4)
     elif size < 4:  # autocast's copies, which live until the backward pass
         label, working = "weights in bf16", parameters.trained * size
     else:
         label, working = "packed AdaLN weights", parameters.adaln * size
     kept = activation_bytes(model, dtype, config.train.activation_checkpointing)
     # what comes back while a block's forward pass is run again for its backward pass
-    recomputed = (activation_bytes(model, dtype) - kept) / model.depth
+    recomputed = (activation_bytes(model, dtype) - kept) / len(parameters.blocks)
     objective, perceptual = objective_bytes(config.loss, model, dtype)
     seen = images_past_gate(config, images)
     return {
