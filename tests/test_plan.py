@@ -205,7 +205,7 @@ def test_parameters_of_a_real_model():
     adaln = sum(p.numel() for name, p in denoiser.named_parameters() if "adaLN" in name)
     block = sum(parameter.numel() for parameter in denoiser.blocks[0].parameters())
     assert parameters.adaln == adaln
-    assert parameters.block == block
+    assert set(parameters.blocks) == {block}
     features = EmbeddedFeatures(EmbeddedConfig(channels=1, patch_size=2, num_classes=10))
     assert parameters.stages == sum(parameter.numel() for parameter in features.parameters())
     assert "embedded, frozen" not in plan_report(run, "1")  # not worth a line
@@ -354,7 +354,7 @@ def test_more_averages_and_fewer_shards_cost_what_they_hold():
     assert item(run, "AdamW", shards=1) == 8 * parameters.trained
     gathered = "gathered weights, a block's gradient"
     kept = changed(parallel={"reshard_after_forward": False})
-    assert item(kept, gathered) - item(run, gathered) == 2 * 22 * parameters.block  # all 24 instead of 2
+    assert item(kept, gathered) - item(run, gathered) == 2 * 22 * parameters.blocks[0]  # all 24 instead of 2
     model = run.model_config()
     full = changed(train={"batch_size": 8 * 16, "activation_checkpointing": "full"})
     kept, everything = (activation_bytes(model, torch.bfloat16, kind) for kind in ("full", "none"))
@@ -366,7 +366,7 @@ def test_more_averages_and_fewer_shards_cost_what_they_hold():
 def test_communication_follows_the_formula():
     run = config("jit-l-256", train={"micro_batches": 2})
     layout, parameters = layout_of(run, "8")
-    P, blocks = parameters.trained, 24 * parameters.block
+    P, blocks = parameters.trained, sum(parameters.blocks)
     sharded = 2 * (2 * (P + blocks) + 4 * P) * 7 / 8
     assert communication(run, parameters, layout)[0] == pytest.approx(sharded)
     layout, _ = layout_of(run, "16")

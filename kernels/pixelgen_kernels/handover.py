@@ -32,10 +32,11 @@ class Handover:
     @staticmethod
     def takes(x: Tensor, modulation: Tensor) -> bool:
         """Whether the modulation of these pixels can be handed over here and now."""
-        is_compiled = x.is_cpu or (x.is_cuda and x.dtype != torch.float64)  # else the reference runs
+        if torch.compiler.is_compiling():
+            return False
+        has_kernel = x.is_cpu or (x.is_cuda and x.dtype != torch.float64)  # else the reference runs
         return (
-            is_compiled
-            and not torch.compiler.is_compiling()
+            has_kernel
             and torch._C._len_torch_dispatch_stack() == 0
             and torch.is_grad_enabled()
             and modulation.requires_grad

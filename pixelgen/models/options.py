@@ -25,7 +25,7 @@ class ModelOptions(OpenSection):
         family: kind of denoiser; jit is the transformer of PixelGen and JiT, pixeldit has patch and pixel
             blocks.
         size: a published size such as PixelGen-XL/16, JiT-B/16 or JiT-L/32, or tiny/2, tiny/4; of pixeldit
-            PixelDiT-B/16, PixelDiT-L/16, PixelDiT-XL/16, or dual-tiny/4, dual-tiny/8.
+            PixelDiT-B/16, PixelDiT-L/16, PixelDiT-XL/16, or PixelDiT-tiny/4, PixelDiT-tiny/8.
     """
 
     SECTION = "model."

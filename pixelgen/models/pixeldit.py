@@ -9,7 +9,8 @@ know the class.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,8 @@ class GridTables:
         self._make = make
         self._made: dict[tuple[Any, ...], Any] = {}
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        return type(self)(self._make)
+    def __reduce__(self) -> Any:  # a copy makes its own
+        return type(self), (self._make,)
 
     def __call__(self, grid: tuple[int, int], device: torch.device) -> Any:
         """A tensor or a tuple of tensors, as ``make(rows, columns)`` gives."""
@@ -224,10 +225,8 @@ class PixelDiT(Denoiser):
         self.final_layer = PixelFinalLayer(
             *((d, config.channels) if has_pixels else (D, config.patch_dim)), ops
         )
-        self.rope = GridTables(lambda rows, columns: extent_rope_table(config.head_dim, rows, columns))
-        self.pixel_positions = GridTables(
-            lambda rows, columns: pixel_position_table(d, rows, columns, config.patch_size)
-        )
+        self.rope = GridTables(partial(extent_rope_table, config.head_dim))
+        self.pixel_positions = GridTables(partial(pixel_position_table, d, patch_size=config.patch_size))
         self.reset_parameters()
 
     def _patch_block(self) -> Block:

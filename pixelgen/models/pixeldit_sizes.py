@@ -87,8 +87,8 @@ PIXELDIT_SIZES: dict[str, PixelDiTConfig] = {
     "PixelDiT-L/16": PixelDiTConfig(width=1024, depth=22, heads=16),
     "PixelDiT-XL/16": PixelDiTConfig(width=1152, depth=26, heads=16),
     # Small ones: for 8x8 grey digits (the embedded data set) and for tests at 32 px.
-    "dual-tiny/4": replace(_TINY, patch_size=4, image_size=8, channels=1),
-    "dual-tiny/8": replace(_TINY, patch_size=8, image_size=32),
+    "PixelDiT-tiny/4": replace(_TINY, patch_size=4, image_size=8, channels=1),
+    "PixelDiT-tiny/8": replace(_TINY, patch_size=8, image_size=32),
 }
 
 

@@ -57,7 +57,7 @@ def communication(config: TrainConfig, parameters: Parameters, layout: Layout) -
     total, terms = 0.0, []
     if n > 1:
         # What lies outside the blocks stays gathered; blocks are gathered anew for the backward pass.
-        again = parameters.block * config.model_config().depth * config.parallel.reshard_after_forward
+        again = sum(parameters.blocks) * config.parallel.reshard_after_forward
         total += m * (size * (P + again) + 4 * P) * (n - 1) / n
         gathered = f"{size} B x (P + {again / 1e6:.4g} M)" if again else f"{size} B x P"
         terms.append(f"{m} x (all-gathers {gathered} + reduce-scatter 4 B x P) x {n - 1}/{n}")
