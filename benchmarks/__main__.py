@@ -58,8 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--providers",
         "PROVIDER",
         "these only: eager, compile, liger, ours, for step also ours_compile, for pixel_block "
-        "ours_recomputed, for perceptual also masked, for data pil, center, fast, prepared, folder and others; but for step, the provider that the "
-        "others are held against is timed as well",
+        "ours_recomputed, for perceptual also masked, for data pil, center, fast, prepared, folder and "
+        "others; but for step, the provider that the others are held against is timed as well",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(
