@@ -49,38 +49,47 @@ struct Padded {
   int64_t stride;
 };
 
-// kRows rows and kVectors vectors of columns of start + left right.
-template <int kRows, int kVectors, typename Real>
+// kRows rows and kVectors vectors of columns of start + left right. kParts: partial sums of an
+// element, of every kParts-th product. With one alone a narrow block would wait for its own
+// additions.
+template <int kRows, int kVectors, int kParts, typename Real>
 inline void multiply_block(Left<Real> left, Padded<const Real> right, int64_t depth,
                            Padded<const Real> start, Padded<Real> out) {
   using Vector = typename VectorOf<Real>::type;
   constexpr int kLanes = kVectorBytes / sizeof(Real);
-  Vector sums[kRows][kVectors];
+  Vector sums[kParts][kRows][kVectors] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      sums[i][j] = *reinterpret_cast<const Vector*>(start.data + i * start.stride + j * kLanes);
+      sums[0][i][j] = *reinterpret_cast<const Vector*>(start.data + i * start.stride + j * kLanes);
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto add = [&](int64_t k, int part) __attribute__((always_inline)) {
     Vector columns[kVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
+    for (int j = 0; j < kVectors; ++j)
       columns[j] = *reinterpret_cast<const Vector*>(right.data + k * right.stride + j * kLanes);
-    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Real factor = left.data[i * left.row + k * left.column];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sums[i][j] += factor * columns[j];
+      for (int j = 0; j < kVectors; ++j) sums[part][i][j] += factor * columns[j];
     }
+  };
+  int64_t k = 0;
+  for (; k + kParts <= depth; k += kParts) {
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) add(k + part, part);
   }
+  if (kParts == 2 && k < depth) add(k, 0);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      *reinterpret_cast<Vector*>(out.data + i * out.stride + j * kLanes) = sums[i][j];
+      Vector sum = sums[0][i][j];
+      if constexpr (kParts == 2) sum += sums[1][i][j];
+      *reinterpret_cast<Vector*>(out.data + i * out.stride + j * kLanes) = sum;
     }
   }
 }
@@ -95,14 +104,14 @@ inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left<Real> le
     const Left<Real> part{left.data + i * left.row, left.row, left.column};
     int64_t j = 0;
     for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
-      multiply_block<kRowsAtOnce, 2>(part, {right.data + j, right.stride}, depth,
-                                     {start.data + i * start.stride + j, start.stride},
-                                     Padded<Real>{out.data + i * out.stride + j, out.stride});
+      multiply_block<kRowsAtOnce, 2, 1>(part, {right.data + j, right.stride}, depth,
+                                        {start.data + i * start.stride + j, start.stride},
+                                        Padded<Real>{out.data + i * out.stride + j, out.stride});
     }
     for (; j < columns; j += kLanes) {
-      multiply_block<kRowsAtOnce, 1>(part, {right.data + j, right.stride}, depth,
-                                     {start.data + i * start.stride + j, start.stride},
-                                     Padded<Real>{out.data + i * out.stride + j, out.stride});
+      multiply_block<kRowsAtOnce, 1, 2>(part, {right.data + j, right.stride}, depth,
+                                        {start.data + i * start.stride + j, start.stride},
+                                        Padded<Real>{out.data + i * out.stride + j, out.stride});
     }
   }
 }
