@@ -15,6 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 OPTIONS = {
     "kernels": ("shapes", "dtypes", "providers"),
     "step": ("batch", "providers"),
+    "pixel_block": ("batch", "providers"),
     "perceptual": ("batch", "providers"),
     "data": ("batch", "providers"),
     "train": ("batch",),
@@ -31,10 +32,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="kernels: every op against eager PyTorch, torch.compile and Liger, once it is right. "
-        "step: whole training steps. perceptual: LPIPS, P-DINO and REPA's targets, gathered and masked, and "
-        "their ops. data: decoding, prepared shards and the loader. train: what data, checkpoints and more "
-        "processes cost a step. machine: copy bandwidth, the models' matrix products, attention backends. "
-        "Rows go to a CSV in --out, each as soon as it is measured; table and plots are drawn from it.",
+        "step: whole training steps. pixel_block: a block of PixelDiT's pixel path. perceptual: LPIPS, "
+        "P-DINO and REPA's targets, gathered and masked, and their ops. data: decoding, prepared shards and "
+        "the loader. train: what data, checkpoints and more processes cost a step. machine: copy bandwidth, "
+        "the models' matrix products, attention backends. Rows go to a CSV in --out, each as soon as it is "
+        "measured; table and plots are drawn from it.",
     )
 
     def add_names(option: str, metavar: str, text: str) -> None:
@@ -55,9 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_names(
         "--providers",
         "PROVIDER",
-        "these only: eager, compile, liger, ours, for step also ours_compile, for perceptual also masked, "
-        "for data pil, center, fast, prepared, folder and others; but for step, the provider that the "
-        "others are held against is timed as well",
+        "these only: eager, compile, liger, ours, for step also ours_compile, for pixel_block "
+        "ours_recomputed, for perceptual also masked, for data pil, center, fast, prepared, folder and "
+        "others; but for step, the provider that the others are held against is timed as well",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument(
@@ -70,7 +72,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--batch",
         type=int,
         metavar="B",
-        help="images per step; default: 64; on the CPU 8, of data 64, of machine 1",
+        help="images per step; default: 64, of pixel_block 16; on the CPU 8, of data 64, of machine 1, of "
+        "pixel_block 2",
     )
     parser.add_argument(
         "--max-seconds",

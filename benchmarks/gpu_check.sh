@@ -9,8 +9,9 @@
 #   build      the kernels for the GPU that is there       summary.txt
 #   machine    copies, attention, matrix products          machine.csv
 #   tests      the ops' tests that need a GPU              tests.txt
-#   step       XL/16 with all terms, 64 images             step.csv
-#   kernels    ops at the shapes of XL/16, bf16            kernels.csv
+#   step       XL/16 with all terms, PixelDiT-XL, 64 images   step.csv
+#   kernels    ops at the shapes of both XL, bf16          kernels.csv
+#   pixel_block   a pixel block of PixelDiT-XL             pixel_block.csv
 #   sanitizer  compute-sanitizer on tests of the ops       sanitizer.txt
 #   profile    where the time of one step goes             profile.txt
 #
@@ -23,7 +24,7 @@ usage() {
   exit 2
 }
 
-PARTS="build machine tests step kernels sanitizer profile"
+PARTS="build machine tests step kernels pixel_block sanitizer profile"
 out="" only="" device=cuda tiny=false
 while [ $# -gt 0 ]; do
   case $1 in
@@ -99,8 +100,9 @@ fi
 ops="tests/ops -m 'gpu and not slow' -n 8"
 first="tests/ops/test_philox.py -m gpu -n 0"
 machine="--max-seconds 25"
-step="--only all_terms --repeats 20"
-kernels="--shapes XL/16 --dtypes bf16 --max-seconds 25"
+step="--only all_terms,pixeldit --repeats 20"
+kernels="--shapes XL/16,PixelDiT-XL --dtypes bf16 --max-seconds 25"
+pixels=""
 profile=""
 if [ "$device" = cpu ]; then
   ops="tests/ops -m 'not slow' -n auto"
@@ -111,21 +113,23 @@ if $tiny; then
   machine="--only copy,attention --batch 1 --max-seconds 10"
   step="--only all_terms --providers ours --batch 1 --repeats 3"
   kernels="--only swiglu --shapes L/16 --dtypes fp32 --repeats 3"
+  pixels="--providers ours --batch 1 --repeats 3"
   profile="--batch 1"
 fi
 ours=ours
 [ "$device" = cpu ] || ours=ours,liger
 
-part build 120 "$build"
+part build 110 "$build"
 part machine 40 "$bench --suite machine $machine"
 # the bits of Philox first: every draw of a training step hangs on them
 part tests 90 "failed=0
   $python -m pytest -q $first 2>&1 | tee '$out/tests.txt' || failed=1
   $python -m pytest -q $ops 2>&1 | tee -a '$out/tests.txt' || failed=1
   exit \$failed"
-part step 150 "$bench --suite step $step"
+part step 140 "$bench --suite step $step"
 # twice: with torch.compile it takes several times as long, and may run out of time
-part kernels 75 "$bench --suite kernels $kernels --providers $ours; $tiny || $bench --suite kernels $kernels"
+part kernels 70 "$bench --suite kernels $kernels --providers $ours; $tiny || $bench --suite kernels $kernels"
+part pixel_block 20 "$bench --suite pixel_block $pixels"
 if [ "$device" = cuda ]; then
   if command -v compute-sanitizer > /dev/null; then
     part sanitizer 40 "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 $python -m pytest -q -n 0 \
@@ -134,6 +138,6 @@ if [ "$device" = cuda ]; then
     say "sanitizer: left out, compute-sanitizer is not on PATH"
   fi
 fi
-part profile 35 "$python -m benchmarks.profile_step --device $device $profile --out '$out/profile.txt'"
+part profile 30 "$python -m benchmarks.profile_step --device $device $profile --out '$out/profile.txt'"
 $failed && exit 1
 exit 0

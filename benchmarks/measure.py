@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -115,12 +115,24 @@ class ColdTimer:
         )
 
 
-def peak_bytes(device: torch.device, call: Call, prepare: Prepare = lambda: None) -> int:
+def peak_bytes(
+    device: torch.device,
+    call: Call,
+    prepare: Prepare = lambda: None,
+    *,
+    ignored: Collection[int] = (),
+) -> int:
     """Memory that `call(prepare())` holds at its peak on top of what was there after `prepare`, in bytes.
 
     What the call returns counts. What `prepare` left behind and the call releases is subtracted. On the CPU
     every allocation and release of PyTorch's allocator is replayed from the profiler, which is exact; on a
     GPU the allocator keeps the number itself.
+
+    Args:
+        device: where it runs.
+        call: gets what `prepare` returned.
+        prepare: see above.
+        ignored: allocations of these sizes do not count, on the CPU.
     """
     if device.type == "cuda":
         prepared = prepare()
@@ -138,7 +150,11 @@ def peak_bytes(device: torch.device, call: Call, prepare: Prepare = lambda: None
     del result  # after the profile: its release is no part of the call
     events = recorded.kineto_results.events()
     begin = next(event.start_ns() for event in events if event.name() == "the call")
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == "[memory]" and abs(event.nbytes()) not in ignored
+    ]
     levels = accumulate((change for moment, change in sorted(changes) if moment >= begin), initial=0)
     return max(levels)
 

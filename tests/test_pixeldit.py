@@ -37,6 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def randomized(config: PixelDiTConfig = TINY, kernels: Any = "auto") -> PixelDiT:
     """A fresh model predicts zeros, so tests need other weights."""
+    torch.manual_seed(0)
     model = PixelDiT(config, kernels)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_the_fused_path_has_the_flops_of_the_eager_one():
         with FlopCounterMode(display=False) as counter:
             gradients(model, model(*inputs()))
         counts.append(counter.get_total_flops())
-    assert counts[0] == pytest.approx(counts[1], rel=0.02)  # backward computes the hidden values again
+    assert counts[0] == counts[1]
 
 
 # --- tables ---
@@ -287,23 +288,24 @@ def test_a_model_can_be_copied_and_pickled():
 @pytest.mark.parametrize("variant", ["default", "post-modulation", "patch modulation"])
 def test_recomputed_modulations_give_the_same_gradients_and_are_not_kept(variant: str):
     config = replace(TINY, **VARIANTS[variant])
-    kept, grads = [], []
+    grads = []
     for is_recomputed in (False, True):
         model = randomized(replace(config, recompute_modulation=is_recomputed))
+        made: list[Tensor] = []
+        saved: set[int] = set()
         for block in model.pixel_blocks:
             block.adaLN_modulation[0].register_forward_hook(
-                lambda _, args, result: kept.append(result.numel())
+                lambda _, args, result, made=made: made.append(result)
             )
-        storages: set[int] = set()
 
-        def note(tensor: Tensor, storages: set[int] = storages) -> Tensor:
-            storages.add(tensor.untyped_storage().nbytes())
+        def note(tensor: Tensor, saved: set[int] = saved) -> Tensor:
+            saved.add(tensor.untyped_storage().data_ptr())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             output = model(*inputs(config))
+        assert len(made) == 1 and (made[0].untyped_storage().data_ptr() in saved) != is_recomputed
         grads.append(gradients(model, output))
-        assert (4 * kept[0] in storages) != is_recomputed
     assert_same(grads[1], grads[0])
 
 

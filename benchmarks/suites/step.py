@@ -33,12 +33,25 @@ SMALL = (
     *("--loss.stages", "vgg16", "--loss.tokens", "dinov2_vits14"),
 )
 MODELS = {"cpu": ("small", SMALL), "cuda": ("XL/16", ("--config", "pixelgen-xl-256"))}
+# The same tokens, and 16 pixels in each.
+PIXELDIT = {
+    "cpu": (
+        "small PixelDiT",
+        (
+            *("--data.image_size", "64", "--data.channels", "3", "--data.num_classes", "1000"),
+            *("--model.family", "pixeldit", "--model.size", "PixelDiT-B/16", "--model.patch_size", "4"),
+            *("--model.width", "256", "--model.depth", "3", "--model.heads", "4", "--model.pixel_depth", "1"),
+        ),
+    ),
+    "cuda": ("PixelDiT-XL/16", ("--config", "pixeldit-xl-256")),
+}
 NO_NETWORKS = ("--loss.alignment_weight", "0", "--loss.lpips_weight", "0", "--loss.p_dino_weight", "0")
 FLOW_MATCHING = (*NO_NETWORKS, "--loss.balance", "off")
 CASES = {
     # Random weights cost what trained ones do, and the trained ones are not on every machine.
     "all_terms": ("--loss.stages_weights", "random", "--loss.tokens_weights", "random"),
     "flow_matching": FLOW_MATCHING,
+    "pixeldit": FLOW_MATCHING,
 }
 # Relative differences from eager that the first step's loss and gradient norm may have: rounding in the dtype
 # of the matrix products, averaged over all outputs (loss) and over all parameters (norm); in bf16 that of the
@@ -48,6 +61,8 @@ TOLERANCES = {
     ("all_terms", "float32"): {"loss": 1e-5, "grad_norm": 1e-3},
     ("flow_matching", "bfloat16"): {"loss": 1e-3, "grad_norm": 1e-2},
     ("all_terms", "bfloat16"): {"loss": 1e-2, "grad_norm": 5e-2},
+    ("pixeldit", "float32"): {"loss": 1e-5, "grad_norm": 1e-4},
+    ("pixeldit", "bfloat16"): {"loss": 1e-3, "grad_norm": 1e-2},
 }
 DTYPES = {"float32": ("fp32", torch.float32), "bfloat16": ("bf16", torch.bfloat16)}
 WARM_UP, SECONDS, FEWEST = 2, 10.0, 5
@@ -63,6 +78,11 @@ class RandomImages(Source):
         return ReadBatch(images.numpy(), order % self.num_classes)
 
 
+def model_of(device: torch.device, case: str) -> tuple[str, tuple[str, ...]]:
+    """Name and options of what a case trains."""
+    return (PIXELDIT if case == "pixeldit" else MODELS)[device.type]
+
+
 def step_config(device: torch.device, case: str, provider: str, batch: int) -> TrainConfig:
     """The configuration of a provider.
 
@@ -72,7 +92,7 @@ def step_config(device: torch.device, case: str, provider: str, batch: int) -> T
     options = ("--kernels", KERNELS[provider], "--compile", str(compiled).lower())
     options += ("--loss.compile_networks", str(compiled and device.type == "cuda").lower())
     options += ("--device", device.type, "--train.batch_size", str(batch))
-    return load_config([*MODELS[device.type][1], *CASES[case], *options])[0]
+    return load_config([*model_of(device, case)[1], *CASES[case], *options])[0]
 
 
 def fill_zeros(model: nn.Module) -> None:
@@ -91,7 +111,7 @@ def fill_zeros(model: nn.Module) -> None:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Dropout draws other numbers in compiled code, so losses are compared without it."""
     config = model.config
-    has_dropout = bool(config.attn_dropout or config.proj_dropout)  # compiled code depends on the mode
+    has_dropout = config != config.without_dropout()  # compiled code depends on the mode
     model.train(not has_dropout)
     yield
     model.train()
@@ -216,7 +236,7 @@ class Steps:
             self.case,
             name,
             timing,
-            shape=f"{MODELS[self.device.type][0]} B={self.batch}",
+            shape=f"{model_of(self.device, self.case)[0]} B={self.batch}",
             dtype=dtype,
             mode="step",
             images_per_s=1e3 * self.batch / timing.median_ms,

@@ -13,30 +13,31 @@ from pixelgen.models.layers import autocast_dtype
 
 
 class Recomputed(torch.autograd.graph.saved_tensors_hooks):
-    """While it is entered, operations that save ``tensor`` or a view of all of it save how to make it.
+    """While it is entered, operations that save ``tensor`` or a view of it save how to make it.
 
     Args:
-        tensor: cheap to make again for the memory that it takes.
+        tensor: dense, cheap to make again for the memory that it takes.
         make: makes it from tensors that are kept anyway; run without gradients, under the autocast of now.
     """
 
     NOTHING: ClassVar[AbstractContextManager[Any]] = nullcontext()
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        self._memory, self._count, self._make = _memory(tensor), tensor.numel(), make
+        self._memory, self._make = _memory(tensor), make
         self._device, self._autocast = tensor.device.type, autocast_dtype(tensor.device)
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        is_it = _memory(tensor) == self._memory and tensor.numel() == self._count
-        return tensor.shape if is_it else tensor
+        if _memory(tensor) != self._memory:
+            return tensor
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         dtype = self._autocast
         with torch.no_grad(), torch.autocast(self._device, dtype, enabled=dtype is not None):
-            return self._make().view(packed)
+            return self._make().as_strided(*packed)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from pixelgen_kernels import checks
 from pixelgen_kernels.cases import ROWS, Benchmark, Draw, Inputs, pixel_paths
@@ -168,6 +169,18 @@ _pixel_mlp: Any = register(
     empty_gradients=_empty_gradients,
     triton="pixel_mlp_triton",
 )
+
+
+@register_flop_formula(torch.ops.pixelgen.pixel_mlp_fwd)
+def _flops(x, y, modulation, norm_weight, fc1_weight, *others: Any, **named: Any) -> int:
+    """Of the two products, for PyTorch's counter."""
+    return 4 * math.prod(x) * fc1_weight[0]
+
+
+@register_flop_formula(torch.ops.pixelgen.pixel_mlp_bwd)
+def _bwd_flops(grad_out, x, y, modulation, norm_weight, fc1_weight, *others: Any, **named: Any) -> int:
+    """Those of their gradients; what is computed again does not count, as elsewhere."""
+    return 8 * math.prod(x) * fc1_weight[0]
 
 
 class _HandedOver(torch.autograd.Function):
