@@ -27,9 +27,9 @@ class SampleOptions:
         guidance: scale of classifier-free guidance, 1 for none; null takes the run's setting.
         guidance_low: guidance acts from this t on; null takes the run's setting.
         guidance_high: guidance acts up to this t; null takes the run's setting.
-        guidance_rule: how a time is tested, paper or released; null takes the run's setting.
+        guidance_rule: how a time is tested, paper, released or pixeldit; null takes the run's setting.
         steps: solver steps; null takes the run's setting.
-        sampler: euler, heun, heun-reuse or adams; null takes the run's setting.
+        sampler: euler, heun, heun-reuse, adams or flow_dpm; null takes the run's setting.
         timeshift: moves the steps towards the noise for values above 1; null takes the run's setting.
         weights: ema for the first of the averaged weights, raw, or the name of an average such as 0.9999.
         seed: of the starting noise; image i depends on the seed and i alone.
@@ -46,9 +46,9 @@ class SampleOptions:
     guidance: float | None = None
     guidance_low: float | None = None
     guidance_high: float | None = None
-    guidance_rule: Literal["paper", "released"] | None = None
+    guidance_rule: Literal["paper", "released", "pixeldit"] | None = None
     steps: int | None = None
-    sampler: Literal["euler", "heun", "heun-reuse", "adams"] | None = None
+    sampler: Literal["euler", "heun", "heun-reuse", "adams", "flow_dpm"] | None = None
     timeshift: float | None = None
     weights: str = "ema"
     seed: int = 0

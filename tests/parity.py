@@ -1,7 +1,8 @@
-"""Golden vectors of the public PixelGen code: reading, comparing, and the stand-ins they were made with.
+"""Golden vectors of the public PixelGen and PixelDiT code: reading, comparing, and the stand-ins they need.
 
-The folder is tests/data/parity, or the one named by PIXELGEN_PARITY_DIR. What a file holds is decided by the
-``kind`` of its JSON sidecar, never by its name; every size, constant and case comes from the sidecar as well.
+The folders are tests/data/parity and tests/data/parity_pixeldit, or the one named by PIXELGEN_PARITY_DIR with
+all folders in it. What a file holds is decided by the ``kind`` of its JSON sidecar, never by its name; every
+size, constant and case comes from the sidecar as well.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch.nn.functional as F
 from pixelgen_kernels import select
@@ -27,7 +29,9 @@ from pixelgen.losses.objective import Objective
 from pixelgen.models.jit import JiT
 from pixelgen.models.sizes import ModelConfig
 
-FOLDER = Path(os.environ.get("PIXELGEN_PARITY_DIR") or Path(__file__).parent / "data" / "parity")
+DATA = Path(__file__).parent / "data"
+GIVEN = os.environ.get("PIXELGEN_PARITY_DIR")
+FOLDERS = [Path(GIVEN)] if GIVEN else [DATA / "parity", DATA / "parity_pixeldit"]
 
 Kernels = Literal["auto", "eager"]
 
@@ -47,6 +51,14 @@ KINDS = {
     "adm centre crop": "crop",
     "adm center crop": "crop",
     "forward of the tiny": "checkpoint",
+    "class-conditional pixeldit forward": "pixeldit",
+    "class-conditional pixeldit weights": "weights",
+    "class-conditional samplers": "pixeldit samplers",
+    "class-conditional training objective": "pixeldit objective",
+    "text-conditional pixeldit forward": "t2i pixeldit",
+    "text-conditional pixeldit weights": "weights",
+    "text-conditional sampler": "t2i pixeldit samplers",
+    "text-conditional training objective": "t2i pixeldit objective",
 }
 
 
@@ -101,13 +113,25 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def find_all() -> list[Vectors]:
-    """Every sidecar of the folder."""
-    return [Vectors(path, json.loads(path.read_text())) for path in sorted(FOLDER.glob("*.json"))]
+    """Every sidecar of the folders."""
+    paths = [path for folder in FOLDERS for path in sorted(folder.rglob("*.json"))]
+    return [Vectors(path, json.loads(path.read_text())) for path in paths]
 
 
 def find(kind: str) -> list[Vectors]:
     """The sidecars of one kind."""
     return [vectors for vectors in find_all() if vectors.kind == kind]
+
+
+def params(kind: str, *names: str) -> list:
+    """One pytest parameter per file of a kind; with ``names``, per entry of these parts of its sidecar."""
+    found = []
+    for vectors in find(kind):
+        keys: list = [()]
+        for name in names:
+            keys = [(*key, entry) for key in keys for entry in vectors.sidecar[name]]
+        found += [pytest.param(vectors, *key, id="-".join([vectors.name, *map(str, key)])) for key in keys]
+    return found
 
 
 def assert_matches(actual: Tensor | None, expected: Tensor, tolerance: float, what: str) -> None:
@@ -148,11 +172,13 @@ def assert_gradients_match(
         if not key.startswith(f"{prefix}grad"):
             continue
         kind, _, name = key.removeprefix(prefix).partition(".")
-        if kind == "grad_l2":
+        if kind == "grad_l2" and name:
+            actual: Tensor | None = torch.linalg.vector_norm(gradients[name]).view(1)
+        elif kind == "grad_l2":
             order = sidecar["grad_l2_order"]
             assert sorted(order) == sorted(gradients), "trainable parameters"
             norms = [torch.linalg.vector_norm(gradients[name]) for name in order]
-            actual: Tensor | None = torch.stack(norms)
+            actual = torch.stack(norms)
         elif kind == "grad":
             actual = {**gradients, **of_inputs}[name]
         elif kind == "grad_rows":

@@ -7,7 +7,7 @@ from torch import Tensor
 from pixelgen.conditions import Condition
 from pixelgen.sampling.guidance import GuidedVelocity
 from pixelgen.sampling.options import SampleConfig
-from pixelgen.sampling.samplers import adams, euler, heun, timesteps
+from pixelgen.sampling.samplers import adams, euler, flow_dpm, heun, timesteps
 
 LABELS, NULL = {"label": torch.tensor([0, 1, 2])}, {"label": torch.tensor([3, 3, 3])}
 OFFSETS = torch.tensor([0.5, -0.3, 0.2, 0.1])
@@ -80,6 +80,31 @@ def test_released_rule_excludes_the_lower_end():
     assert not guided(guidance_rule="released").is_guided(0.0, 0.0)  # never the first step
 
 
+def test_pixeldit_rule_excludes_both_ends():
+    """Of 100 even steps, in the published settings, the one at t = 0.1 is not guided, nor is that at 0.9."""
+    grid = timesteps(100)
+    for high, last in ((0.9, 89), (1.0, 99)):
+        v = guided(guidance_low=0.1, guidance_high=high, guidance_rule="pixeldit")
+        assert [i for i, t in enumerate(grid[:-1]) if v.is_guided(t, t)] == list(range(11, last + 1))
+    assert not guided(guidance_rule="pixeldit").is_guided(0.0, 0.0)  # never the first step
+    assert guided(guidance_rule="pixeldit").is_guided(1e-6, 1e-6)
+
+
+def test_pixeldit_rule_compares_in_fp32():
+    """0.1 in fp32 lies above 0.1: in float64 it would be inside an interval that begins there."""
+    border = torch.tensor(0.1, dtype=torch.float32).item()
+    assert border > 0.1
+    v = guided(guidance_low=0.1, guidance_high=0.9, guidance_rule="pixeldit")
+    assert not v.is_guided(border, border)
+    assert v.is_guided(*[torch.tensor(0.1).nextafter(torch.tensor(1.0)).item()] * 2)
+
+
+def test_heun_corrector_by_the_pixeldit_rule():
+    """The corrector has its own time tested, whatever the step began with."""
+    v = guided(guidance_low=0.4, guidance_high=0.6, guidance_rule="pixeldit")
+    assert v.is_guided(0.5, 0.25) and not v.is_guided(0.75, 0.5)
+
+
 def test_heun_corrector():
     """The paper's rule looks at the evaluation, the released one at the step it belongs to."""
     outside_to_inside, inside_to_outside = (0.5, 0.25), (0.75, 0.5)  # (t of the corrector, start of its step)
@@ -103,6 +128,12 @@ def test_heun_corrector():
         (heun, {"guidance_low": 0.25, "guidance_high": 0.75}, 29),  # predictors and correctors at 0.3 to 0.7
         (heun, {"guidance_low": 0.25, "guidance_high": 0.75, "guidance_rule": "released"}, 29),
         (adams, {"guidance_low": 0.25, "guidance_high": 0.75}, 15),
+        (flow_dpm, {"guidance_low": 0.25, "guidance_high": 0.75}, 15),
+        (
+            flow_dpm,
+            {"guidance_low": 0.1, "guidance_high": 0.9, "guidance_rule": "pixeldit"},
+            17,
+        ),  # 0.2 to 0.8
     ],
 )
 def test_network_evaluations(solver, options, nfe):
@@ -122,7 +153,7 @@ def test_a_sampling_run_never_waits_for_the_device():
     """Tensors on meta have no values: reading one from the host would raise."""
     labels = {"label": torch.empty(3, dtype=torch.int64, device="meta")}
     noise = torch.empty(3, 2, 4, 4, device="meta")
-    for solver in (euler, heun, adams):
+    for solver in (euler, heun, adams, flow_dpm):
         v = GuidedVelocity(lambda x, t, y: x * t.view(-1, 1, 1, 1), labels, labels, SampleConfig())
         assert solver(v, noise, timesteps(4)).shape == noise.shape
 

@@ -66,7 +66,7 @@ def test_settings_come_from_the_run_unless_given(run_dir):
     assert pipeline.settings.sampler == "heun"
     default = pipeline.sample([0, 1])
     assert pipeline.nfe == 2 * (2 * pipeline.settings.steps - 1)
-    for sampler, nfe in {"euler": 6, "heun": 11, "heun-reuse": 6, "adams": 6}.items():
+    for sampler, nfe in {"euler": 6, "heun": 11, "heun-reuse": 6, "adams": 6, "flow_dpm": 6}.items():
         images = pipeline.sample([0, 1], sampler=sampler, steps=6, guidance=1.0)
         assert pipeline.nfe == nfe
         assert not torch.equal(images, default)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixelgen.errors import UserError
-from pixelgen.sampling.samplers import SAMPLERS, adams, adams_weights, euler, heun, timesteps
+from pixelgen.sampling.samplers import SAMPLERS, adams, adams_weights, euler, flow_dpm, heun, timesteps
 
 
 def growing(x: Tensor, t: float, step_t: float) -> Tensor:
@@ -43,6 +43,33 @@ def error_of(solver, velocity, exact: float, num_steps: int, timeshift: float) -
 def test_order_of_convergence(solver, velocity, exact, order, timeshift):
     coarse, fine = (error_of(solver, velocity, exact, n, timeshift) for n in (320, 640))
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(("lengths", "order"), [((1.0, 1.0), 2), ((1.0, 2.0), 1)])
+def test_flow_dpm_has_the_weights_of_equal_steps(lengths, order):
+    """Of second order on an even grid, and of first where long and short steps take turns."""
+
+    def error(num_steps: int) -> float:
+        ends = torch.tensor(lengths, dtype=torch.float64).repeat(num_steps // 2).cumsum(0)
+        times = [0.0, *(ends / ends[-1]).tolist()]
+        return abs(flow_dpm(growing, torch.ones(1, dtype=torch.float64), times).item() - exact)
+
+    exact = math.exp(math.sin(3) / 3)
+    assert math.log2(error(640) / error(1280)) == pytest.approx(order, abs=0.25)
+
+
+def test_flow_dpm_weighs_the_velocity_that_was_used():
+    """Hand-computed steps of unequal length: the velocity of the step before counts as it was."""
+    velocities, times = iter([1.0, 10.0, -4.0]), [0.0, 0.5, 0.6, 1.0]
+    states = []
+    flow_dpm(
+        lambda x, t, step_t: torch.full_like(x, next(velocities)),
+        torch.zeros(1, dtype=torch.float64),
+        times,
+        callback=lambda i, t_next, x, v: states.append((v.item(), x.item())),
+    )
+    by_hand = [(1.0, 0.5), (14.5, 0.5 + 0.1 * 14.5), (-11.0, 0.5 + 0.1 * 14.5 + 0.4 * -11.0)]
+    assert states == [pytest.approx(step) for step in by_hand]
 
 
 def test_straight_paths_are_solved_exactly():

@@ -28,7 +28,11 @@ class GuidedVelocity:
       that a grid time is on the border where it is meant to be;
     - rule ``"released"``: low < step_t <= high (``< high`` for its Adams) compared in fp32, step_t being the
       time at which the solver step began. So Heun's corrector follows its predictor, and with low = 0 the
-      first step is never guided.
+      first step is never guided;
+    - rule ``"pixeldit"``, PixelDiT's: low < t < high, both ends excluded and compared in fp32, t being the
+      time of the evaluation itself, so that Heun's corrector is decided on by itself. With low = 0 the first
+      step is never guided. A grid time that is meant to be on a border is on it, or next to it, by its
+      rounding to fp32: of 100 even steps between 0.1 and 0.9, 11 to 89 are guided.
 
     Attributes:
         nfe: network evaluations per image so far: 1 for a plain batch, 2 for a doubled one.
@@ -66,6 +70,8 @@ class GuidedVelocity:
             return False
         if self.settings.guidance_rule == "paper":
             return self.low - BORDER_MARGIN <= t <= self.high + BORDER_MARGIN
+        if self.settings.guidance_rule == "pixeldit":
+            return self.low < round_to_float32(t) < self.high
         start = round_to_float32(step_t)
         return self.low < start < self.high or (start == self.high and self.settings.sampler != "adams")
 

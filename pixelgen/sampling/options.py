@@ -14,23 +14,26 @@ class SampleConfig(Section):
     """How images are drawn: the grids of the run, and the defaults of pixelgen.sample.
 
     Args:
-        sampler: euler, heun (two evaluations a step), heun-reuse (one), or adams (second order, one).
+        sampler: euler, heun (two evaluations a step), heun-reuse (one), adams (second order, one), or flow_dpm,
+            which is PixelDiT's (one; adams with the weights of equal steps).
         steps: solver steps.
         guidance: scale of classifier-free guidance; 1 for none.
         guidance_low: guidance acts from this t on.
         guidance_high: guidance acts up to this t.
-        guidance_rule: paper decides on the t of the evaluation; released on the t at which the step began.
+        guidance_rule: paper decides on the t of the evaluation, both ends included; released on the t at which
+            the step began, as PixelGen's code; pixeldit on the t of the evaluation, both ends excluded, as
+            PixelDiT's code.
         timeshift: t becomes t / (t + (1 - t) * timeshift); above 1 spends more steps near the noise.
     """
 
     SECTION = "sample."
 
-    sampler: Literal["euler", "heun", "heun-reuse", "adams"] = "heun"
+    sampler: Literal["euler", "heun", "heun-reuse", "adams", "flow_dpm"] = "heun"
     steps: int = 25
     guidance: float = 2.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    guidance_rule: Literal["paper", "released"] = "paper"
+    guidance_rule: Literal["paper", "released", "pixeldit"] = "paper"
     timeshift: float = 1.0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ the callback sees the trajectory.
 solver step began. The times differ in Heun's corrector only; the released guidance rule reads the second.
 
 ``callback(step_index, t_next, x, velocity)`` is called after every step with the state at ``t_next`` and the
-velocity that carried the step (Heun: the average, Adams: the weighted sum).
+velocity that carried the step (Heun: the average, Adams and flow_dpm: the weighted sum).
 """
 
 from __future__ import annotations
@@ -185,11 +185,45 @@ def adams(
     return x
 
 
+@torch.no_grad()
+def flow_dpm(
+    velocity: Velocity, noise: Tensor, timesteps: Sequence[float], *, callback: Callback | None = None
+) -> Tensor:
+    """PixelDiT's sampler (arXiv 2511.20645): two-step Adams-Bashforth with constant weights.
+
+        x_{i+1} = x_i + h_i * (3/2 * v_i - 1/2 * v_{i-1});  the first step is Euler's
+
+    One evaluation per step. It is named as the public code names it, with three peculiarities that published
+    samples depend on:
+
+    - despite the name it is no DPM solver: it knows neither noise levels nor their logarithms;
+    - the weights are 3/2 and -1/2 whatever the lengths of the steps. They fit equal ones; where the lengths
+      change, as with a timeshift or a last step of its own, a step has an error of h_i (h_i - h_{i-1}) / 2
+      times dv/dt, which ``adams`` has not;
+    - v_{i-1} is the velocity that was used, guidance included, also where a guidance interval begins or ends
+      between the two steps.
+
+    Args:
+        velocity, noise, timesteps, callback: as in ``euler``, which also says what is returned and raised.
+    """
+    _check_arguments(noise, timesteps)
+    x, previous = noise, None
+    for i, (t, t_next) in enumerate(pairwise(timesteps)):
+        current = velocity(x, t, t)
+        v = current if previous is None else torch.sub(1.5 * current, previous, alpha=0.5)
+        previous = current
+        x = torch.add(x, v, alpha=t_next - t)
+        if callback is not None:
+            callback(i, t_next, x, v)
+    return x
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "euler": euler,
     "heun": heun,
     "heun-reuse": partial(heun, exact=False),
     "adams": adams,
+    "flow_dpm": flow_dpm,
 }
 
 # Nodes of the two-point Gauss rule on [0, 1]; both weights are 1/2.
