@@ -270,6 +270,11 @@ class Objective(nn.Module):
             if "features" in term.needs:
                 if features is None:
                     raise ValueError(f"Objective: features must be given for {term.name}, got None")
+                if features.ndim != 3 or features.shape[:2] != clean.shape[:2]:
+                    raise ValueError(
+                        f"Objective: features must have one row per patch, (B, T, C) with (B, T) = "
+                        f"{tuple(clean.shape[:2])}, got {tuple(features.shape)}"
+                    )
                 inputs["features"] = rows.rows(features)
             own_t = times.t if rows is batch.every else batch.t
             sides = SelectedFeatures(predicted, rows), SelectedFeatures(target, rows)
