@@ -321,11 +321,12 @@ def _derived(
             return (None,) * len(needs)
         if wants:
             values = (*values, *[needs[i] for i in wants])
+        saved = ctx.saved_tensors  # with autograd: a checkpoint may run its forward pass again for them
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            made = bwd.op(*given, *ctx.saved_tensors, *values)
+            made = bwd.op(*given, *saved, *values)
         else:
             with below_autograd():
-                made = bwd.call(*given, *ctx.saved_tensors, *values)
+                made = bwd.call(*given, *saved, *values)
         made = (made, None) if is_single else (*made, None)
         # an input that needs none may be None, and its gradient an empty tensor
         return tuple([made[slot] if need else None for slot, need in zip(slots, needs, strict=True)])
