@@ -35,6 +35,24 @@ inline int workers_for(int64_t items, const Place& place) {
   return int(min_of(items, place.num_threads));
 }
 
+// Where the gradient of a modulation goes. In the place of the modulation the kinds that an op does
+// not read belong to another op, which has written them or still reads them; else they are zeros.
+struct GradModulation {
+  const Dense& to;
+  int64_t kinds, d;
+  bool is_in_place;
+
+  template <typename Real>
+  PIXELGEN_MEMBER void store(int64_t pixel, int64_t kind, const Real* values) const {
+    store_row(values, to, (pixel * kinds + kind) * d, d);
+  }
+  template <int kCount, typename Real>
+  PIXELGEN_MEMBER void store_zeros(int64_t pixel, int64_t first, Real) const {
+    alignas(64) static constexpr Real zeros[kCount * kMaxPixelWidth] = {};
+    if (!is_in_place) store_row(zeros, to, (pixel * kinds + first) * d, kCount * d);
+  }
+};
+
 // 1 / sqrt(mean(x^2) + eps)
 template <typename Real>
 inline Real rms_rstd(const Real* x, int64_t d, double eps) {

@@ -122,8 +122,6 @@ struct Pixel {
   alignas(64) Real norm[kMaxPixelWidth], norm_offset[kMaxPixelWidth];
   alignas(64) Real mlp[kMaxPixelWidth], mlp_offset[kMaxPixelWidth];
 
-  static constexpr int64_t kKinds = kPost ? 4 : 6;
-
   void load(const PixelMlp& p, int64_t pixel, int64_t d) {
     const auto load_kind = [&](int64_t kind, Real* out) {
       load_row(p.modulation, at(p.modulation, pixel) + kind * d, Real(0), out, d);
@@ -239,6 +237,8 @@ template <int kD, bool kPost, typename Real>
 void backward_tile(const PixelMlpBwd& g, const Weights<Real>& w, BackwardTile<Real>& tile,
                    const Sums<Real>& sums, int64_t begin, int64_t n) {
   const int64_t d = kD > 0 ? kD : width(g), F = hidden_width(g);
+  const GradModulation grad_modulation{g.grad_modulation, kPost ? 4 : 6, d,
+                                       g.grad_modulation.data == g.modulation.data};
   Pixel<kD, kPost, Real> pixel;
   for (int64_t i = 0; i < n; ++i) {
     pixel.load(g, begin + i, d);
@@ -305,14 +305,17 @@ void backward_tile(const PixelMlpBwd& g, const Weights<Real>& w, BackwardTile<Re
     }
     store_row(grad_r, g.grad_x, (begin + i) * d, d);
     store_row(pixel.y, g.grad_y, (begin + i) * d, d);
-    const auto store_kind = [&](int64_t kind, const Real* values) {
-      store_row(values, g.grad_modulation, ((begin + i) * pixel.kKinds + kind) * d, d);
-    };
     if constexpr (kPost) {
-      store_kind(0, grad_attn), store_kind(1, grad_r), store_kind(2, grad_mlp), store_kind(3, grad);
+      grad_modulation.store(begin + i, 0, grad_attn);
+      grad_modulation.store(begin + i, 1, grad_r);
+      grad_modulation.store(begin + i, 2, grad_mlp);
+      grad_modulation.store(begin + i, 3, grad);
     } else {
-      store_kind(2, grad_attn), store_kind(3, grad_u), store_kind(4, grad_scale);
-      store_kind(5, grad_mlp);
+      grad_modulation.template store_zeros<2>(begin + i, 0, Real(0));
+      grad_modulation.store(begin + i, 2, grad_attn);
+      grad_modulation.store(begin + i, 3, grad_u);
+      grad_modulation.store(begin + i, 4, grad_scale);
+      grad_modulation.store(begin + i, 5, grad_mlp);
     }
   }
   add_rows(read_only(tile.u), n, sums.norm.data);

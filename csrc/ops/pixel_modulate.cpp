@@ -58,6 +58,8 @@ template <int kD, typename Real>
 void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& place) {
   const int64_t d = kD > 0 ? kD : g.x.size[2], pixels = num_pixels(g.x);
   const int64_t chunks = ceil_div(pixels, kPixelsPerChunk);
+  const GradModulation grad_modulation{g.grad_modulation, kKinds, d,
+                                       g.grad_modulation.data == g.modulation.data};
   share(chunks, workers_for(chunks, place), [&](int, int64_t first, int64_t last) {
     alignas(64) Real weight[kMaxPixelWidth], n[kMaxPixelWidth], scale[kMaxPixelWidth],
         grad[kMaxPixelWidth], h[kMaxPixelWidth], sums[kMaxPixelWidth];
@@ -83,8 +85,9 @@ void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& pla
 #pragma omp simd
         for (int64_t c = 0; c < d; ++c) n[c] = math::norm_grad_x(h[c], n[c], rstd, Real(0), mean);
         store_row(n, g.grad_x, pixel * d, d);
-        store_row(grad, g.grad_modulation, pixel * kKinds * d, d);
-        store_row(scale, g.grad_modulation, (pixel * kKinds + 1) * d, d);
+        grad_modulation.store(pixel, 0, grad);
+        grad_modulation.store(pixel, 1, scale);
+        grad_modulation.store_zeros<4>(pixel, 2, Real(0));
       }
       store_row(sums, partials + chunk * d, d);
     }

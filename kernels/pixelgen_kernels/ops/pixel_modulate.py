@@ -69,9 +69,15 @@ def _empty(x, modulation, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def packed_gradient(modulation: Tensor) -> Tensor:
+    """For the gradient of six kinds: Triton writes those that it reads, C++ zeros for the others too."""
+    if modulation.is_cuda:
+        return torch.zeros_like(modulation, memory_format=torch.contiguous_format)
+    return dense(modulation)
+
+
 def _empty_gradients(grad_normed, x, modulation, weight, eps):
-    # the kernel writes the kinds that it reads
-    return dense(x), torch.zeros_like(modulation, memory_format=torch.contiguous_format), dense(weight)
+    return dense(x), packed_gradient(modulation), dense(weight)
 
 
 _pixel_modulate: Any = register(
