@@ -100,23 +100,6 @@ def velocity_from_x_pred(x_pred: Tensor, x_t: Tensor, t: float | Tensor, t_eps: 
     return difference / remaining
 
 
-def x_from_velocity(velocity: Tensor, x_t: Tensor, t: float | Tensor) -> Tensor:
-    """x_pred = x_t + (1 - t) velocity, the clean image that a predicted x - noise leads to.
-
-    Args:
-        velocity: (B, ...).
-        x_t: (B, ...) noisy image at t.
-        t: one number for all samples or (B,) values.
-
-    Returns:
-        (B, ...) in the dtype of ``x_t``.
-
-    Raises:
-        ValueError: t has another shape.
-    """
-    return x_t + (1.0 - _per_sample("x_from_velocity", t, x_t)) * velocity
-
-
 def round_to_float32(value: float) -> float:
     """The fp32 number nearest to ``value``, as a Python float."""
     return struct.unpack("f", struct.pack("f", value))[0]

@@ -77,6 +77,7 @@ SINGLE = [
     ("ema.decay", "[0.9]", (0.9,)),
     ("loss.alignment_schedule", "[]", ()),
     ("loss.alignment_schedule", "[[100000, 0.1], [200000, 0]]", ((100000, 0.1), (200000, 0.0))),
+    ("optimizer.lr_changes", "[]", ()),
     ("loss.balance", "off", "off"),
     ("loss.balance", "global", "global"),
     ("sample.sampler", "heun-reuse", "heun-reuse"),

@@ -2,10 +2,12 @@
 
 import pickle
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 import toy_family
+from pixelgen_kernels import philox_normal, philox_uniform, select
 from processes import train
 from training import (
     FLOW_ONLY,
@@ -22,14 +24,14 @@ from training import (
 from pixelgen import Pipeline
 from pixelgen.conditions import dropped, joined, part_of
 from pixelgen.config import config_from_yaml, config_to_yaml, load_config
-from pixelgen.flow import interpolate, x_from_velocity
-from pixelgen.losses.times import Times
+from pixelgen.flow import interpolate
 from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import Family, build_denoiser, register
 from pixelgen.models.jit import JiT
 from pixelgen.models.sizes import SIZES
 from pixelgen.planning.plan import plan_report
 from pixelgen.train import main
+from pixelgen.training.step import LABEL_DROP_STREAM
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 TOY = ("--model.family", "toy", "--model.size", "toy/2")
@@ -170,22 +172,33 @@ def test_it_is_planned():
 # --- velocity
 
 
-def test_a_velocity_leads_to_the_clean_image():
-    x, noise, t = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0.0, 0.4, 1.0])
-    torch.testing.assert_close(x_from_velocity(x - noise, interpolate(x, noise, t), t), x)
-
-
-def test_flow_matching_of_a_velocity_is_its_own_mean_square(tmp_path, monkeypatch):
-    trainer = start_trainer(options(tmp_path, "run", 1, *FLOW_ONLY, *TOY, "--time.mean", "3"))
-    t = trainer.draw_time(0)
-    assert t.max() > 0.99  # beyond the floor of a model that predicts x
-    x, noise = torch.randn(16, 16, 4), torch.randn(16, 16, 4)
-    velocity, x_t = torch.randn(16, 16, 4), interpolate(x, noise, t)
-    images = torch.zeros(16, 1, 8, 8)
-    found = trainer.objective(x_from_velocity(velocity, x_t, t), x, images, Times.of(t)).terms
-    torch.testing.assert_close(
-        found["flow_matching"], (velocity - (x - noise)).square().mean(), rtol=1e-4, atol=0
+@pytest.mark.parametrize("kernels", ["auto", "eager"])
+def test_a_velocity_is_judged_as_it_is(tmp_path, kernels):
+    more = ("--time.mean", "3", "--time.noise_scale", "1.5", "--kernels", kernels)
+    trainer = start_trainer(options(tmp_path, "run", 1, *FLOW_ONLY, *TOY, *more))
+    config, model = trainer.config, trainer.model
+    images, labels = trainer.dataset.batch(range(16))
+    t, index = trainer.draw_time(0), torch.arange(16)
+    assert t.max() > 0.99  # where 1 - t would lose digits
+    drop = (
+        philox_uniform(config.seed, 0, index, 1, stream=LABEL_DROP_STREAM)[:, 0] < config.optimizer.label_drop
     )
+    condition = dropped({"label": labels}, model.null({"label": labels}), drop)
+    noise = 1.5 * philox_normal(config.seed, 0, index, 64).double().view(16, 1, 8, 8)
+    x = images.double() / 127.5 - 1
+    x_t = interpolate(x, noise, t.double())
+    exact = deepcopy(model).double()
+    exact.ops = select("eager")
+    cut = {"patch_size": 2, "channel_order": "last"}
+    velocity, _ = exact.forward_tokens(exact.ops.patchify(x_t, **cut), (4, 4), t.double(), condition)
+    loss = (velocity - exact.ops.patchify(x - noise, **cut)).square().mean()
+    loss.backward()
+    found = trainer._forward(images, {"label": labels}, range(16), t, update_balance=True)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss.double(), loss, rtol=1e-6, atol=0)
+    assert torch.equal(found.terms["flow_matching"], found.loss)
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-6 * q.grad.abs().max(), name
 
 
 class Exact(Denoiser):

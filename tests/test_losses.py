@@ -273,7 +273,7 @@ def test_a_network_that_a_term_needs_must_be_given(missing):
         (lambda b: b.pop("features"), r"Objective: features must be given"),
         (
             lambda b: b.update(features=b["features"][:, 1:]),
-            r"Alignment: features must have one row per token .*\(4, 3, 6\)",
+            r"Objective: features must have one row per patch, .*\(4, 4\), got \(4, 3, 6\)",
         ),
     ],
 )

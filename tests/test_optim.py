@@ -8,7 +8,7 @@ from training import FLOW_ONLY, QUICK, curve, fails_with, options, refused, star
 from pixelgen.config import load_config
 from pixelgen.planning.plan import plan_report
 from pixelgen.train import main
-from pixelgen.training.optim import OPTIMIZERS
+from pixelgen.training.optim import OPTIMIZERS, learning_rate
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 MUON = ("--optimizer.name", "muon")
@@ -64,6 +64,39 @@ def test_muon_on_two_processes_is_that_of_one(tmp_path, mode):
     ours, theirs = (curve(tmp_path / name) for name in ("two", "one"))
     for line, other in zip(ours, theirs, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4), line["step"]
+
+
+def test_the_learning_rate_changes_at_given_steps():
+    changes = ("--optimizer.lr_changes", "[[6, 0.25], [9, 0.5]]")
+    more = ("--optimizer.schedule", "constant", "--optimizer.lr", "1", "--optimizer.warmup_steps", "4")
+    config, _ = load_config([*more, *changes])
+    rates = [learning_rate(config, step) for step in range(11)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.25, 0.25, 0.25, 0.5, 0.5]
+    early, _ = load_config([*more, "--optimizer.lr_changes", "[[2, 0.1]]"])  # warm-up is of the first rate
+    assert [learning_rate(early, step) for step in range(4)] == [0.25, 0.5, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule", "said"),
+    [
+        ("[[6, 0.1]]", "cosine", "must be empty with optimizer.schedule cosine, got ((6, 0.1),)"),
+        ("[[6, 0.1], [6, 0.2]]", "constant", "must have rising steps and rates above 0"),
+        ("[[6, 0.1], [4, 0.2]]", "constant", "must have rising steps and rates above 0"),
+        ("[[6, 0]]", "constant", "must have rising steps and rates above 0"),
+        ("[[-1, 0.1]]", "constant", "must have rising steps and rates above 0"),
+    ],
+)
+def test_changes_of_the_learning_rate_that_are_refused(capsys, changes, schedule, said):
+    error = fails_with(capsys, ["--optimizer.schedule", schedule, "--optimizer.lr_changes", changes])
+    assert f"optimizer.lr_changes {said}" in error
+
+
+def test_changes_of_the_learning_rate_may_come_at_a_resume(tmp_path):
+    more = ("--optimizer.schedule", "constant", "--train.log_every", "1", "--optimizer.warmup_steps", "0")
+    assert main(options(tmp_path, "run", 2, *FLOW_ONLY, *more, "--optimizer.lr", "1e-3")) == 0
+    changes = ("--optimizer.lr_changes", "[[3, 1e-4]]")
+    assert main(["--resume", str(tmp_path / "run"), "--train.max_steps", "5", *changes]) == 0
+    assert [line["lr"] for line in curve(tmp_path / "run")] == [1e-3, 1e-3, 1e-3, 1e-4, 1e-4]
 
 
 def test_what_is_refused(tmp_path, capsys):

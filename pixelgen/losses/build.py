@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pixelgen.models.denoiser import Denoiser
     from pixelgen.models.families import Architecture
 
-VELOCITY_T_EPS = 1e-4  # keeps 0 / 0 away
-
 
 def build_objective(
     loss: LossConfig,
@@ -74,9 +72,6 @@ def _objective(
     loss: LossConfig, model: Denoiser, networks: tuple[LPIPS | None, TokenEncoder | None], **options: Any
 ) -> Objective:
     lpips, encoder = networks
-    if model.prediction != "x":
-        # a predicted velocity needs no floor: what is divided by 1 - t was multiplied by it
-        options["t_eps"] = VELOCITY_T_EPS
     return Objective(
         loss,
         feature_width=model.config.width,
@@ -84,6 +79,7 @@ def _objective(
         encoder=encoder,
         lpips=lpips,
         channel_order=model.output_order,
+        prediction=model.prediction,
         balance_parameter=model.balance_weight,
         **options,
     )

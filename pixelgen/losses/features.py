@@ -127,6 +127,7 @@ class Seen(NamedTuple):
         predicted, target: features of the predicted and of the clean images.
         prediction, clean: for a term that needs ``"patches"``, both as (K, T, P*P*C), values in the order of
             the denoiser's output.
+        noise: noise patches beside them where the prediction is a velocity; None where it is x.
         features: for one that needs ``"features"``, (K, T, width) of the block ``Term.feature_layer``.
     """
 
@@ -135,4 +136,5 @@ class Seen(NamedTuple):
     target: SelectedFeatures
     prediction: Any = None
     clean: Any = None
+    noise: Any = None
     features: Any = None

@@ -94,7 +94,8 @@ class Objective(nn.Module):
             None when no term needs it.
         lpips: ``LPIPS``, or what has its ``encode`` and ``distance``. May be None when no term needs it.
         channel_order: order of the values of a patch: whether the channel comes first or last.
-        t_eps: floor of 1 - t.
+        prediction: what the denoiser predicts: ``"x"``, clean patches, or ``"velocity"``, x - noise.
+        t_eps: floor of 1 - t, for ``"x"``.
         micro_batches: calls of a step, for the balance.
         balance_parameter: gives the parameter by whose gradients the balance is found; needed for one.
         kernels: ``"auto"`` for the fused ops, ``"eager"`` for plain PyTorch.
@@ -112,6 +113,7 @@ class Objective(nn.Module):
         encoder: TokenEncoder | nn.Module | None = None,
         lpips: LPIPS | nn.Module | None = None,
         channel_order: Literal["first", "last"] = "last",
+        prediction: Literal["x", "velocity"] = "x",
         t_eps: float = 0.05,
         micro_batches: int = 1,
         balance_parameter: Callable[[], Tensor] | None = None,
@@ -125,6 +127,7 @@ class Objective(nn.Module):
         if balance_parameter is None and loss.balance != "off":
             raise ValueError("Objective: balance_parameter must be given with a balance, got None")
         self.loss, self.patch_size, self.channel_order = loss, patch_size, channel_order
+        self.prediction = prediction
         self.ops = select(kernels)
         width: Any = getattr(encoder, "width", None)
         frame = Frame(feature_width, None if width is None else int(width), t_eps, lpips, self.ops)
@@ -182,6 +185,7 @@ class Objective(nn.Module):
         times: Times,
         features: Tensor | None = None,
         *,
+        noise: Tensor | None = None,
         step: int = 0,
         update_balance: bool = True,
     ) -> Outcome:
@@ -191,19 +195,21 @@ class Objective(nn.Module):
         No host sync.
 
         Args:
-            prediction: (B, T, P*P*C) predicted patches in raster order, values in ``channel_order``, in
-                [-1, 1], not clamped.
+            prediction: (B, T, P*P*C) the denoiser's output in raster order, values in ``channel_order``:
+                clean patches in [-1, 1], not clamped, or their velocity.
             clean: the clean patches in the same layout.
             images: (B, C, H, W) the clean images, uint8, or floating in [-1, 1].
             times: of the batch, with B local samples.
             features: (B, T, width) of the denoiser's block ``feature_layer(step)``.
+            noise: fp32 noise patches, times the noise scale, in the layout of ``clean``; used for a velocity
+                alone.
             step: training step; it matters for the schedules.
             update_balance: update the balance weight where it is due, before it is used.
 
         Raises:
-            ValueError: shapes that do not fit, or features that are missing.
+            ValueError: shapes that do not fit, or features or noise that are missing.
         """
-        seen = self.look(prediction, clean, images, times, features, step=step)
+        seen = self.look(prediction, clean, images, times, features, noise=noise, step=step)
         return self.evaluate(seen, update_balance=update_balance)
 
     def look(
@@ -214,6 +220,7 @@ class Objective(nn.Module):
         times: Times,
         features: Tensor | None = None,
         *,
+        noise: Tensor | None = None,
         step: int = 0,
     ) -> Look:
         """What the terms of a step see; arguments as of ``forward``."""
@@ -225,10 +232,21 @@ class Objective(nn.Module):
             )
         if times.t.shape != (count,):
             raise ValueError(f"Objective: times must have {count} local samples, got {len(times.t)}")
+        if self.prediction != "velocity":
+            noise = None
+        elif noise is None or noise.shape != clean.shape:
+            raise ValueError(
+                f"Objective: noise must be given for a velocity, in the shape of clean {tuple(clean.shape)}, "
+                f"got {None if noise is None else tuple(noise.shape)}"
+            )
         height, width = images.shape[-2:]
 
         def predicted_images(rows: Selection) -> Tensor:
             patches = _at_least_float32(rows.rows(prediction))
+            if noise is not None:
+                # x_t + (1 - t) velocity, in which x_t is not rounded to the dtype of the denoiser's input
+                t = rows.rows(times.t)[:, None, None]
+                patches = t * rows.rows(clean) + (1 - t) * (rows.rows(noise) + patches)
             return self.ops.unpatchify(
                 patches, self.patch_size, (height, width), channel_order=self.channel_order
             )
@@ -247,9 +265,16 @@ class Objective(nn.Module):
             inputs: dict[str, Any] = {}
             if "patches" in term.needs:
                 inputs |= {"prediction": rows.rows(prediction), "clean": rows.rows(clean)}
+                if noise is not None:
+                    inputs["noise"] = rows.rows(noise)
             if "features" in term.needs:
                 if features is None:
                     raise ValueError(f"Objective: features must be given for {term.name}, got None")
+                if features.ndim != 3 or features.shape[:2] != clean.shape[:2]:
+                    raise ValueError(
+                        f"Objective: features must have one row per patch, (B, T, C) with (B, T) = "
+                        f"{tuple(clean.shape[:2])}, got {tuple(features.shape)}"
+                    )
                 inputs["features"] = rows.rows(features)
             own_t = times.t if rows is batch.every else batch.t
             sides = SelectedFeatures(predicted, rows), SelectedFeatures(target, rows)

@@ -82,24 +82,27 @@ class FakeObjective:
             for module in self._parts.modules():  # each once, though both networks may hold it
                 module.to_empty(device="cpu", recurse=False)
 
-    def inputs(self, t: tuple[float, ...]) -> tuple[Any, ...]:
-        """Arguments of ``Objective.forward`` for images at some times."""
+    def inputs(self, t: tuple[float, ...]) -> tuple[tuple[Any, ...], Tensor]:
+        """Arguments of ``Objective.forward`` for images at some times, and the noise."""
         model, dtype, batch = self._model, self._dtype or torch.float32, len(t)
         with torch.device("meta") if self._dtype is None else self._mode:
             patches = torch.empty(batch, model.num_tokens, model.patch_dim, dtype=dtype)
             images = torch.empty(batch, model.channels, *model.image_height_width, dtype=torch.uint8)
+            noise = torch.empty(batch, model.num_tokens, model.patch_dim)
             features = torch.empty(batch, model.num_tokens, model.width, dtype=dtype)
             on_device = torch.empty(batch)
         # The host's own times are real: by them it chooses the samples of a term.
         times = Times(torch.tensor(t), range(batch), on_device)
-        return patches.clone().requires_grad_(), patches, images, times, features.requires_grad_()
+        return (patches.clone().requires_grad_(), patches, images, times, features.requires_grad_()), noise
 
     def bytes_kept(self, *t: float) -> int:
         """What a forward pass for images at some times keeps for its backward pass."""
-        inputs = self.inputs(t)
-        known = [*self._parts.parameters(), *self._parts.buffers(), *inputs[:3], inputs[4]]
+        inputs, noise = self.inputs(t)
+        known = [*self._parts.parameters(), *self._parts.buffers(), *inputs[:3], inputs[4], noise]
         assert self._dtype is not None
-        return _bytes_kept(known, self._dtype, lambda: self.objective(*inputs, update_balance=False))
+        return _bytes_kept(
+            known, self._dtype, lambda: self.objective(*inputs, noise=noise, update_balance=False)
+        )
 
 
 def _bytes_kept(known: Iterable[Tensor], dtype: torch.dtype, forward: Callable[[], object]) -> int:
@@ -176,7 +179,8 @@ def objective_flops(
         Those of networks that terms train, and those of frozen ones.
     """
     fake = FakeObjective(loss, model)
-    look = fake.objective.look(*fake.inputs(t), step=step)
+    inputs, noise = fake.inputs(t)
+    look = fake.objective.look(*inputs, noise=noise, step=step)
     with FlopCounter() as forward:
         outputs = [value for name, seen in look.seen.items() for value in _frozen_features(TERMS[name], seen)]
     outputs = [output for output in outputs if output.requires_grad]

@@ -69,8 +69,14 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Groups, set[int]], list[torch.o
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step ``step``, from 0: linear warm-up, then constant, or cosine down to zero."""
+    """The learning rate of step ``step``, from 0: linear warm-up, then constant, or cosine down to zero.
+
+    From the first of ``optimizer.lr_changes`` on, the rate of the last change.
+    """
     optimizer = config.optimizer
+    changed = [rate for first, rate in optimizer.lr_changes if first <= step]
+    if changed:
+        return changed[-1]
     warm = min(1.0, (step + 1) / optimizer.warmup_steps) if optimizer.warmup_steps else 1.0
     if optimizer.schedule == "cosine":
         remaining = max(1, config.train.max_steps - optimizer.warmup_steps)

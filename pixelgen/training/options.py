@@ -47,6 +47,8 @@ class OptimizerConfig(Section):
         name: adamw; or muon for the matrices of the blocks, with AdamW for all else, and steps as large as
             AdamW's, so that lr means the same.
         lr: highest learning rate.
+        lr_changes: changes of the learning rate, as pairs of a step and the rate from it on; for example
+            [[800000, 1e-5]]. Warm-up concerns lr alone; not with schedule cosine.
         betas: decay of AdamW's two averages.
         weight_decay: decoupled weight decay; 0 for none.
         warmup_steps: steps over which the learning rate rises linearly from 0.
@@ -60,6 +62,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = 2e-3
+    lr_changes: tuple[tuple[int, float], ...] = ()
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_steps: int = 100
@@ -71,6 +74,13 @@ class OptimizerConfig(Section):
     def __post_init__(self) -> None:
         self._require_choices()
         self._require("lr", self.lr > 0, "be above 0")
+        steps = [step for step, _ in self.lr_changes]
+        is_valid = steps == sorted(set(steps)) and all(
+            step >= 0 and rate > 0 for step, rate in self.lr_changes
+        )
+        self._require("lr_changes", is_valid, "have rising steps and rates above 0")
+        is_valid = not self.lr_changes or self.schedule == "constant"
+        self._require("lr_changes", is_valid, f"be empty with optimizer.schedule {self.schedule}")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "lie in [0, 1)")
         self._require("weight_decay", self.weight_decay >= 0, "be 0 or more")
         self._require("warmup_steps", self.warmup_steps >= 0, "be 0 or more")

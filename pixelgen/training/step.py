@@ -14,7 +14,7 @@ from pixelgen.config.resolve import Mode, check_batch, resolve_mode
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.data.order import Share
 from pixelgen.data.source import Source
-from pixelgen.flow import logit_normal_time, shift_time, x_from_velocity
+from pixelgen.flow import logit_normal_time, shift_time
 from pixelgen.losses.build import build_objective
 from pixelgen.losses.objective import Outcome
 from pixelgen.losses.times import Times
@@ -211,38 +211,36 @@ class Trainer:
             images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         times = Times.of(whole_t, range(first, first + len(part)), self.device)
         model = self.model
+        draw: dict[str, Any] = {"seed": config.seed, "step": step, "sample_index": index}
+        draw["noise_scale"] = config.time.noise_scale
         tokens, clean = model.ops.noise_patchify(
             images,
             times.t,
             model.config.patch_size,
-            seed=config.seed,
-            step=step,
-            sample_index=index,
-            noise_scale=config.time.noise_scale,
+            **draw,
             channel_order=model.input_order,
             return_clean=True,
             clean_channel_order=model.output_order,
             dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         )
+        noise = None
+        if model.prediction == "velocity":
+            # The same draw at t = 0 is the noise alone: exact, which x_t - t * x is not near t = 1.
+            noise = model.ops.noise_patchify(
+                images,
+                torch.zeros_like(times.t),
+                model.config.patch_size,
+                **draw,
+                channel_order=model.output_order,
+            )
         is_dropped = uniform(LABEL_DROP_STREAM) < config.optimizer.label_drop
         condition = dropped(condition, model.null(condition), is_dropped)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             tap = self.objective.feature_layer(step)
             output, features = model.forward_tokens(tokens, model.config.grid, times.t, condition, tap)
-            if model.prediction == "velocity":
-                output = self._clean_patches(output, tokens, times.t)
             return self.objective(
-                output, clean, images, times, features, step=step, update_balance=update_balance
+                output, clean, images, times, features, noise=noise, step=step, update_balance=update_balance
             )
-
-    def _clean_patches(self, velocity: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
-        """The x-prediction (B, T, P*P*channels) in the output order, from noisy tokens in the input order."""
-        model = self.model
-        if model.input_order != model.output_order:
-            P, side = model.config.patch_size, self.config.data.image_size
-            image = model.ops.unpatchify(tokens, P, (side, side), channel_order=model.input_order)
-            tokens = model.ops.patchify(image, P, channel_order=model.output_order)
-        return x_from_velocity(velocity.float(), tokens.float(), t)
 
     # --- what a run shows ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,47 @@ def projector(feature_width: int, hidden_width: int, token_width: int) -> nn.Seq
     )
 
 
+def resized_to(tokens: Tensor, count: int) -> Tensor:
+    """Tokens of a square grid on a smaller or larger square grid.
+
+    To fewer by adaptive average pooling, to more bilinearly, pixel centres at half positions. As many are
+    left as they are, whatever their grid.
+
+    Args:
+        tokens: (B, T, D) in raster order, floating.
+        count: tokens wanted.
+
+    Returns:
+        (B, count, D) in the dtype of ``tokens``.
+
+    Raises:
+        ValueError: the counts differ and are not both squares.
+    """
+    import torch.nn.functional as F
+
+    B, T, D = tokens.shape
+    if count == T:
+        return tokens
+    side, wanted = math.isqrt(T), math.isqrt(count)
+    if side * side != T or wanted * wanted != count or count == 0:
+        raise ValueError(
+            f"Alignment: features of the denoiser and tokens of the encoder must be on square grids where "
+            f"their numbers differ, got {T} and {count}"
+        )
+    image = tokens.transpose(1, 2).reshape(B, D, side, side)
+    if wanted < side:
+        image = F.adaptive_avg_pool2d(image, (wanted, wanted))
+    else:
+        image = F.interpolate(image, (wanted, wanted), mode="bilinear", align_corners=False)
+    return image.flatten(2).transpose(1, 2)
+
+
 @register
 class Alignment(Term):
-    """1 - cosine of projected features and tokens of the clean image (REPA, arXiv 2410.06940)."""
+    """1 - cosine of projected features and tokens of the clean image (REPA, arXiv 2410.06940).
+
+    Where the encoder has another number of tokens, the projected features are resized to its grid.
+    """
 
     name = "alignment"
     label = "alignment (REPA)"
@@ -109,15 +148,10 @@ class Alignment(Term):
         """The term of each sample, (K,) fp32.
 
         Raises:
-            ValueError: not one feature per token.
+            ValueError: a grid that cannot be resized to the encoder's.
         """
         features, target = seen.features, seen.target.tokens
         assert self.network is not None
-        if features.ndim != 3 or features.shape[:2] != target.shape[:2]:
-            raise ValueError(
-                f"Alignment: features must have one row per token of the encoder, (B, T, C) with (B, T) = "
-                f"{tuple(target.shape[:2])}, got {tuple(features.shape)}"
-            )
         # in the projector's dtype outside autocast too
         projected = self.network(features.to(next(self.network.parameters()).dtype))
-        return self.frame.ops.cosine_distance(projected, target)
+        return self.frame.ops.cosine_distance(resized_to(projected, target.shape[1]), target)

@@ -1,4 +1,4 @@
-"""The flow matching term: x-prediction, judged as a velocity."""
+"""The flow matching term: the squared error of a velocity, predicted as it is or as x."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class FlowMatchingOptions(TermOptions):
 
 @register
 class FlowMatching(Term):
-    """Squared error of the velocity: mean of (x_pred - x)^2 / max(1 - t, t_eps)^2.
+    """Squared error of the velocity: mean of (x_pred - x)^2 / max(1 - t, t_eps)^2 for x-prediction.
 
     Predicted and true velocity, (x_pred - x_t) / max(1 - t, t_eps) and (x - x_t) / max(1 - t, t_eps), share
-    their denominator, so x_t cancels (JiT, arXiv 2511.13720).
+    their denominator, so x_t cancels (JiT, arXiv 2511.13720). A model that predicts the velocity itself has
+    mean of (prediction - (x - noise))^2 (PixelDiT, arXiv 2511.20645).
     """
 
     name = "flow_matching"
@@ -36,4 +37,8 @@ class FlowMatching(Term):
 
     def forward(self, seen: Seen) -> Tensor:
         """The term of each sample, (K,) fp32."""
-        return self.frame.ops.flow_matching_loss(seen.prediction, seen.clean, seen.t, t_eps=self.frame.t_eps)
+        target, t = seen.clean, seen.t
+        if seen.noise is not None:
+            # nothing is divided: the denominator of t = 0 is 1
+            target, t = seen.clean - seen.noise, seen.t.new_zeros(seen.t.shape)
+        return self.frame.ops.flow_matching_loss(seen.prediction, target, t, t_eps=self.frame.t_eps)

@@ -1,0 +1,73 @@
+// What the ops of a pixel path share: d channels of a pixel, its packed modulation, gradients of
+// weights summed over pixels.
+#pragma once
+
+#include "rows.h"
+
+namespace pixelgen::cpu::PIXELGEN_ISA {
+namespace {
+
+constexpr int64_t kMaxPixelWidth = 64;
+
+// Gradients of weights go through one partial sum per chunk of pixels and a second pass, so their
+// bits depend on this number alone and not on how many threads run.
+constexpr int64_t kPixelsPerChunk = 2048;
+
+inline int64_t num_pixels(const View<3>& rows) { return rows.size[0] * rows.size[1]; }
+
+// Where a pixel begins in (R, Q, ...). Without a division where the pixels are evenly spaced.
+inline int64_t at(const View<3>& rows, int64_t pixel) {
+  const int64_t inner = rows.size[1];
+  if (rows.stride[0] == inner * rows.stride[1]) return pixel * rows.stride[1];
+  return rows.offset(pixel / inner, pixel % inner);
+}
+
+// Calls fn(worker, first, last) with a share of `items` for each of `workers` threads.
+template <typename Fn>
+inline void share(int64_t items, int workers, Fn fn) {
+#pragma omp parallel for schedule(static) num_threads(workers)
+  for (int worker = 0; worker < workers; ++worker)
+    fn(worker, items * worker / workers, items * (worker + 1) / workers);
+}
+
+// Threads that have something to do.
+inline int workers_for(int64_t items, const Place& place) {
+  return int(min_of(items, place.num_threads));
+}
+
+// 1 / sqrt(mean(x^2) + eps)
+template <typename Real>
+inline Real rms_rstd(const Real* x, int64_t d, double eps) {
+  Real squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t c = 0; c < d; ++c) squares += x[c] * x[c];
+  return Real(1) / Real(__builtin_sqrt(squares / Real(d) + Real(eps)));
+}
+
+template <typename Real, typename Term>
+inline Real sum_channels(int64_t d, Term term) {
+  Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < d; ++c) sum += term(c);
+  return sum;
+}
+
+// What is known at compile time of the width d; 0: nothing.
+template <int kD>
+struct PixelWidth {
+  static constexpr int value = kD;
+};
+
+// Calls fn(Real{}, PixelWidth<kD>{}).
+template <typename Fn>
+inline void with_width(DType of_x, int64_t d, Fn fn) {
+  const auto widths = [&](auto real) {
+    d == 8    ? fn(real, PixelWidth<8>{})
+    : d == 16 ? fn(real, PixelWidth<16>{})
+              : fn(real, PixelWidth<0>{});
+  };
+  of_x == DType::kFloat64 ? widths(double{}) : widths(float{});
+}
+
+}  // namespace
+}  // namespace pixelgen::cpu::PIXELGEN_ISA
