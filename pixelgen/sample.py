@@ -20,8 +20,8 @@ class SampleOptions:
     labels: the form the ADM evaluator reads).
 
     Args:
-        model: a run (runs/NAME), one of its checkpoints, or a .ckpt of the public PixelGen code.
-        size: architecture of a .ckpt file, such as PixelGen-XL/16; runs know their own.
+        model: a run (runs/NAME), one of its checkpoints, or a .ckpt of the public PixelGen or PixelDiT code.
+        size: architecture of a .ckpt file, such as PixelGen-XL/16 or PixelDiT-XL/16; runs know their own.
         labels: class indices separated by commas, or "all".
         samples_per_label: images per label.
         guidance: scale of classifier-free guidance, 1 for none; null takes the run's setting.

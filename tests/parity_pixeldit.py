@@ -26,7 +26,6 @@ from pixelgen.conditions import Condition
 from pixelgen.config import LossConfig
 from pixelgen.flow import interpolate, logit_normal_time, shift_time
 from pixelgen.losses.objective import Objective
-from pixelgen.losses.terms.alignment import projector as make_projector
 from pixelgen.losses.times import Times
 from pixelgen.models.pixeldit import PixelDiT
 from pixelgen.models.pixeldit_sizes import PixelDiTConfig
@@ -213,12 +212,14 @@ def test_pixeldit_sampler(vectors: Vectors, name: str):
 TERMS = {"loss": "loss", "fm_loss": "flow_matching", "cos_loss": "alignment"}
 
 
-def build_objective(vectors: Vectors, case: dict, model: PixelDiT, kernels: Kernels) -> Objective:
-    """The objective of a case with the projector of the file."""
+def build_objective(
+    vectors: Vectors, case: dict, model: PixelDiT, kernels: Kernels, alignment_weight: float
+) -> Objective:
+    """The objective of a case, with a projector whose weights are still to be loaded."""
     arguments, dims = case["constructor"], vectors.sidecar["proj_dims"]
     assert dims["proj_denoiser_dim"] == model.config.width
     loss = LossConfig(
-        alignment_weight=arguments["feat_loss_weight"],
+        alignment_weight=alignment_weight,
         alignment_layer=arguments["align_layer"],
         projector_width=dims["proj_hidden_dim"],
         lpips_weight=0.0,
@@ -257,11 +258,10 @@ def test_pixeldit_objective(vectors: Vectors, name: str, kernels: Kernels):
 
     model = PixelDiT(pixeldit_config(sidecar["net"]["config"], height, width), kernels)
     load_strictly(model, vectors.state(sidecar["net"]["state_file"]), sidecar["net"]["state_file"])
-    objective = build_objective(vectors, case, model, kernels)
-    dims = sidecar["proj_dims"]
-    projector = nn.ModuleList(  # gives the reference's names, 0.0.weight and so on
-        [*objective.trained_with_the_denoiser().values()] or [make_projector(*dims.values())]
-    )
+    weight = arguments["feat_loss_weight"]
+    # The reference reports an alignment of weight 0, which we leave out: then it has a weight here.
+    objective = build_objective(vectors, case, model, kernels, weight or 1.0)
+    projector = nn.ModuleList(objective.trained_with_the_denoiser().values())  # named 0.0.weight and so on
     prefix = "proj."
     projector.load_state_dict(
         {k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)}
@@ -285,12 +285,11 @@ def test_pixeldit_objective(vectors: Vectors, name: str, kernels: Kernels):
         features,
         noise=patches(noise, model.output_order),
     )
+    loss = loss if weight else terms["flow_matching"]
     loss.backward()
     values = {**terms, "loss": loss}
     for theirs, ours in TERMS.items():
-        # the reference reports a term of weight 0, which we leave out
-        if (key := f"{name}.{theirs}") in tensors and (ours != "alignment" or arguments["feat_loss_weight"]):
-            assert_matches(values[ours].view(1), tensors[key], TERM, key)
+        assert_matches(values[ours].view(1), tensors[f"{name}.{theirs}"], TERM, f"{name}.{theirs}")
         uncompared.discard(f"{name}.{theirs}")
     for module, part in ((model, "net"), (projector, "proj")):
         assert_gradients_match(vectors, f"{name}.{part}.", module)

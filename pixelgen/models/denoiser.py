@@ -100,6 +100,16 @@ class Denoiser(nn.Module, ABC):
         """The ``state_dict`` of this class from the published code's; unknown names stay as they are."""
         return dict(published)
 
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool] | None:
+        """What the names and shapes of a state dict tell of the model that it was taken from.
+
+        Returns:
+            Fields of the architecture that change the parameters and can be either true or false, with the
+            value that this state was made with; None where it is of no model of this class.
+        """
+        return None
+
     def tables(self) -> dict[str, Tensor]:
         """Buffers of ``state_dict`` that follow from the configuration, so that they are never loaded."""
         return {}

@@ -96,6 +96,11 @@ class Family:
         """Fields of the architecture that are options of a run."""
         return [field.name for field in fields(self.config) if field.name not in DATA_FIELDS]
 
+    def denoiser(self) -> type[Denoiser]:
+        """The class of the denoiser, imported when it is first asked for."""
+        module, _, name = self.module.partition(":")
+        return getattr(importlib.import_module(module), name)
+
     def architecture(self, size: str, **overrides: Any) -> Architecture:
         """The architecture of a published size with some fields replaced.
 
@@ -118,6 +123,19 @@ def register(family: Family) -> None:
         raise ValueError(f"family {family.name} is registered already")
 
 
+def architecture_of_size(size: str) -> Architecture:
+    """The architecture of a published size of any family.
+
+    Raises:
+        UserError: unknown size; the message lists the known ones.
+    """
+    for family in FAMILIES.values():
+        if size in family.sizes:
+            return family.sizes[size]
+    known = ", ".join(name for family in FAMILIES.values() for name in family.sizes)
+    raise UserError(f"model.size must be one of {known}, got {size!r}")
+
+
 def family_of(architecture: Architecture) -> Family:
     """The family that an architecture belongs to; a ValueError where it was not registered."""
     for family in FAMILIES.values():
@@ -128,5 +146,4 @@ def family_of(architecture: Architecture) -> Family:
 
 def build_denoiser(architecture: Architecture, kernels: Literal["auto", "eager"] = "auto") -> Denoiser:
     """A fresh denoiser; ``kernels`` are ``"auto"``, the fused ops, or ``"eager"``, plain PyTorch."""
-    module, _, name = family_of(architecture).module.partition(":")
-    return getattr(importlib.import_module(module), name)(architecture, kernels)
+    return family_of(architecture).denoiser()(architecture, kernels)

@@ -108,6 +108,11 @@ class JiT(Denoiser):
         """The label ``num_classes``."""
         return {"label": torch.full_like(condition["label"], self.config.num_classes)}
 
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool] | None:
+        """A JiT has no such options."""
+        return {} if "blocks.0.attn.qkv.weight" in state else None
+
     def fsdp_units(self) -> list[nn.Module]:
         """The blocks."""
         return list(self.blocks)

@@ -257,6 +257,20 @@ class PixelDiT(Denoiser):
         """The label ``num_classes``."""
         return {"label": torch.full_like(condition["label"], self.config.num_classes)}
 
+    @classmethod
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool] | None:
+        """``post_modulation``, from the number of modulations of a pixel: 4, or 6 without."""
+        if "patch_blocks.0.attn.qkv.weight" not in state:
+            return None
+        names = ("pixel_blocks.0.adaLN_modulation.0", "pixel_embedder.proj", "s_embedder.proj")
+        if any(f"{name}.weight" not in state for name in names):
+            return {}
+        modulation, of_pixel, of_patch = (state[f"{name}.weight"] for name in names)
+        kinds = len(modulation) // len(of_pixel)
+        if kinds not in (4, 6):  # not one for all pixels of a patch, but for each
+            kinds = kinds * of_pixel.shape[1] // of_patch.shape[1]
+        return {"post_modulation": kinds == 4}
+
     def adaln_modules(self) -> list[nn.Module]:
         """Those of the patch blocks; the pixel blocks' are larger products, of every patch."""
         return [cast("Block", block).adaLN_modulation for block in self.patch_blocks]

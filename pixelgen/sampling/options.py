@@ -14,15 +14,15 @@ class SampleConfig(Section):
     """How images are drawn: the grids of the run, and the defaults of pixelgen.sample.
 
     Args:
-        sampler: euler, heun (two evaluations a step), heun-reuse (one), adams (second order, one), or flow_dpm,
-            which is PixelDiT's (one; adams with the weights of equal steps).
+        sampler: euler, heun (two evaluations a step), heun-reuse (one), adams (second order, one), or
+            flow_dpm, which is PixelDiT's (one; adams with the weights of equal steps).
         steps: solver steps.
         guidance: scale of classifier-free guidance; 1 for none.
         guidance_low: guidance acts from this t on.
         guidance_high: guidance acts up to this t.
-        guidance_rule: paper decides on the t of the evaluation, both ends included; released on the t at which
-            the step began, as PixelGen's code; pixeldit on the t of the evaluation, both ends excluded, as
-            PixelDiT's code.
+        guidance_rule: paper decides on the t of the evaluation, both ends included; released, as PixelGen's
+            code, on the t at which the step began; pixeldit, as PixelDiT's code, on the t of the evaluation,
+            both ends excluded.
         timeshift: t becomes t / (t + (1 - t) * timeshift); above 1 spends more steps near the noise.
     """
 

@@ -16,9 +16,8 @@ from pixelgen.config.load import PRESET_DIR, config_from_yaml
 from pixelgen.config.train_config import TrainConfig
 from pixelgen.errors import UserError
 from pixelgen.models.denoiser import Denoiser
-from pixelgen.models.families import build_denoiser
+from pixelgen.models.families import build_denoiser, family_of
 from pixelgen.models.released import load_released_checkpoint, load_strictly
-from pixelgen.models.sizes import model_config
 from pixelgen.sampling.guidance import GuidedVelocity
 from pixelgen.sampling.images import to_uint8
 from pixelgen.sampling.options import SampleConfig
@@ -27,8 +26,15 @@ from pixelgen.training.checkpoint import read as checkpoints
 
 NOISE_STREAM = 16  # apart from the streams of training
 
-# Whose sampling settings a released checkpoint takes; the others take those of PixelGen-XL/16.
-PRESET_OF_SIZE = {"PixelGen-L/16": "pixelgen-l-256", "JiT-B/16": "jit-b-256", "JiT-L/16": "jit-l-256"}
+# Whose sampling settings a released checkpoint takes; the others take those of their family's largest.
+PRESET_OF_SIZE = {
+    "PixelGen-L/16": "pixelgen-l-256",
+    "JiT-B/16": "jit-b-256",
+    "JiT-L/16": "jit-l-256",
+    "PixelDiT-B/16": "pixeldit-b-256",
+    "PixelDiT-L/16": "pixeldit-l-256",
+}
+PRESET_OF_FAMILY = {"jit": "pixelgen-xl-256", "pixeldit": "pixeldit-xl-256"}
 
 
 class Pipeline:
@@ -104,17 +110,18 @@ class Pipeline:
         device: str | torch.device = "cpu",
         kernels: Literal["auto", "eager"] = "auto",
     ) -> Pipeline:
-        """Loads a ``.ckpt`` of the public PixelGen code, with the sampling settings and dtype of its preset.
+        """Loads a ``.ckpt`` of the public code, with the sampling settings and dtype of its preset.
 
         Args:
-            path: the file.
-            size: its architecture, a key of ``pixelgen.SIZES``.
+            path: the file, of the public PixelGen or PixelDiT code.
+            size: its architecture, a size of ``model.size`` of any family, such as ``"PixelGen-XL/16"`` or
+                ``"PixelDiT-XL/16"``.
             weights: ``"ema"`` for the averaged weights, or ``"raw"``.
             device: where to sample.
             kernels: as in ``JiT``.
         """
-        model = load_released_checkpoint(path, model_config(size), weights, kernels)
-        preset = PRESET_OF_SIZE.get(size, "pixelgen-xl-256")
+        model = load_released_checkpoint(path, size, weights, kernels)
+        preset = PRESET_OF_SIZE.get(size) or PRESET_OF_FAMILY[family_of(model.config).name]
         config = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset)
         return cls(model.to(device), config.sample, dtype=config.dtype)
 

@@ -13,7 +13,7 @@ from pixelgen.config.load import config_from_yaml
 from pixelgen.errors import UserError
 from pixelgen.models.denoiser import Denoiser
 from pixelgen.models.families import family_of
-from pixelgen.models.released import read_released_checkpoint
+from pixelgen.models.released import read_released_checkpoint, require_kind
 from pixelgen.training.checkpoint import read as checkpoints
 from pixelgen.training.processes.shard import local, whole
 from pixelgen.training.step import Trainer
@@ -77,7 +77,9 @@ def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, Stat
         default one first; and the names of the classes that they were trained on, empty where not known.
     """
     if Path(path).suffix == ".ckpt":
-        parts = {kind: model.convert(state) for kind, state in read_released_checkpoint(path).items()}
+        published = read_released_checkpoint(path)
+        require_kind(model.config, published["raw"], f"--init: {path}")
+        parts = {kind: model.convert(state) for kind, state in published.items()}
         return path, parts["raw"], {"ema": parts["ema"] or parts["raw"]}, ()
     checkpoint = checkpoints.find_checkpoint(path)
     meta = checkpoints.read_meta(checkpoint)
@@ -89,6 +91,7 @@ def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, Stat
         )
     averages = {name: checkpoints.load_ema_weights(checkpoint, name) for name in meta["averages"]}
     raw = checkpoints.load_part(checkpoint, "model.")
+    require_kind(model.config, raw, f"--init: {checkpoint}")
     return str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ()))
 
 
