@@ -1,8 +1,9 @@
 """Residual, norm, modulation and MLP of pixels in Triton. See `pixelgen_kernels.pixel_mlp` for the equations.
 
 Bound by bytes: forward reads x, y and four kinds of the modulation and writes out. A program loads the
-weights once, then goes through a few tiles of pixels. The products are of fp32 values on tensor cores, each as
-three of TF32 (https://arxiv.org/abs/2203.03341), which is as exact as fp32; the hidden values stay in registers.
+weights once, then goes through a few tiles of pixels. The products are of fp32 values on tensor cores, each
+as three of TF32 (https://arxiv.org/abs/2203.03341), which is as exact as fp32; the hidden values stay in
+registers.
 
 Backward makes everything again from the inputs, with hidden values in rows and pixels in columns: the weights
 are then spread over the warps and not held by each. The gradients of the weights stay in registers until the
