@@ -111,3 +111,77 @@ def test_ptx_of_qk_norm_rope(kind: str, D: int) -> None:
     tiles = {"D": D, "ROWS": kernels._SUM_ROWS, "COLUMNS": kernels._SUM_COLUMNS}
     sums = {"partials_ptr": partials, "num_partials": "i32"} | results
     ptx_of(kernels._qk_norm_rope_bwd_sum_kernel, sums, tiles)
+
+
+PIXEL_MIXTURES = {
+    # of autocast: the stream and the weights, y, modulation; then all of one
+    "autocast": ("*fp32", "*bf16", "*bf16", "*fp32"),
+    "fp32": ("*fp32", "*fp32", "*fp32", "*fp32"),
+    "bf16": ("*bf16", "*bf16", "*bf16", "*bf16"),
+}
+
+
+def ptx_of_pixels(kernel: Any, tensors: dict[str, str], constants: dict[str, Any], **more: Any) -> str:
+    """Of a kernel whose strided tensors have a row and a pixel stride each."""
+    names = [name.removesuffix("_row_stride") for name in kernel.arg_names if name.endswith("_row_stride")]
+    # ptx_of takes signed numbers to be multiples of 16; strides in units are not
+    strides = {f"{name}_{dim}_stride": "u32" for name in names for dim in ("row", "pixel")}
+    of_launch = {key: value for key, value in constants.items() if key != "enable_fp_fusion"}
+    return ptx_of(kernel, {**tensors, "num_pixels": "i32", **strides}, of_launch | more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixture", PIXEL_MIXTURES)
+def test_ptx_of_pixel_modulate(mixture: str) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    from pixelgen_kernels.ops import pixel_modulate_triton as kernels
+
+    stream, _, packed, weight = PIXEL_MIXTURES[mixture]
+    x, modulation = torch.empty(8, 256, 16), torch.empty(8, 256, 96)
+    constants = kernels.grid_and_strides(kernels._BLOCK_P, x, modulation)[2] | {"EPS": 1e-6}
+    inputs = {"x_ptr": stream, "modulation_ptr": packed, "weight_ptr": weight}
+    grads = {"grad_x_ptr": stream, "grad_modulation_ptr": packed, "partials_ptr": "*fp32"}
+    fwd = ptx_of_pixels(kernels._pixel_modulate_fwd_kernel, inputs | {"normed_ptr": stream}, constants)
+    assert fwd.count("ld.global.v4.b32") >= 3 and "st.global.v4.b32" in fwd
+    tensors = {"grad_normed_ptr": stream, **inputs, **grads}
+    bwd = ptx_of_pixels(kernels._pixel_modulate_bwd_kernel, tensors, constants, FILL=False, TILES=4)
+    assert bwd.count("ld.global.v4.b32") >= 3 and bwd.count("st.global.v4.b32") >= 3
+    sums = {"partials_ptr": "*fp32", "sums_ptr": weight} | dict.fromkeys(("num_partials", "stride"), "i32")
+    tiles = {"ROWS": kernels._SUM_ROWS, "COLUMNS": kernels._SUM_COLUMNS}
+    ptx_of(kernels._sum_kernel, sums | {"size": "i32"}, tiles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [6, 4])
+@pytest.mark.parametrize("mixture", PIXEL_MIXTURES)
+def test_ptx_of_pixel_mlp(mixture: str, kinds: int) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    from pixelgen_kernels.ops import pixel_mlp_triton as kernels
+
+    stream, branch, packed, weight = PIXEL_MIXTURES[mixture]
+    x, modulation = torch.empty(8, 256, 16), torch.empty(8, 256, kinds * 16)
+    fc1_weight = torch.empty(64, 16)
+    inputs = {"x_ptr": stream, "y_ptr": branch, "modulation_ptr": packed}
+    inputs |= {
+        f"{name}_ptr": weight for name in ("norm_weight", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    }
+    grads = {
+        "grad_x_ptr": stream,
+        "grad_y_ptr": branch,
+        "grad_modulation_ptr": packed,
+        "partials_ptr": "*fp32",
+    }
+    for pixels, kernel, tensors, more in (
+        (kernels._FWD_PIXELS, kernels._pixel_mlp_fwd_kernel, inputs | {"out_ptr": stream}, {}),
+        (
+            kernels._BWD_PIXELS,
+            kernels._pixel_mlp_bwd_kernel,
+            {"grad_out_ptr": stream, **inputs, **grads},
+            {"FILL": False},
+        ),
+    ):
+        constants = kernels._grid_and_constants(pixels, 1e-6, modulation, fc1_weight, x, x)[2]
+        ptx = ptx_of_pixels(kernel, tensors, constants | {"TILES": 4}, **more)
+        assert "ld.global.v4.b32" in ptx or "cp.async.cg" in ptx
+        assert "st.global.v4.b32" in ptx
+        assert ".tf32" in ptx  # tensor cores
