@@ -9,10 +9,6 @@ namespace {
 
 constexpr int64_t kMaxPixelWidth = 64;
 
-// Gradients of weights go through one partial sum per chunk of pixels and a second pass, so their
-// bits depend on this number alone and not on how many threads run.
-constexpr int64_t kPixelsPerChunk = 2048;
-
 inline int64_t num_pixels(const View<3>& rows) { return rows.size[0] * rows.size[1]; }
 
 // Where a pixel begins in (R, Q, ...). Without a division where the pixels are evenly spaced.
