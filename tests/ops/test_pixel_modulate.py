@@ -2,8 +2,10 @@ import pytest
 import torch
 from op_testing import (
     DTYPES,
+    OPS,
+    Point,
     assert_same_bits,
-    check_accuracy,
+    check_point,
     check_refuses,
     draw,
     inputs_of,
@@ -27,7 +29,7 @@ def test_is_a_norm_with_a_shift_and_a_scale():
 def test_sums_of_several_chunks(pixels):
     """The gradient of the weight, with an end of a chunk inside of a patch."""
     for shape in ((1, pixels, 3), (pixels // 3, 3, 8)):
-        check_accuracy(pixel_modulate, pixel_modulate_ref, inputs_of("pixel_modulate", *shape), NAMES)
+        check_point(Point(op=OPS["pixel_modulate"], shape=shape))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
