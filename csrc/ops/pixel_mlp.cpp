@@ -129,10 +129,10 @@ struct Pixel {
 
   void load(const PixelMlp& p, int64_t pixel, int64_t d) {
     const auto load_kind = [&](int64_t kind, Real* out) {
-      load_row(p.modulation, at(p.modulation, pixel) + kind * d, Real(0), out, d);
+      load_channels<kD>(p.modulation, at(p.modulation, pixel) + kind * d, out, d);
     };
-    load_row(p.x, at(p.x, pixel), Real(0), r, d);
-    load_row(p.y, at(p.y, pixel), Real(0), y, d);
+    load_channels<kD>(p.x, at(p.x, pixel), r, d);
+    load_channels<kD>(p.y, at(p.y, pixel), y, d);
     if constexpr (kPost) {
       load_kind(0, attn), load_kind(1, attn_offset), load_kind(2, mlp), load_kind(3, mlp_offset);
     } else {
@@ -249,7 +249,7 @@ void backward_tile(const PixelMlpBwd& g, const Weights<Real>& w, BackwardTile<Re
     pixel.load(g, begin + i, d);
     Real *r = tile.r.data + i * tile.r.stride, *u = tile.u.data + i * tile.u.stride;
     Real *h = tile.h.data + i * tile.h.stride, *grad = tile.grad.data + i * tile.grad.stride;
-    load_row(g.grad_out, at(g.grad_out, begin + i), Real(0), grad, d);
+    load_channels<kD>(g.grad_out, at(g.grad_out, begin + i), grad, d);
     const Real rstd = tile.rstd[i] = rms_rstd(pixel.r, d, g.eps);
 #pragma omp simd
     for (int64_t c = 0; c < d; ++c) {

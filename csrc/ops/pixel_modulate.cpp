@@ -45,9 +45,9 @@ void forward(const PixelModulateFwd& p, const Place& place) {
     load_weight(p.weight, weight, d);
     for (int64_t pixel = first; pixel < last; ++pixel) {
       const int64_t packed = at(p.modulation, pixel);
-      load_row(p.x, at(p.x, pixel), Real(0), x, d);
-      load_row(p.modulation, packed, Real(0), shift, d);
-      load_row(p.modulation, packed + d, Real(0), scale, d);
+      load_channels<kD>(p.x, at(p.x, pixel), x, d);
+      load_channels<kD>(p.modulation, packed, shift, d);
+      load_channels<kD>(p.modulation, packed + d, scale, d);
       const Real rstd = rms_rstd(x, d, p.eps);
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c)
@@ -76,10 +76,10 @@ void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& pla
         if (pixel % kPixelsPerGroup == 0) {
           for (int64_t c = 0; c < d; ++c) sums[c] += group[c], group[c] = 0;
         }
-        load_row(g.grad_normed, at(g.grad_normed, pixel), Real(0), grad, d);
-        load_row(g.x, at(g.x, pixel), Real(0), n, d);
+        load_channels<kD>(g.grad_normed, at(g.grad_normed, pixel), grad, d);
+        load_channels<kD>(g.x, at(g.x, pixel), n, d);
         // before the gradient is written, which may be in its place
-        load_row(g.modulation, at(g.modulation, pixel) + d, Real(0), scale, d);
+        load_channels<kD>(g.modulation, at(g.modulation, pixel) + d, scale, d);
         const Real rstd = rms_rstd(n, d, g.eps);
 #pragma omp simd
         for (int64_t c = 0; c < d; ++c) {
