@@ -2,16 +2,14 @@
 // weights summed over pixels.
 #pragma once
 
+#include <cstring>
+
 #include "rows.h"
 
 namespace pixelgen::cpu::PIXELGEN_ISA {
 namespace {
 
 constexpr int64_t kMaxPixelWidth = 64;
-
-// Gradients of weights go through one partial sum per chunk of pixels and a second pass, so their
-// bits depend on this number alone and not on how many threads run.
-constexpr int64_t kPixelsPerChunk = 2048;
 
 inline int64_t num_pixels(const View<3>& rows) { return rows.size[0] * rows.size[1]; }
 
@@ -20,6 +18,24 @@ inline int64_t at(const View<3>& rows, int64_t pixel) {
   const int64_t inner = rows.size[1];
   if (rows.stride[0] == inner * rows.stride[1]) return pixel * rows.stride[1];
   return rows.offset(pixel / inner, pixel % inner);
+}
+
+// Channels of a pixel as Real. kD: d where it is known at compile time, else 0. GCC 12 stores 16
+// numbers of bf16 in two halves, and reading them as one AVX-512 register then waits for both.
+template <int kD, typename Real>
+PIXELGEN_MEMBER void load_channels(const View<3>& from, int64_t offset, Real* out, int64_t d) {
+  if constexpr (kD == 16 && IsSame<Real, float>::value) {
+    if (from.dtype == DType::kBFloat16) {
+      typedef uint16_t Halves __attribute__((vector_size(32)));
+      typedef uint32_t Words __attribute__((vector_size(64)));
+      Halves halves;
+      std::memcpy(&halves, from.as<BFloat16>() + offset, sizeof(halves));
+      const Words words = __builtin_convertvector(halves, Words) << 16;
+      std::memcpy(out, &words, sizeof(words));
+      return;
+    }
+  }
+  load_row(from, offset, Real(0), out, d);
 }
 
 // Calls fn(worker, first, last) with a share of `items` for each of `workers` threads.

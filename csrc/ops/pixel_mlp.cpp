@@ -41,8 +41,13 @@ struct PixelMlpBwd : PixelMlp {
 
 constexpr int64_t kMaxHidden = 256;
 constexpr int64_t kTile = 32;  // pixels; with F = 64 their hidden values take 8 KB
+// Gradients of weights go through one partial sum per chunk of pixels and a second pass, so their
+// bits depend on this number alone and not on how many threads run. Many pixels: a partial sum has
+// 2 d F numbers. A chunk has groups with sums of their own: the rounding errors of one long sum
+// grow with its length.
+constexpr int64_t kPixelsPerChunk = 2048, kPixelsPerGroup = 256;
 static_assert(kTile % kRowsAtOnce == 0 && kPadding % kRowsAtOnce == 0 &&
-                  kPixelsPerChunk % kTile == 0,
+                  kPixelsPerGroup % kTile == 0 && kPixelsPerChunk % kPixelsPerGroup == 0,
               "no remainders");
 
 int64_t width(const PixelMlp& p) { return p.x.size[2]; }
@@ -124,10 +129,10 @@ struct Pixel {
 
   void load(const PixelMlp& p, int64_t pixel, int64_t d) {
     const auto load_kind = [&](int64_t kind, Real* out) {
-      load_row(p.modulation, at(p.modulation, pixel) + kind * d, Real(0), out, d);
+      load_channels<kD>(p.modulation, at(p.modulation, pixel) + kind * d, out, d);
     };
-    load_row(p.x, at(p.x, pixel), Real(0), r, d);
-    load_row(p.y, at(p.y, pixel), Real(0), y, d);
+    load_channels<kD>(p.x, at(p.x, pixel), r, d);
+    load_channels<kD>(p.y, at(p.y, pixel), y, d);
     if constexpr (kPost) {
       load_kind(0, attn), load_kind(1, attn_offset), load_kind(2, mlp), load_kind(3, mlp_offset);
     } else {
@@ -244,7 +249,7 @@ void backward_tile(const PixelMlpBwd& g, const Weights<Real>& w, BackwardTile<Re
     pixel.load(g, begin + i, d);
     Real *r = tile.r.data + i * tile.r.stride, *u = tile.u.data + i * tile.u.stride;
     Real *h = tile.h.data + i * tile.h.stride, *grad = tile.grad.data + i * tile.grad.stride;
-    load_row(g.grad_out, at(g.grad_out, begin + i), Real(0), grad, d);
+    load_channels<kD>(g.grad_out, at(g.grad_out, begin + i), grad, d);
     const Real rstd = tile.rstd[i] = rms_rstd(pixel.r, d, g.eps);
 #pragma omp simd
     for (int64_t c = 0; c < d; ++c) {
@@ -326,14 +331,21 @@ void backward_pixels(const PixelMlpBwd& g, const Weights<Real>& w, Real* memory,
                      int workers) {
   const int64_t d = width(g), F = hidden_width(g), pixels = num_pixels(g.x);
   share(ceil_div(pixels, kPixelsPerChunk), workers, [&](int worker, int64_t first, int64_t last) {
-    BackwardTile<Real> tile(memory + worker * BackwardTile<Real>::size(d, F), d, F);
+    const int64_t of_tile = BackwardTile<Real>::size(d, F), of_sums = Sums<Real>::size(d, F);
+    Real* group_sums = memory + worker * (of_tile + of_sums);
+    BackwardTile<Real> tile(group_sums + of_sums, d, F);
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      Real* sums = partials + chunk * Sums<Real>::size(d, F);
-      for (int64_t i = 0; i < Sums<Real>::size(d, F); ++i) sums[i] = 0;
+      Real* sums = partials + chunk * of_sums;
+      for (int64_t i = 0; i < of_sums; ++i) sums[i] = 0;
       const int64_t end = min_of((chunk + 1) * kPixelsPerChunk, pixels);
-      for (int64_t begin = chunk * kPixelsPerChunk; begin < end; begin += kTile) {
-        backward_tile<kD, kPost>(g, w, tile, Sums<Real>(sums, d, F), begin,
-                                 min_of(kTile, end - begin));
+      for (int64_t group = chunk * kPixelsPerChunk; group < end; group += kPixelsPerGroup) {
+        for (int64_t i = 0; i < of_sums; ++i) group_sums[i] = 0;
+        const int64_t end_of_group = min_of(group + kPixelsPerGroup, end);
+        for (int64_t begin = group; begin < end_of_group; begin += kTile) {
+          backward_tile<kD, kPost>(g, w, tile, Sums<Real>(group_sums, d, F), begin,
+                                   min_of(kTile, end_of_group - begin));
+        }
+        for (int64_t i = 0; i < of_sums; ++i) sums[i] += group_sums[i];
       }
     }
   });
@@ -425,7 +437,7 @@ Status pixel_mlp_bwd(const PixelMlpBwd& g, const Place& place) {
   with_kinds(g, [&](auto real, auto width, auto post) {
     using Real = decltype(real);
     const int64_t of_weights = Weights<Real>::size(d, F),
-                  of_tiles = workers * BackwardTile<Real>::size(d, F);
+                  of_tiles = workers * (BackwardTile<Real>::size(d, F) + Sums<Real>::size(d, F));
     Real* memory = place.scratch<Real>(of_weights + of_tiles + chunks * Sums<Real>::size(d, F));
     if (memory == nullptr) return;
     const Weights<Real> weights(g, memory);

@@ -25,6 +25,11 @@ struct PixelModulateBwd : PixelModulate {
 };
 
 constexpr int64_t kKinds = 6;
+// The gradient of the weight goes through one partial sum per chunk of pixels and a second pass, so
+// its bits depend on this number alone and not on how many threads run.
+constexpr int64_t kPixelsPerChunk = 512;
+// In two levels: the rounding errors of one long sum grow with its length.
+constexpr int64_t kPixelsPerGroup = 32;
 
 template <typename Real>
 void load_weight(const Tensor<1>& weight, Real* out, int64_t d) {
@@ -40,9 +45,9 @@ void forward(const PixelModulateFwd& p, const Place& place) {
     load_weight(p.weight, weight, d);
     for (int64_t pixel = first; pixel < last; ++pixel) {
       const int64_t packed = at(p.modulation, pixel);
-      load_row(p.x, at(p.x, pixel), Real(0), x, d);
-      load_row(p.modulation, packed, Real(0), shift, d);
-      load_row(p.modulation, packed + d, Real(0), scale, d);
+      load_channels<kD>(p.x, at(p.x, pixel), x, d);
+      load_channels<kD>(p.modulation, packed, shift, d);
+      load_channels<kD>(p.modulation, packed + d, scale, d);
       const Real rstd = rms_rstd(x, d, p.eps);
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c)
@@ -62,22 +67,25 @@ void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& pla
                                        g.grad_modulation.data == g.modulation.data};
   share(chunks, workers_for(chunks, place), [&](int, int64_t first, int64_t last) {
     alignas(64) Real weight[kMaxPixelWidth], n[kMaxPixelWidth], scale[kMaxPixelWidth],
-        grad[kMaxPixelWidth], h[kMaxPixelWidth], sums[kMaxPixelWidth];
+        grad[kMaxPixelWidth], h[kMaxPixelWidth], sums[kMaxPixelWidth], group[kMaxPixelWidth];
     load_weight(g.weight, weight, d);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t end = min_of((chunk + 1) * kPixelsPerChunk, pixels);
-      for (int64_t c = 0; c < d; ++c) sums[c] = 0;
+      for (int64_t c = 0; c < d; ++c) sums[c] = group[c] = 0;
       for (int64_t pixel = chunk * kPixelsPerChunk; pixel < end; ++pixel) {
-        load_row(g.grad_normed, at(g.grad_normed, pixel), Real(0), grad, d);
-        load_row(g.x, at(g.x, pixel), Real(0), n, d);
+        if (pixel % kPixelsPerGroup == 0) {
+          for (int64_t c = 0; c < d; ++c) sums[c] += group[c], group[c] = 0;
+        }
+        load_channels<kD>(g.grad_normed, at(g.grad_normed, pixel), grad, d);
+        load_channels<kD>(g.x, at(g.x, pixel), n, d);
         // before the gradient is written, which may be in its place
-        load_row(g.modulation, at(g.modulation, pixel) + d, Real(0), scale, d);
+        load_channels<kD>(g.modulation, at(g.modulation, pixel) + d, scale, d);
         const Real rstd = rms_rstd(n, d, g.eps);
 #pragma omp simd
         for (int64_t c = 0; c < d; ++c) {
           n[c] *= rstd;
           h[c] = grad[c] * (Real(1) + scale[c]);
-          sums[c] += h[c] * n[c];
+          group[c] += h[c] * n[c];
           h[c] *= weight[c];
           scale[c] = grad[c] * n[c] * weight[c];
         }
@@ -89,6 +97,7 @@ void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& pla
         grad_modulation.store(pixel, 1, scale);
         grad_modulation.store_zeros<4>(pixel, 2, Real(0));
       }
+      for (int64_t c = 0; c < d; ++c) sums[c] += group[c];
       store_row(sums, partials + chunk * d, d);
     }
   });
