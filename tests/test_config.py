@@ -258,7 +258,10 @@ def test_mistakes_on_the_command_line(argv, message):
 def test_mistakes_in_the_option_of_presets(capsys):
     assert "Missing value for argument '--config'" in refused(capsys, load_config, ["--config"])
     error = refused(capsys, load_config, ["--conf", "digits"])
-    assert "Unrecognized options: --conf, digits Perhaps you meant: --config digits|" in error
+    assert (
+        "Unrecognized options: --conf, digits Perhaps you meant: --config PRESET|FILE preset, one of digits, "
+        in error
+    )
 
 
 def test_missing_files_are_said_to_be_missing(tmp_path):
