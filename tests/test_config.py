@@ -14,6 +14,7 @@ from training import refused
 import pixelgen
 from pixelgen.config import (
     DataConfig,
+    EmaConfig,
     LossConfig,
     ModelOptions,
     OptimizerConfig,
@@ -26,11 +27,17 @@ from pixelgen.config import (
 )
 from pixelgen.encoders.dinov2 import MODELS
 from pixelgen.errors import UserError
-from pixelgen.models.jit import JiT
+from pixelgen.models.families import build_denoiser
+from pixelgen.models.pixeldit_sizes import PIXELDIT_SIZES
 from pixelgen.models.sizes import ModelConfig
 from pixelgen.sampling.samplers import SAMPLERS
 
-PRESETS = ["digits", "jit-b-256", "jit-l-256", "pixelgen-l-256", "pixelgen-xl-256"]
+PRESETS = [
+    *("digits", "jit-b-256", "jit-l-256"),
+    *("pixeldit-b-256", "pixeldit-digits", "pixeldit-l-256"),
+    *("pixeldit-xl-256", "pixeldit-xl-256-paper", "pixeldit-xl-512"),
+    *("pixelgen-dit-xl-256", "pixelgen-l-256", "pixelgen-xl-256"),
+]
 
 
 def load(*argv: str) -> TrainConfig:
@@ -51,7 +58,7 @@ def test_every_preset_builds_its_model_and_survives_yaml(preset):
     config = load("--config", preset)
     assert config_from_yaml(config_to_yaml(config)) == config
     with torch.device("meta"):
-        model = JiT(config.model_config())
+        model = build_denoiser(config.model_config())
     assert sum(parameter.numel() for parameter in model.parameters()) > 100_000
 
 
@@ -83,6 +90,53 @@ def test_the_released_recipes():
     assert (jit.optimizer.lr, jit.optimizer.warmup_steps, jit.train.batch_size) == (2e-4, 6255, 1024)
     assert jit.loss.alignment_weight == jit.loss.lpips_weight == jit.loss.p_dino_weight == 0
     assert jit.data.flip and jit.sample.guidance_low == 0.1
+
+
+def test_the_recipes_of_pixeldit():
+    """The numbers of arXiv 2511.20645 and of its public code, as those above."""
+    names = ("pixeldit-xl-256", "pixeldit-xl-256-paper", "pixeldit-xl-512", "pixelgen-dit-xl-256")
+    xl, paper, large_images, perceptual = (load("--config", name) for name in names)
+    small = {size: load("--config", f"pixeldit-{size.lower()}-256") for size in ("B", "L")}
+    adam = OptimizerConfig(
+        lr=1e-4, betas=(0.9, 0.999), warmup_steps=0, schedule="constant", max_grad_norm=1.0, label_drop=0.1
+    )
+    sample = SampleConfig(
+        sampler="flow_dpm",
+        steps=100,
+        guidance=2.75,
+        guidance_low=0.1,
+        guidance_high=0.9,
+        guidance_rule="pixeldit",
+        timeshift=1.0,
+    )
+    assert xl.model_config() == PIXELDIT_SIZES["PixelDiT-XL/16"]
+    assert (xl.optimizer, xl.sample) == (adam, sample)
+    assert xl.ema == EmaConfig(decay=0.9999, warmup=False)
+    assert (xl.train.batch_size, xl.train.max_steps, xl.data.flip) == (256, 320 * 5000, False)
+    assert (xl.time.distribution, xl.time.mean, xl.time.std, xl.time.timeshift) == ("logit_normal", 0, 1, 1)
+    loss = xl.loss
+    assert (loss.alignment_weight, loss.alignment_layer, loss.projector_width) == (0.5, 8, 1152)
+    assert (loss.lpips_weight, loss.p_dino_weight, loss.tokens) == (0, 0, "dinov2_vitb14")
+    assert (xl.dtype, xl.compile) == ("bfloat16", True)
+
+    later = dataclasses.replace(adam, lr_changes=((160 * 5000, 1e-5),))
+    assert paper == dataclasses.replace(xl, optimizer=later)
+    terms = dataclasses.replace(
+        loss, lpips_weight=0.1, p_dino_weight=0.01, gate_t=0.3, stages="vgg16", stages_weights="pretrained"
+    )
+    assert perceptual == dataclasses.replace(xl, loss=terms)
+    assert large_images == dataclasses.replace(
+        xl,
+        data=dataclasses.replace(xl.data, image_size=512),
+        time=dataclasses.replace(xl.time, timeshift=3.0),
+        optimizer=dataclasses.replace(adam, max_grad_norm=0.5),
+        sample=dataclasses.replace(sample, guidance=3.5, guidance_high=1.0, timeshift=2.0),
+    )
+    for size, config in small.items():
+        assert config.model_config() == PIXELDIT_SIZES[f"PixelDiT-{size}/16"]
+        assert config.loss.projector_width == config.model_config().width
+        assert config.loss.alignment_layer == {"B": 4, "L": 8}[size]
+        assert dataclasses.replace(config, model=xl.model, loss=loss) == xl
 
 
 def test_later_files_win_over_earlier_and_the_command_line_over_all(tmp_path):
@@ -204,7 +258,10 @@ def test_mistakes_on_the_command_line(argv, message):
 def test_mistakes_in_the_option_of_presets(capsys):
     assert "Missing value for argument '--config'" in refused(capsys, load_config, ["--config"])
     error = refused(capsys, load_config, ["--conf", "digits"])
-    assert "Unrecognized options: --conf, digits Perhaps you meant: --config digits|" in error
+    assert (
+        "Unrecognized options: --conf, digits Perhaps you meant: --config PRESET|FILE preset, one of digits, "
+        in error
+    )
 
 
 def test_missing_files_are_said_to_be_missing(tmp_path):

@@ -29,7 +29,8 @@ from pixelgen.planning.devices import parse_machine
 from pixelgen.planning.memory import count_parameters, images_past_gate, resolve_layout, step_memory
 from pixelgen.planning.plan import checkpoints_kept, communication, plan_report
 
-RECIPES = ("pixelgen-l-256", "jit-l-256", "jit-b-256")  # pixelgen-xl-256 is the command's
+# pixelgen-xl-256 is the command's; of PixelDiT's large ones, the one with most terms
+RECIPES = ("pixelgen-l-256", "jit-l-256", "jit-b-256", "pixelgen-dit-xl-256")
 IN_CONTEXT = replace(
     SIZES["tiny/4"], width=128, depth=4, bottleneck_dim=32, in_context_len=8, in_context_start=2
 )
@@ -225,7 +226,19 @@ def test_a_selection_is_as_large_as_the_gate_makes_it():
 def test_the_recipes_fit(name):
     text = plan_report(config(name), "8 x a100")
     assert "does not fit" not in text
-    millions = {"jit-b-256": "131.1"}.get(name, "458.9")
+    millions = {"jit-b-256": "131.1", "pixelgen-dit-xl-256": "797.4"}.get(name, "458.9")
+    assert re.search(rf"^  denoiser +{millions} M$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["pixeldit-b-256", "pixeldit-l-256", "pixeldit-xl-256", "pixeldit-xl-256-paper", "pixeldit-xl-512"],
+)
+def test_the_other_recipes_of_pixeldit_fit(name):
+    text = plan_report(config(name), "8xH100")
+    assert "does not fit" not in text
+    millions = {"pixeldit-b-256": "184.7", "pixeldit-l-256": "569.6"}.get(name, "797.4")
     assert re.search(rf"^  denoiser +{millions} M$", text, re.MULTILINE)
 
 

@@ -28,7 +28,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
 
 
-_NAMES = tyro.conf.arg(metavar="|".join([*preset_names(), "FILE"]))
+_NAMES = tyro.conf.arg(
+    metavar="PRESET|FILE",
+    # Separated by spaces: a line of help is folded there, and no name is cut in two.
+    help=f"preset, one of {', '.join(preset_names())}, or YAML file; default: digits. May be repeated: later "
+    "files and options on the command line win.",
+)
 
 _GPUS = tyro.constructors.PrimitiveConstructorSpec[str | None](
     nargs=(0, 1),
