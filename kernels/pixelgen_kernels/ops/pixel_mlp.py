@@ -328,5 +328,5 @@ Op(
     layouts=ROWS,
     options={"kinds": (6, 4)},
     benchmarks=pixel_paths(_in_a_block),
-    idle={"modulation": 2 / 6, "grad_modulation": 2 / 6},
+    idle={"modulation": 2 / 6},
 )

@@ -183,5 +183,5 @@ Op(
     small=(2, 3, 4),
     layouts=ROWS,
     benchmarks=pixel_paths(_in_a_block),
-    idle={"modulation": 4 / 6, "grad_modulation": 4 / 6},
+    idle={"modulation": 4 / 6},
 )
