@@ -4,13 +4,14 @@ Said once, here: ``t`` in [0, 1], t = 0 is noise, t = 1 is data, and
 
     x_t = t * x + (1 - t) * noise
 
-so dx_t/dt = x - noise = (x - x_t) / (1 - t). The denoiser predicts the image, ``x_pred``; solvers and losses
-use
+so dx_t/dt = x - noise = (x - x_t) / (1 - t), the velocity, which solvers and losses use. A denoiser
+that predicts the image, ``x_pred``, has
 
     velocity = (x_pred - x_t) / max(1 - t, t_eps)
 
-(arXiv 2511.13720: x-prediction with the loss on the velocity; 2602.02493 keeps both). Everything is a pure
-function; nothing waits for the device. Ranges of settings are checked by the options that hold them.
+(arXiv 2511.13720: x-prediction with the loss on the velocity; 2602.02493 keeps both). One that predicts the
+velocity (2511.20645) needs no division. Everything is a pure function; nothing waits for the device. Ranges
+of settings are checked by the options that hold them.
 """
 
 from __future__ import annotations

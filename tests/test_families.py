@@ -201,6 +201,21 @@ def test_a_velocity_is_judged_as_it_is(tmp_path, kernels):
         assert (p.grad - q.grad).abs().max() <= 1e-6 * q.grad.abs().max(), name
 
 
+def test_a_velocity_trains_with_every_term_in_any_number_of_parts(tmp_path, with_embedded):
+    every = ("--loss.balance", "global", "--loss.balance_start_step", "0", "--loss.balance_every", "1")
+    every += ("--loss.gate", "learned", "--loss.adversarial_weight", "0.1", "--time.mean", "1")
+
+    def steps(parts: str) -> list[dict[str, float]]:
+        more = (*TOY, *every, "--train.micro_batches", parts)
+        return train_steps(start_trainer(options(tmp_path, f"parts_{parts}", 3, *more)), 3)
+
+    whole, parts = steps("1"), steps("2")
+    assert {"lpips", "p_dino", "adversarial", "discriminator", "gate_penalty"} <= whole[0].keys()
+    assert whole[-1]["balance_weight"] != 1
+    for line, other in zip(whole, parts, strict=True):
+        assert other == pytest.approx(line, rel=2e-4, abs=1e-6)
+
+
 class Exact(Denoiser):
     """Knows the images and predicts the velocity, or x, exactly."""
 
