@@ -29,7 +29,7 @@ from pixelgen_kernels.cases import ROWS, Benchmark, Draw, Inputs, pixel_paths
 from pixelgen_kernels.checks import stats_dtype
 from pixelgen_kernels.fused import below_autograd, dense, register
 from pixelgen_kernels.handover import Handover
-from pixelgen_kernels.ops.pixel_modulate import MAX_PIXEL_WIDTH, packed_gradient
+from pixelgen_kernels.ops.pixel_modulate import MAX_PIXEL_WIDTH
 from pixelgen_kernels.registry import Op
 
 MAX_HIDDEN = 256
@@ -151,20 +151,12 @@ def _empty(x, y, modulation, norm_weight, fc1_weight, fc1_bias, fc2_weight, fc2_
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _empty_gradients(grad_out, x, y, modulation, *others):
-    *weights, _ = others
-    is_read_whole = modulation.shape[-1] == 4 * x.shape[-1]
-    grad_modulation = dense(modulation) if is_read_whole else packed_gradient(modulation)
-    return dense(x), dense(y), grad_modulation, *map(dense, weights)
-
-
 _pixel_mlp: Any = register(
     "pixel_mlp",
     pixel_mlp_fwd_ref,
     pixel_mlp_bwd_ref,
     empty=_empty,
     outputs=("out",),
-    empty_gradients=_empty_gradients,
     triton="pixel_mlp_triton",
 )
 

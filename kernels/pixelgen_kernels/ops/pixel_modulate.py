@@ -69,24 +69,12 @@ def _empty(x, modulation, weight, eps):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def packed_gradient(modulation: Tensor) -> Tensor:
-    """For the gradient of six kinds: Triton writes those that it reads, C++ zeros for the others too."""
-    if modulation.is_cuda:
-        return torch.zeros_like(modulation, memory_format=torch.contiguous_format)
-    return dense(modulation)
-
-
-def _empty_gradients(grad_normed, x, modulation, weight, eps):
-    return dense(x), packed_gradient(modulation), dense(weight)
-
-
 _pixel_modulate: Any = register(
     "pixel_modulate",
     pixel_modulate_fwd_ref,
     pixel_modulate_bwd_ref,
     empty=_empty,
     outputs=("normed",),
-    empty_gradients=_empty_gradients,
     triton="pixel_modulate_triton",
 )
 
