@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ablation import FIGURES, ROWS, Line, Table
+from ablation import FIGURES, ROWS, TERM_ROWS, Line, Table
 
 from pixelgen.config.command_line import describe_error, parse, run
 from pixelgen.config.load import config_from_yaml, load_config
@@ -31,7 +31,7 @@ PROG = "examples/digits/ablate.py"
 KEY = ("row", "seed", "steps", "sample_steps", "options")
 COLUMNS = (*KEY, *FIGURES, "failed")  # the last is the reason, without figures then; else empty
 CELLS_FILE, TABLE_FILE, PLOT_FILE = "ablation.csv", "ablation.md", "ablation.png"
-SHARED = "features"  # OUT/features/SEED: embedded features, the same for all rows
+SHARED = "features"  # OUT/features/SEED: embedded features, the same for all rows of a preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,9 @@ class AblateOptions:
             such as by a loss that is not finite, is not tried again: for that, delete its line in
             ablation.csv and its folder in OUT/runs.
         rows: rows of the grid separated by commas, from flow, repa, lpips, p_dino, gate_0.1, gate_0.3,
-            gate_0.6, gate_cosine, gate_sigmoid, gate_snr, gate_learned, no_repa, lpips_0.5, p_dino_0.04;
-            null for all.
+            gate_0.6, gate_cosine, gate_sigmoid, gate_snr, gate_learned, no_repa, lpips_0.5, p_dino_0.04,
+            which are all that null takes; and of PixelDiT no_pixels, per_patch, pixeldit, and with the
+            perceptual terms no_pixels_terms, per_patch_terms, pixeldit_terms.
         steps: optimizer steps of every run. The default grid, 14 rows and 3 seeds, takes about 70 minutes on
             two idle cores.
         seeds: seeds separated by commas, each of weights, data order, noise, embedded features and samples.
@@ -82,7 +83,7 @@ class AblateOptions:
     @property
     def row_names(self) -> list[str]:
         """Names in ``ROWS``, each once."""
-        return list(ROWS) if self.rows is None else list(dict.fromkeys(_names(self.rows)))
+        return TERM_ROWS if self.rows is None else list(dict.fromkeys(_names(self.rows)))
 
     @property
     def seed_names(self) -> list[str]:
@@ -116,6 +117,12 @@ class Cell:
         return f"{self.row}-{self.steps}-seed{self.seed}"
 
     @property
+    def shared(self) -> str:
+        """Folder of the embedded features, which see patches of one size."""
+        preset = ROWS[self.row].config
+        return self.seed if preset == "digits" else f"{preset}-{self.seed}"
+
+    @property
     def key(self) -> tuple[str, ...]:
         """The columns of ``KEY``: a row whose definition has changed is another cell."""
         return (
@@ -127,7 +134,7 @@ class Cell:
         )
 
     def config(self, device: str, threads: int) -> TrainConfig:
-        """The preset ``digits`` with the row's terms; nothing is drawn on the way."""
+        """The row's preset with its terms and model; nothing is drawn on the way."""
         log_every = max(1, min(50, self.steps // 6))
         argv = [*ROWS[self.row].options, "--train.max_steps", str(self.steps), "--seed", self.seed]
         argv += ["--train.log_every", str(log_every), "--train.sample_every", "0"]
@@ -216,7 +223,7 @@ def run_cell(out: Path, cell: Cell, options: AblateOptions) -> tuple[int, Line]:
         if not sys.stderr.isatty():
             stack.enter_context(contextlib.redirect_stderr(log))
         config = cell.config(options.device, options.threads)
-        run = build_run(run_dir, config, out / SHARED / cell.seed)
+        run = build_run(run_dir, config, out / SHARED / cell.shared)
         try:
             code = run.train()
         except UserError as error:  # a loss that is not finite: no reason to keep the other cells waiting
@@ -263,7 +270,7 @@ def build_run(run_dir: Path, config: TrainConfig, shared: Path) -> Run:
     world = start_world(config.device, config.parallel)
     if checkpoints.list_checkpoints(run_dir):
         kept = config_from_yaml((run_dir / checkpoints.CONFIG_FILE).read_text())
-        if (kept.loss, kept.train, kept.seed) != (config.loss, config.train, config.seed):
+        if any(getattr(kept, part) != getattr(config, part) for part in ("model", "loss", "train", "seed")):
             raise UserError(f"{run_dir} was trained with other options; choose another --out")
         return resume_run(str(run_dir), config, world)
     if run_dir.exists():  # stopped before its first checkpoint

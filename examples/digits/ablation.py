@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Rows that the others are held against: nothing, and what the paper adds its terms to.
+# Rows that the others are held against: nothing, and what the paper adds its terms to; of PixelDiT the patches
+# alone, and all of it.
 BASELINES = ("flow", "repa")
+PIXEL_BASELINES = ("no_pixels", "pixeldit")
 # Column of ablation.csv -> heading, digits behind the point.
 FIGURES = {
     "frechet": ("Frechet", 1),
@@ -32,8 +34,11 @@ class Study:
         alignment, lpips, p_dino: weights of the terms; the paper's unless the row is about them.
         gate_t: threshold of the noise gate; 0 for none, as the paper adds its terms one by one.
         gate: schedule of the noise gate.
+        config: preset that the row changes; the default run's for the study of the loss terms.
+        model: options of the model.
         paper_fid: FID of the same row in the paper (arXiv 2602.02493, Table 5: ImageNet 256, no guidance);
-            None for a row that it does not have.
+            None for a row that it does not have. Of rows of PixelDiT its own paper's (arXiv 2511.20645: 80
+            epochs of ImageNet 256).
     """
 
     label: str
@@ -42,6 +47,8 @@ class Study:
     p_dino: float = 0.01
     gate_t: float = 0.0
     gate: str = "hard"
+    config: str = "digits"
+    model: tuple[str, ...] = ()
     paper_fid: float | None = None
 
     @property
@@ -54,8 +61,25 @@ class Study:
             "gate_t": self.gate_t,
         }
         words = {name: f"{value:g}" for name, value in values.items()} | {"gate": self.gate}
-        return [part for name, word in words.items() for part in (f"--loss.{name}", word)]
+        terms = [part for name, word in words.items() for part in (f"--loss.{name}", word)]
+        preset = [] if self.config == "digits" else ["--config", self.config]
+        return [*preset, *terms, *self.model]
 
+
+def _pixeldit(label: str, *model: str, paper_fid: float | None = None) -> dict[bool, Study]:
+    """Rows of PixelDiT, with PixelGen's perceptual terms or without."""
+    plain = Study(label=label, lpips=0, p_dino=0, config="pixeldit-digits", model=model, paper_fid=paper_fid)
+    return {
+        False: plain,
+        True: replace(
+            plain, label=f"{label}, LPIPS, P-DINO", lpips=0.1, p_dino=0.01, gate_t=0.3, paper_fid=None
+        ),
+    }
+
+
+_DUAL = _pixeldit("PixelDiT", paper_fid=2.36)
+_NO_PIXELS = _pixeldit("no pixel path", "--model.pixel_depth", "0", paper_fid=8.53)
+_PER_PATCH = _pixeldit("no pixel-wise AdaLN", "--model.pixel_modulation", "patch", paper_fid=3.50)
 
 ROWS = {
     "flow": Study(label="flow matching alone", alignment=0, lpips=0, p_dino=0, paper_fid=34.85),
@@ -72,7 +96,14 @@ ROWS = {
     "no_repa": Study(label="all but REPA, gate 0.3", alignment=0, gate_t=0.3, paper_fid=11.81),
     "lpips_0.5": Study(label="+ REPA + 0.5 LPIPS", lpips=0.5, p_dino=0, paper_fid=9.36),
     "p_dino_0.04": Study(label="all terms, no gate, 0.04 P-DINO", p_dino=0.04, paper_fid=6.62),
+    "no_pixels": _NO_PIXELS[False],
+    "per_patch": _PER_PATCH[False],
+    "pixeldit": _DUAL[False],
+    "no_pixels_terms": _NO_PIXELS[True],
+    "per_patch_terms": _PER_PATCH[True],
+    "pixeldit_terms": _DUAL[True],
 }
+TERM_ROWS = [name for name, study in ROWS.items() if study.config == "digits"]
 
 
 class Table:
@@ -134,8 +165,10 @@ class Table:
 
     def markdown(self, steps: int, sample_steps: int) -> str:
         """The table as text."""
+        has_terms = any(ROWS[row].config == "digits" for row in self.values)
+        baselines = BASELINES if has_terms else PIXEL_BASELINES
         head = ["row", "terms", *(heading for heading, _ in FIGURES.values())]
-        head += [*(f"Frechet against `{name}`" for name in BASELINES), "the paper's FID"]
+        head += [*(f"Frechet against `{name}`" for name in baselines), "the paper's FID"]
         lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
         for row in self.values:
             cells, fid = [f"`{row}`", self.label(row)], ROWS[row].paper_fid
@@ -146,14 +179,14 @@ class Table:
                 deviation = self.deviation(row, column)
                 spread = "" if deviation is None else f" ± {deviation:.{digits}f}"
                 cells.append(f"{self.mean(row, column):.{digits}f}{spread}")
-            cells += [*(self.gain(row, name) for name in BASELINES), "" if fid is None else f"{fid:.2f}"]
+            cells += [*(self.gain(row, name) for name in baselines), "" if fid is None else f"{fid:.2f}"]
             lines.append(cells)
         seeds = max(map(self.num_seeds, self.values))
         told = (
             f"Digits, {steps} steps; number of seeds: {seeds}; mean ± standard deviation over them; "
             f"{sample_steps} Heun steps without guidance. Against a row: mean change of the Frechet distance "
             "at the same seed, below 0 is better, and for how many seeds it falls. The paper's FID: the same "
-            "terms on ImageNet 256 (arXiv 2602.02493, Table 5)."
+            "on ImageNet 256 (terms: arXiv 2602.02493, Table 5; PixelDiT: 2511.20645, 80 epochs)."
         )
         text = f"{told}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
         failures = "".join(
