@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Rows that the others are held against: nothing, and what the paper adds its terms to; of PixelDiT the patches
-# alone, and all of it.
+# Rows that the others are held against: nothing, and what the paper adds its terms to; of PixelDiT the
+# patches alone, and all of it.
 BASELINES = ("flow", "repa")
 PIXEL_BASELINES = ("no_pixels", "pixeldit")
 # Column of ablation.csv -> heading, digits behind the point.

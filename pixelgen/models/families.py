@@ -51,6 +51,11 @@ class Architecture:
         return self
 
     @property
+    def last_tap(self) -> int:
+        """The largest L of ``Denoiser.forward_tokens``' ``tap``."""
+        return self.depth - 1
+
+    @property
     def image_height_width(self) -> tuple[int, int]:
         """Image height and width in pixels."""
         size = self.image_size

@@ -60,6 +60,11 @@ class PixelDiTConfig(Architecture):
         return replace(self, recompute_modulation=False)
 
     @property
+    def last_tap(self) -> int:
+        """What leaves the last patch block can be tapped too."""
+        return self.depth
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.heads

@@ -53,11 +53,10 @@ class AlignmentOptions(TermOptions):
         Raises:
             UserError: the layer is not inside the model.
         """
-        depth = config.model_config().depth
-        if self.is_used and not 1 <= self.alignment_layer < depth:
+        last = config.model_config().last_tap
+        if self.is_used and not 1 <= self.alignment_layer <= last:
             raise UserError(
-                f"loss.alignment_layer must be at least 1 and below the model's depth {depth}, "
-                f"got {self.alignment_layer}"
+                f"loss.alignment_layer must be at least 1 and at most {last}, got {self.alignment_layer}"
             )
 
     def trained(self) -> dict[str, object]:
