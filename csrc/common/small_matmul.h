@@ -16,12 +16,15 @@ inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPaddi
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kRowsAtOnce = 8;  // of two vectors each: 16 of the 32 registers hold sums
+constexpr int64_t kDepthAtOnce = 32;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
 constexpr int kRowsAtOnce = 4;  // of the 16 registers, 8
+constexpr int64_t kDepthAtOnce = 16;
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kRowsAtOnce = 4;
+constexpr int64_t kDepthAtOnce = 16;
 #endif
 
 template <typename Real>
@@ -58,13 +61,6 @@ inline void multiply_block(Left<Real> left, Padded<const Real> right, int64_t de
   using Vector = typename VectorOf<Real>::type;
   constexpr int kLanes = kVectorBytes / sizeof(Real);
   Vector sums[kParts][kRows][kVectors] = {};
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      sums[0][i][j] = *reinterpret_cast<const Vector*>(start.data + i * start.stride + j * kLanes);
-    }
-  }
   const auto add = [&](int64_t k, int part) __attribute__((always_inline)) {
     Vector columns[kVectors];
 #pragma GCC unroll 2
@@ -89,30 +85,37 @@ inline void multiply_block(Left<Real> left, Padded<const Real> right, int64_t de
     for (int j = 0; j < kVectors; ++j) {
       Vector sum = sums[0][i][j];
       if constexpr (kParts == 2) sum += sums[1][i][j];
-      *reinterpret_cast<Vector*>(out.data + i * out.stride + j * kLanes) = sum;
+      *reinterpret_cast<Vector*>(out.data + i * out.stride + j * kLanes) =
+          sum + *reinterpret_cast<const Vector*>(start.data + i * start.stride + j * kLanes);
     }
   }
 }
 
 // out (rows, columns) = start + left (rows, depth) right (depth, columns). `rows` is a multiple of
 // kRowsAtOnce, `columns` of kPadding. `start` may be `out`, or of stride 0: one row for all.
+// Products are added up kDepthAtOnce at a time: the rounding errors of one long sum grow with its
+// length.
 template <typename Real>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left<Real> left,
                      Padded<const Real> right, Padded<const Real> start, Padded<Real> out) {
   constexpr int64_t kLanes = kVectorBytes / sizeof(Real);
-  for (int64_t i = 0; i < rows; i += kRowsAtOnce) {
-    const Left<Real> part{left.data + i * left.row, left.row, left.column};
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
-      multiply_block<kRowsAtOnce, 2, 1>(part, {right.data + j, right.stride}, depth,
-                                        {start.data + i * start.stride + j, start.stride},
-                                        Padded<Real>{out.data + i * out.stride + j, out.stride});
+  for (int64_t k = 0; k < depth; k += kDepthAtOnce) {
+    const int64_t n = min_of(kDepthAtOnce, depth - k);
+    for (int64_t i = 0; i < rows; i += kRowsAtOnce) {
+      const Left<Real> factors{left.data + i * left.row + k * left.column, left.row, left.column};
+      const auto at = [&](auto matrix, int64_t row, int64_t column) {
+        matrix.data += row * matrix.stride + column;
+        return matrix;
+      };
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
+        multiply_block<kRowsAtOnce, 2, 1>(factors, at(right, k, j), n, at(start, i, j),
+                                          at(out, i, j));
+      for (; j < columns; j += kLanes)
+        multiply_block<kRowsAtOnce, 1, 2>(factors, at(right, k, j), n, at(start, i, j),
+                                          at(out, i, j));
     }
-    for (; j < columns; j += kLanes) {
-      multiply_block<kRowsAtOnce, 1, 2>(part, {right.data + j, right.stride}, depth,
-                                        {start.data + i * start.stride + j, start.stride},
-                                        Padded<Real>{out.data + i * out.stride + j, out.stride});
-    }
+    start = {out.data, out.stride};
   }
 }
 
