@@ -244,7 +244,7 @@ def test_mistakes_in_yaml(text, message, tmp_path):
         (["--model.patch_size", "3"], "image_size must be a multiple of patch_size 3, got 8"),
         (
             ["--model.depth", "2"],
-            "loss.alignment_layer must be at least 1 and below the model's depth 2, got 2",
+            "loss.alignment_layer must be at least 1 and at most 1, got 2",
         ),
     ],
 )

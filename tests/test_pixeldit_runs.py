@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 import pytest
@@ -29,15 +30,16 @@ ALONE = [*TERMS_WITHOUT_NETWORKS, "--optimizer.schedule", "constant"]
 
 
 def test_all_terms_are_trained_and_fall(tmp_path):
+    quick = ["--optimizer.warmup_steps", "5", "--optimizer.lr", "0.003"]
     trainer = start_trainer(
-        [*options(tmp_path, "run", 100), *DIGITS, *EVERYTHING, "--loss.balance", "global"]
+        [*options(tmp_path, "run", 100), *DIGITS, *EVERYTHING, "--loss.balance", "global", *quick]
     )
-    lines = train_steps(trainer, 30)
-    expected = {"flow_matching", "alignment", "lpips", "p_dino", "adversarial", "discriminator"}
-    assert expected <= lines[-1].keys()
-    assert all(torch.tensor(line["loss"]).isfinite() for line in lines)
-    early, late = (sum(line["flow_matching"] for line in part) for part in (lines[:8], lines[-8:]))
-    assert late < 0.9 * early
+    lines = train_steps(trainer, 60)
+    assert {"adversarial", "discriminator"} <= lines[-1].keys()
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    for term in ("flow_matching", "alignment", "lpips", "p_dino"):
+        early, late = (sum(line[term] for line in part) for part in (lines[:10], lines[-10:]))
+        assert late < 0.85 * early, term
 
 
 @pytest.mark.parametrize("model", [[], ["--model.recompute_modulation", "true", "--model.prediction", "x"]])
