@@ -1,7 +1,8 @@
 """The suite of one pixel block of PixelDiT-XL, forward and backward: in fp32 on a CPU, in bf16 on a GPU.
 
-Two modes: `block` is all of it; `outside` what is left when the matrix products of the modulation and of the
-compaction, and attention, are taken out, their results given: norms, modulations, gates, the per-pixel MLP.
+Modes: `block` is all of it; `outside` what is left when the matrix products of the modulation and of the
+compaction, and attention, are taken out, their results given: norms, modulations, gates, the per-pixel MLP;
+`pixel_modulate` and `pixel_mlp` are these ops as the block calls them, with a handover.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ PROVIDERS = {
     "ours": ("auto", False, False),
     "ours_recomputed": ("auto", False, True),
 }
+MODES = ("block", "outside", "pixel_modulate", "pixel_mlp")
 BATCH = {"cpu": 2, "cuda": 16}
 TOLERANCE = {"cpu": 1e-4, "cuda": 3e-2}  # of the largest value of every result
 
@@ -55,9 +57,10 @@ class Runner:
         self.modulation = torch.randn(*shape[:2], CONFIG.num_kinds * d, device=device, dtype=dtype)
         self.rope = tuple(t.to(device) for t in extent_rope_table(CONFIG.head_dim, rows, columns))
         self.parameters = list(self.block.parameters())
-        self.forward: Callable[..., Tensor] = torch.compile(block) if is_compiled else block
-        outside = self._ops_alone
-        self.forward_outside = torch.compile(outside) if is_compiled else outside
+        compiled: Callable[..., Any] = torch.compile if is_compiled else lambda fn: fn
+        self.forward: Callable[..., Tensor] = compiled(block)
+        self.forward_outside = compiled(self._outside)
+        self.pixel_modulate, self.pixel_mlp = compiled(self._pixel_modulate), compiled(self._pixel_mlp)
         # gradients leave as soon as they are there: no peak is theirs
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_drop)
@@ -74,7 +77,7 @@ class Runner:
         with self.autocast():
             output = self.forward(*leaves, self.rope)
         output.backward(self.grad)
-        return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+        return [output.detach(), *_gradients(leaves)]
 
     def prepare_outside(self) -> list[Tensor]:
         """Leaves of a call; the modulation is new, as a projection makes it."""
@@ -84,17 +87,50 @@ class Runner:
         """Gradients of the inputs."""
         x, y, modulation = leaves
         # a view: what is handed over belongs to the graph
-        h, output = self.forward_outside(x, y, modulation.view_as(modulation), Handover())
-        torch.autograd.backward([h, output], [self.grad, self.grad])
-        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+        results = self.forward_outside(x, y, modulation.view_as(modulation), Handover())
+        torch.autograd.backward(results, [self.grad, self.grad])
+        return _gradients(leaves)
 
-    def _ops_alone(
-        self, x: Tensor, y: Tensor, modulation: Tensor, handover: Handover
-    ) -> tuple[Tensor, Tensor]:
+    def prepare_pixel_modulate(self) -> list[Tensor]:
+        """Leaves of a call."""
+        return self._leaves(self.x, self.modulation.clone())
+
+    def run_pixel_modulate(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Gradients of the inputs; in the block `pixel_mlp` has written its own over the modulation."""
+        x, modulation = leaves
+        view, handover = modulation.view_as(modulation), Handover()
+        results, gradients = [self.pixel_modulate(x, view, handover)], [self.grad]
+        if handover.carrier is not None:
+            results.append(handover.carrier)
+            gradients.append(view.detach())
+        torch.autograd.backward(results, gradients)
+        return _gradients(leaves)
+
+    prepare_pixel_mlp = prepare_outside
+
+    def run_pixel_mlp(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Gradients of the inputs."""
+        x, y, modulation = leaves
+        view, handover = modulation.view_as(modulation), Handover()
+        handover.carrier = view
+        self.pixel_mlp(x, y, view, handover).backward(self.grad)
+        return _gradients(leaves)
+
+    def _outside(self, x: Tensor, y: Tensor, modulation: Tensor, handover: Handover) -> tuple[Tensor, Tensor]:
+        normed = self._pixel_modulate(x, modulation, handover)
+        return normed, self._pixel_mlp(x, y, modulation, handover)
+
+    def _pixel_modulate(self, x: Tensor, modulation: Tensor, handover: Handover) -> Tensor:
+        return self.ops.pixel_modulate(x, modulation, self.block.norm1.weight, handover=handover)
+
+    def _pixel_mlp(self, x: Tensor, y: Tensor, modulation: Tensor, handover: Handover) -> Tensor:
         block, fc1, fc2 = self.block, self.block.mlp.fc1, self.block.mlp.fc2
-        h = self.ops.pixel_modulate(x, modulation, block.norm1.weight, handover=handover)
         weights = block.norm2.weight, fc1.weight, fc1.bias, fc2.weight, fc2.bias
-        return h, self.ops.pixel_mlp(x, y, modulation, *weights, handover=handover)
+        return self.ops.pixel_mlp(x, y, modulation, *weights, handover=handover)
+
+
+def _gradients(leaves: list[Tensor]) -> list[Tensor]:
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def _drop(parameter: Tensor) -> None:
@@ -113,7 +149,7 @@ def problems(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> 
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Both modes of all providers, in turns."""
+    """All modes of all providers, in turns."""
     device = run.device
     batch = run.arguments.batch or BATCH[device.type]
     timer, runners, expected = ColdTimer(device), {}, None
@@ -129,7 +165,7 @@ def rows(run: Run) -> Iterator[Row]:
     # of the large matrices, whose sizes no activation has
     gradients = {p.nbytes for p in next(iter(runners.values())).parameters if p.nbytes > 2**20}
     shape = f"PixelDiT-XL B={batch}"
-    for mode in ("block", "outside"):
+    for mode in MODES:
         parts: dict[str, tuple[Any, Any]] = {
             name: (getattr(runner, f"prepare_{mode}"), getattr(runner, f"run_{mode}"))
             for name, runner in runners.items()

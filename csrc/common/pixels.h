@@ -20,10 +20,22 @@ inline int64_t at(const View<3>& rows, int64_t pixel) {
   return rows.offset(pixel / inner, pixel % inner);
 }
 
-// Channels of a pixel as Real. kD: d where it is known at compile time, else 0. GCC 12 stores 16
-// numbers of bf16 in two halves, and reading them as one AVX-512 register then waits for both.
+template <typename Real>
+constexpr DType dtype_of() {
+  return IsSame<Real, float>::value ? DType::kFloat32 : DType::kFloat64;
+}
+
+// Channels of a pixel as Real. kD: d where it is known at compile time, else 0; then a pixel is a
+// register or two, and no loop. GCC 12 stores 16 numbers of bf16 in two halves, and reading them as
+// one AVX-512 register then waits for both.
 template <int kD, typename Real>
 PIXELGEN_MEMBER void load_channels(const View<3>& from, int64_t offset, Real* out, int64_t d) {
+  if constexpr (kD > 0) {
+    if (from.dtype == dtype_of<Real>()) {
+      std::memcpy(out, from.as<Real>() + offset, kD * sizeof(Real));
+      return;
+    }
+  }
   if constexpr (kD == 16 && IsSame<Real, float>::value) {
     if (from.dtype == DType::kBFloat16) {
       typedef uint16_t Halves __attribute__((vector_size(32)));
@@ -36,6 +48,26 @@ PIXELGEN_MEMBER void load_channels(const View<3>& from, int64_t offset, Real* ou
     }
   }
   load_row(from, offset, Real(0), out, d);
+}
+
+// Fetches `count` channels of a pixel that is read later, in the meantime of something else.
+PIXELGEN_INLINE void prefetch_channels(const View<3>& from, int64_t offset, int64_t count) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = element_size(from.dtype);
+  const char* data = static_cast<const char*>(from.data) + offset * size;
+  for (int64_t byte = 0; byte < count * size; byte += kLine) __builtin_prefetch(data + byte);
+}
+
+template <int kD, typename Real>
+PIXELGEN_MEMBER void store_channels(const Real* values, const Dense& to, int64_t offset,
+                                    int64_t d) {
+  if constexpr (kD > 0) {
+    if (to.dtype == dtype_of<Real>()) {
+      std::memcpy(to.as<Real>() + offset, values, kD * sizeof(Real));
+      return;
+    }
+  }
+  store_row(values, to, offset, d);
 }
 
 // Calls fn(worker, first, last) with a share of `items` for each of `workers` threads.
@@ -53,6 +85,7 @@ inline int workers_for(int64_t items, const Place& place) {
 
 // Where the gradient of a modulation goes. In the place of the modulation the kinds that an op does
 // not read belong to another op, which has written them or still reads them; else they are zeros.
+template <int kD>
 struct GradModulation {
   const Dense& to;
   int64_t kinds, d;
@@ -60,12 +93,13 @@ struct GradModulation {
 
   template <typename Real>
   PIXELGEN_MEMBER void store(int64_t pixel, int64_t kind, const Real* values) const {
-    store_row(values, to, (pixel * kinds + kind) * d, d);
+    store_channels<kD>(values, to, (pixel * kinds + kind) * d, d);
   }
   template <int kCount, typename Real>
   PIXELGEN_MEMBER void store_zeros(int64_t pixel, int64_t first, Real) const {
     alignas(64) static constexpr Real zeros[kCount * kMaxPixelWidth] = {};
-    if (!is_in_place) store_row(zeros, to, (pixel * kinds + first) * d, kCount * d);
+    if (!is_in_place)
+      store_channels<kCount * kD>(zeros, to, (pixel * kinds + first) * d, kCount * d);
   }
 };
 
@@ -75,7 +109,9 @@ inline Real rms_rstd(const Real* x, int64_t d, double eps) {
   Real squares = 0;
 #pragma omp simd reduction(+ : squares)
   for (int64_t c = 0; c < d; ++c) squares += x[c] * x[c];
-  return Real(1) / Real(__builtin_sqrt(squares / Real(d) + Real(eps)));
+  const Real square = squares / Real(d) + Real(eps);
+  if constexpr (IsSame<Real, float>::value) return 1.0f / __builtin_sqrtf(square);
+  return Real(1) / Real(__builtin_sqrt(square));
 }
 
 template <typename Real, typename Term>

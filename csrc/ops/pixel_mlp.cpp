@@ -48,6 +48,7 @@ void forward(const PixelMlpFwd& p, const Weights<Real>& w, Real* memory, int wor
     for (int64_t begin = first * kTile; begin < min_of(last * kTile, pixels); begin += kTile) {
       const int64_t n = min_of(kTile, pixels - begin);
       for (int64_t i = 0; i < n; ++i) {
+        pixel.prefetch(p, min_of(begin + kTile + i, pixels - 1), d);
         pixel.load(p, begin + i, d);
         const Real rstd = rms_rstd(pixel.r, d, p.eps);
         Real *r = tile.r.data + i * tile.r.stride, *u = tile.u.data + i * tile.u.stride;
@@ -71,7 +72,7 @@ void forward(const PixelMlpFwd& p, const Weights<Real>& w, Real* memory, int wor
         Real* out = tile.o.data + i * tile.o.stride;
 #pragma omp simd
         for (int64_t c = 0; c < d; ++c) out[c] = math::add_gated(r[c], mlp[i * d + c], out[c]);
-        store_row(out, p.out, (begin + i) * d, d);
+        store_channels<kD>(out, p.out, (begin + i) * d, d);
       }
     }
   });
@@ -113,10 +114,13 @@ template <int kD, bool kPost, typename Real>
 void backward_tile(const PixelMlpBwd& g, const Weights<Real>& w, BackwardTile<Real>& tile,
                    const Sums<Real>& sums, int64_t begin, int64_t n) {
   const int64_t d = kD > 0 ? kD : width(g), F = hidden_width(g);
-  const GradModulation grad_modulation{g.grad_modulation, kPost ? 4 : 6, d,
-                                       g.grad_modulation.data == g.modulation.data};
+  const GradModulation<kD> grad_modulation{g.grad_modulation, kPost ? 4 : 6, d,
+                                           g.grad_modulation.data == g.modulation.data};
   Pixel<kD, kPost, Real> pixel;
   for (int64_t i = 0; i < n; ++i) {
+    const int64_t later = min_of(begin + kTile + i, num_pixels(g.x) - 1);
+    pixel.prefetch(g, later, d);
+    prefetch_channels(g.grad_out, at(g.grad_out, later), d);
     pixel.load(g, begin + i, d);
     Real *r = tile.r.data + i * tile.r.stride, *u = tile.u.data + i * tile.u.stride;
     Real *h = tile.h.data + i * tile.h.stride, *grad = tile.grad.data + i * tile.grad.stride;
@@ -179,8 +183,8 @@ void backward_tile(const PixelMlpBwd& g, const Weights<Real>& w, BackwardTile<Re
       const auto branch = math::branch_grads(pixel.attn[c], pixel.y[c], grad_r[c]);
       pixel.y[c] = branch.y, grad_attn[c] = branch.gate;
     }
-    store_row(grad_r, g.grad_x, (begin + i) * d, d);
-    store_row(pixel.y, g.grad_y, (begin + i) * d, d);
+    store_channels<kD>(grad_r, g.grad_x, (begin + i) * d, d);
+    store_channels<kD>(pixel.y, g.grad_y, (begin + i) * d, d);
     if constexpr (kPost) {
       grad_modulation.store(begin + i, 0, grad_attn);
       grad_modulation.store(begin + i, 1, grad_r);

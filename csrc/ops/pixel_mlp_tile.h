@@ -97,7 +97,14 @@ struct Pixel {
   alignas(64) Real norm[kMaxPixelWidth], norm_offset[kMaxPixelWidth];
   alignas(64) Real mlp[kMaxPixelWidth], mlp_offset[kMaxPixelWidth];
 
-  void load(const PixelMlp& p, int64_t pixel, int64_t d) {
+  // What `load` will read, one tile ahead of it: meanwhile this one is computed.
+  PIXELGEN_INLINE void prefetch(const PixelMlp& p, int64_t pixel, int64_t d) {
+    prefetch_channels(p.x, at(p.x, pixel), d);
+    prefetch_channels(p.y, at(p.y, pixel), d);
+    prefetch_channels(p.modulation, at(p.modulation, pixel) + (kPost ? 0 : 2) * d, 4 * d);
+  }
+
+  PIXELGEN_MEMBER void load(const PixelMlp& p, int64_t pixel, int64_t d) {
     const auto load_kind = [&](int64_t kind, Real* out) {
       load_channels<kD>(p.modulation, at(p.modulation, pixel) + kind * d, out, d);
     };

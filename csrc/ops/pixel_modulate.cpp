@@ -52,7 +52,7 @@ void forward(const PixelModulateFwd& p, const Place& place) {
 #pragma omp simd
       for (int64_t c = 0; c < d; ++c)
         x[c] = x[c] * rstd * weight[c] * (Real(1) + scale[c]) + shift[c];
-      store_row(x, p.normed, pixel * d, d);
+      store_channels<kD>(x, p.normed, pixel * d, d);
     }
   });
 }
@@ -63,8 +63,8 @@ template <int kD, typename Real>
 void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& place) {
   const int64_t d = kD > 0 ? kD : g.x.size[2], pixels = num_pixels(g.x);
   const int64_t chunks = ceil_div(pixels, kPixelsPerChunk);
-  const GradModulation grad_modulation{g.grad_modulation, kKinds, d,
-                                       g.grad_modulation.data == g.modulation.data};
+  const GradModulation<kD> grad_modulation{g.grad_modulation, kKinds, d,
+                                           g.grad_modulation.data == g.modulation.data};
   share(chunks, workers_for(chunks, place), [&](int, int64_t first, int64_t last) {
     alignas(64) Real weight[kMaxPixelWidth], n[kMaxPixelWidth], scale[kMaxPixelWidth],
         grad[kMaxPixelWidth], h[kMaxPixelWidth], sums[kMaxPixelWidth], group[kMaxPixelWidth];
@@ -92,10 +92,10 @@ void backward_pixels(const PixelModulateBwd& g, Real* partials, const Place& pla
         const Real mean = sum_channels<Real>(d, [&](int64_t c) { return h[c] * n[c]; }) / Real(d);
 #pragma omp simd
         for (int64_t c = 0; c < d; ++c) n[c] = math::norm_grad_x(h[c], n[c], rstd, Real(0), mean);
-        store_row(n, g.grad_x, pixel * d, d);
+        store_channels<kD>(n, g.grad_x, pixel * d, d);
         grad_modulation.store(pixel, 0, grad);
         grad_modulation.store(pixel, 1, scale);
-        grad_modulation.store_zeros<4>(pixel, 2, Real(0));
+        grad_modulation.template store_zeros<4>(pixel, 2, Real(0));
       }
       for (int64_t c = 0; c < d; ++c) sums[c] += group[c];
       store_row(sums, partials + chunk * d, d);
