@@ -59,7 +59,8 @@ def test_the_step_with_all_terms_has_them_all(monkeypatch):
 def test_the_gpu_step_is_the_published_model(provider, terms):
     config = step.step_config(torch.device("cuda"), terms, provider, 64)
     model, loss = config.model_config(), config.loss
-    assert (model.width, model.depth, model.image_height_width) == (1152, 28, (256, 256))
+    depth = 26 if terms == "pixeldit" else 28
+    assert (model.width, model.depth, model.image_height_width) == (1152, depth, (256, 256))
     assert config.dtype == "bfloat16" and config.train.batch_size == 64
     assert config.compile == loss.compile_networks == ("compile" in provider)
     assert config.kernels == ("auto" if "ours" in provider else "eager")
@@ -68,8 +69,9 @@ def test_the_gpu_step_is_the_published_model(provider, terms):
     assert (loss.stages, loss.tokens) == ("vgg16", "dinov2_vitb14")
 
 
-def test_the_first_loss_depends_on_every_block():
-    runner = step.Runner(CPU, "flow_matching", "eager", 1)
+@pytest.mark.parametrize("terms", ["flow_matching", "pixeldit"])
+def test_the_first_loss_depends_on_every_block(terms):
+    runner = step.Runner(CPU, terms, "eager", 1)
     zero = [name for name, p in runner.trainer.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not zero
 

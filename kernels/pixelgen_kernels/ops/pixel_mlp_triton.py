@@ -190,6 +190,13 @@ def _pixel_mlp_bwd_kernel(
         slope = cdf + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
         a *= cdf
         o = _product(tl.trans(a), w2_t) + bias2
+        # now, and not with the others: o would take registers until then
+        packed = pixels[:, None] * (NUM_KINDS * D) + cols
+        if NUM_KINDS == 4:
+            store(grad_modulation_ptr, packed + 2 * D, g * o, mask)
+            store(grad_modulation_ptr, packed + 3 * D, g, mask)
+        else:
+            store(grad_modulation_ptr, packed + 5 * D, g * o, mask)
         h = mlp * g
         grad_w2_t += _product(a, h)
         grad_bias2 += h
@@ -207,12 +214,9 @@ def _pixel_mlp_bwd_kernel(
         dense = pixels[:, None] * D + cols
         store(grad_x_ptr, dense, grad_r, mask)
         store(grad_y_ptr, dense, grad_r * attn, mask)
-        packed = pixels[:, None] * (NUM_KINDS * D) + cols
         if NUM_KINDS == 4:
             store(grad_modulation_ptr, packed, grad_r * y, mask)
             store(grad_modulation_ptr, packed + D, grad_r, mask)
-            store(grad_modulation_ptr, packed + 2 * D, g * o, mask)
-            store(grad_modulation_ptr, packed + 3 * D, g, mask)
         else:
             if FILL:
                 store(grad_modulation_ptr, packed, tl.zeros_like(g), mask)
@@ -220,7 +224,6 @@ def _pixel_mlp_bwd_kernel(
             store(grad_modulation_ptr, packed + 2 * D, grad_r * y, mask)
             store(grad_modulation_ptr, packed + 3 * D, grad_u, mask)
             store(grad_modulation_ptr, packed + 4 * D, grad_u * n * weight, mask)
-            store(grad_modulation_ptr, packed + 5 * D, g * o, mask)
 
     partials = partials_ptr + tl.program_id(0).to(tl.int64) * (2 * F * D + F + 2 * D)
     is_weight = (hidden < F) & (cols < D)
