@@ -66,7 +66,8 @@ def test_the_gpu_step_is_the_published_model(provider, terms):
     assert config.kernels == ("auto" if "ours" in provider else "eager")
     weights = (loss.alignment_weight, loss.lpips_weight, loss.p_dino_weight)
     assert weights == ((0.5, 0.1, 0.01) if terms == "all_terms" else (0, 0, 0))
-    assert (loss.stages, loss.tokens) == ("vgg16", "dinov2_vitb14")
+    assert loss.tokens == "dinov2_vitb14"
+    assert loss.stages == "vgg16" or terms == "pixeldit"  # whose recipe has no LPIPS
 
 
 @pytest.mark.parametrize("terms", ["flow_matching", "pixeldit"])

@@ -32,10 +32,10 @@ def test_the_check_of_a_gpu_in_its_form_for_a_cpu(tmp_path):
     done = gpu_check(tmp_path, "--device", "cpu", "--tiny")
     summary = (tmp_path / "summary.txt").read_text()
     assert done.returncode == 0, summary
-    for part in ("build", "machine", "tests", "step", "kernels", "profile"):
+    for part in ("build", "machine", "tests", "step", "kernels", "pixel_block", "profile"):
         assert re.search(rf"^{part}: passed in \d+ s$", summary, re.MULTILINE), summary
     found = {path.name for path in tmp_path.iterdir()}
-    assert found == {f"{name}.csv" for name in ("machine", "step", "kernels")} | {
+    assert found == {f"{name}.csv" for name in ("machine", "step", "kernels", "pixel_block")} | {
         "summary.txt",
         "tests.txt",
         "profile.txt",
