@@ -22,6 +22,8 @@ class SampleOptions:
     Args:
         model: a run (runs/NAME), one of its checkpoints, or a .ckpt of the public PixelGen or PixelDiT code.
         size: architecture of a .ckpt file, such as PixelGen-XL/16 or PixelDiT-XL/16; runs know their own.
+        image_size: side in pixels of a .ckpt file's images where it is not that of its size: 512 for the
+            PixelDiT weights of that resolution; runs know their own.
         labels: class indices separated by commas, or "all".
         samples_per_label: images per label.
         guidance: scale of classifier-free guidance, 1 for none; null takes the run's setting.
@@ -41,6 +43,7 @@ class SampleOptions:
 
     model: str
     size: str | None = None
+    image_size: int | None = None
     labels: str = "all"
     samples_per_label: int = 8
     guidance: float | None = None
@@ -68,8 +71,9 @@ class SampleOptions:
             raise UserError(
                 f"{self.model}: a .ckpt does not name its architecture; give --size, such as PixelGen-XL/16"
             )
-        if not is_released and self.size is not None:
-            raise UserError(f"{self.model}: --size is for .ckpt files; a run knows its architecture")
+        for option, value in (("--size", self.size), ("--image-size", self.image_size)):
+            if not is_released and value is not None:
+                raise UserError(f"{self.model}: {option} is for .ckpt files; a run knows its architecture")
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
@@ -117,7 +121,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     else:
         pipeline = Pipeline.from_released(
-            options.model, options.size, weights=options.weights, device=device, kernels=options.kernels
+            options.model,
+            options.size,
+            weights=options.weights,
+            device=device,
+            kernels=options.kernels,
+            image_size=options.image_size,
         )
     labels = parse_labels(options.labels, pipeline.model.config.num_classes)
     labels = [label for label in labels for _ in range(options.samples_per_label)]

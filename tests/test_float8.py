@@ -1,11 +1,15 @@
 """Float8 products through torchao, emulated: the same parameters, nearly the same numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pixelgen.errors import UserError
 from pixelgen.models.float8 import use_float8
 from pixelgen.models.jit import JiT
+from pixelgen.models.pixeldit import PixelDiT
+from pixelgen.models.pixeldit_sizes import PIXELDIT_SIZES
 from pixelgen.models.sizes import model_config
 
 pytest.importorskip("torchao")
@@ -34,6 +38,14 @@ def test_the_blocks_products_are_replaced_and_nearly_equal():
     error = (found.float() - expected.float()).norm() / expected.float().norm()
     assert 1e-4 < float(error) < 0.1
     assert all(parameter.grad.isfinite().all() for parameter in converted.parameters())
+
+
+def test_the_weights_that_an_op_reads_stay_as_they_are():
+    model = PixelDiT(replace(PIXELDIT_SIZES["PixelDiT-tiny/8"], pixel_width=16))
+    use_float8(model, CPU, emulate=True)
+    block = model.pixel_blocks[0]
+    assert type(block.mlp.fc1) is type(block.mlp.fc2) is torch.nn.Linear
+    assert type(block.compress_to_attn).__name__ == type(block.adaLN_modulation[0]).__name__ == "Float8Linear"
 
 
 def test_what_cannot_be_done_is_said():

@@ -225,6 +225,13 @@ def test_features_are_the_residual_stream_after_so_many_blocks():
     assert torch.equal(last, stream)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_empty_batch(variant: str):
+    model = randomized(replace(TINY, **VARIANTS[variant]))
+    x, t, y = (values[:0] for values in inputs())
+    assert model(x, t, y).shape == x.shape
+
+
 def test_a_given_conditioning_replaces_the_patch_path():
     model = randomized()
     x, t, y = inputs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 
 import pytest
@@ -53,6 +54,17 @@ def test_a_resumed_run_is_bit_equal(tmp_path, monkeypatch, model):
     assert checkpoints.find_checkpoint(tmp_path / "stopped").name == "step_00000008"
     assert differences(*(stored(tmp_path / name) for name in ("straight", "stopped"))) == []
     assert curve(tmp_path / "straight")[-1]["loss"] == curve(tmp_path / "stopped")[-1]["loss"]
+
+
+def test_what_the_weights_predict_is_compared(tmp_path, capsys):
+    assert main(options(tmp_path, "velocity", 1, *DIGITS, *ALONE)) == 0
+    run = tmp_path / "velocity"
+    argv = options(tmp_path, "x", 1, *DIGITS, *ALONE, "--model.prediction", "x", "--init", str(run))
+    error = fails_with(capsys, argv)
+    assert re.search(r"--init: \S+ predicts velocity, and model.prediction is x", error)
+    error = fails_with(capsys, ["--resume", str(run), "--model.prediction", "x"])
+    told = r"model.prediction cannot change at a resume: it was velocity in \S+, and is x now"
+    assert re.search(told, error)
 
 
 @pytest.mark.parametrize("mode", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])

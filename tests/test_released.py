@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parity import Vectors, assert_matches, find
@@ -17,6 +18,7 @@ from pixelgen import sample
 from pixelgen.errors import UserError
 from pixelgen.models import pixeldit_sizes
 from pixelgen.models.jit import JiT
+from pixelgen.models.pixeldit import PixelDiT
 from pixelgen.models.pixeldit_sizes import PIXELDIT_SIZES, PixelDiTConfig
 from pixelgen.models.released import load_released_checkpoint, read_released_checkpoint
 from pixelgen.models.sizes import model_config
@@ -104,6 +106,23 @@ def test_the_sampling_command_takes_them(tmp_path: Path, as_size, capsys):
     assert "NFE 3" in capsys.readouterr().out  # t = 0 is not guided, t = 0.5 is
 
 
+def test_images_of_another_size_than_that_of_the_name(tmp_path: Path, monkeypatch):
+    """The published weights of 512 pixels have the names and shapes of those of 256."""
+    small = replace(PIXELDIT_SIZES["PixelDiT-tiny/8"], patch_size=16, depth=8)
+    monkeypatch.setitem(PIXELDIT_SIZES, "PixelDiT-XL/16", replace(small, image_size=256))
+    path = lightning(tmp_path / "512.ckpt", PixelDiT(small).state_dict())
+    pipelines = [Pipeline.from_released(path, "PixelDiT-XL/16", image_size=side) for side in (None, 512)]
+    assert [pipeline.model.config.image_height_width for pipeline in pipelines] == [(256, 256), (512, 512)]
+    assert [pipeline.settings.guidance for pipeline in pipelines] == [2.75, 3.5]
+    assert [pipeline.settings.timeshift for pipeline in pipelines] == [1.0, 2.0]
+    argv = ["--model", str(path), "--size", "PixelDiT-XL/16", "--image-size", "64", "--device", "cpu"]
+    argv += ["--labels", "1", "--samples-per-label", "1", "--steps", "1", "--out", str(tmp_path / "images")]
+    assert sample.main(argv) == 0
+    assert np.load(tmp_path / "images" / "samples.npz")["arr_0"].shape == (1, 64, 64, 3)
+    with pytest.raises(UserError, match="image_size must be a multiple of patch_size 16, got 100"):
+        load_released_checkpoint(path, "PixelDiT-XL/16", "raw", image_size=100)
+
+
 # --- what is refused, in one line that names both sides ---
 
 
@@ -122,21 +141,24 @@ def jit_file(folder: Path) -> Path:
 def test_files_of_the_other_family(tmp_path: Path):
     text = refusal(jit_file(tmp_path), PIXELDIT_SIZES["PixelDiT-tiny/4"])
     assert text == "holds a JiT denoiser, model.family is pixeldit"
-    assert refusal(jit_file(tmp_path), "PixelDiT-XL/16") == text
+    asked = "holds a JiT denoiser, PixelDiT-XL/16 is of family pixeldit"
+    assert refusal(jit_file(tmp_path), "PixelDiT-XL/16") == asked
     path, _ = published(variant(True), tmp_path)
     text = refusal(path, model_config("tiny/4"))
-    assert text == "holds a PixelDiT denoiser with post-modulation, model.family is jit"
-    assert refusal(path, "PixelGen-XL/16") == text
+    held = "holds a PixelDiT denoiser with post-modulation and with pixel-modulation pixel"
+    assert text == f"{held}, model.family is jit"
+    assert refusal(path, "PixelGen-XL/16") == f"{held}, PixelGen-XL/16 is of family jit"
     path, _ = published(variant(False), tmp_path)
     text = refusal(path, "JiT-B/16")
-    assert text == "holds a PixelDiT denoiser without post-modulation, model.family is jit"
+    held = "holds a PixelDiT denoiser without post-modulation and with pixel-modulation pixel"
+    assert text == f"{held}, JiT-B/16 is of family jit"
 
 
 @pytest.mark.parametrize(
     ("post_modulation", "words"),
     [
-        (True, "with post-modulation, model.post_modulation is false"),
-        (False, "without post-modulation, model.post_modulation is true"),
+        (True, "with post-modulation and with pixel-modulation pixel, model.post_modulation is false"),
+        (False, "without post-modulation and with pixel-modulation pixel, model.post_modulation is true"),
     ],
 )
 def test_files_of_the_other_variant(post_modulation: bool, words: str, tmp_path: Path):
@@ -144,6 +166,24 @@ def test_files_of_the_other_variant(post_modulation: bool, words: str, tmp_path:
     path, config = published(variant(post_modulation), tmp_path)
     other = replace(config, post_modulation=not post_modulation)
     assert refusal(path, other) == f"holds a PixelDiT denoiser {words}"
+
+
+def test_files_with_one_modulation_for_a_patch(tmp_path: Path, as_size):
+    config = replace(PIXELDIT_SIZES["PixelDiT-tiny/4"], pixel_modulation="patch")
+    path = lightning(tmp_path / "patch.ckpt", PixelDiT(config).state_dict())
+    held = "holds a PixelDiT denoiser without post-modulation and with pixel-modulation patch"
+    text = refusal(path, PIXELDIT_SIZES["PixelDiT-tiny/4"])
+    assert text == f"{held}, model.pixel_modulation is pixel"
+    assert load_released_checkpoint(path, "PixelDiT-tiny/4", "raw").config == config
+
+
+def test_files_without_averaged_weights(tmp_path: Path):
+    state = PixelDiT(PIXELDIT_SIZES["PixelDiT-tiny/4"]).state_dict()
+    path = tmp_path / "raw.ckpt"
+    torch.save({"state_dict": {f"denoiser.{name}": value for name, value in state.items()}}, path)
+    with pytest.raises(UserError, match=r"has no ema weights \(ema_denoiser\.\*\), only raw$"):
+        load_released_checkpoint(path, "PixelDiT-tiny/4")
+    load_released_checkpoint(path, "PixelDiT-tiny/4", "raw")
 
 
 def test_unknown_sizes_and_missing_keys(tmp_path: Path):
@@ -193,9 +233,12 @@ def test_init_refuses_other_kinds_in_one_line(tmp_path: Path, flow_run: Path, ca
 
     pixeldit = ["--model.family", "pixeldit", "--model.size", "PixelDiT-tiny/4"]
     path, _ = published(variant(True), tmp_path)
-    held = "--init: {} holds a PixelDiT denoiser with post-modulation"
+    held = "--init: {} holds a PixelDiT denoiser with post-modulation and with pixel-modulation pixel"
     assert f"{held.format(path)}, model.family is jit\n" in error(path)
     assert f"{held.format(path)}, model.post_modulation is false\n" in error(path, *pixeldit)
+    plain, _ = published(variant(False), tmp_path)
+    told = error(plain, *pixeldit, "--model.prediction", "x")
+    assert f"--init: {plain} predicts velocity, and model.prediction is x\n" in told
     jit = jit_file(tmp_path)
     assert f"--init: {jit} holds a JiT denoiser, model.family is pixeldit\n" in error(jit, *pixeldit)
     assert "is of model.family jit, and the run is of pixeldit\n" in error(flow_run, *pixeldit)

@@ -1,6 +1,7 @@
 """Stopping and going on: signals, checkpoints, exact resume."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,12 +103,19 @@ def test_saving_and_resuming_before_a_part_starts_changes_nothing(tmp_path, monk
         (["--loss.balance", "global"], "loss.balance"),
         (["--loss.adversarial_weight", "0.1"], "loss.adversarial_weight"),
         (["--loss.alignment_weight", "0.5"], "loss.alignment_weight"),
-        (["--model.width", "32"], "model"),
     ],
 )
 def test_what_a_run_trains_cannot_change_at_a_resume(flow_run, capsys, with_embedded, option, named):
     error = fails_with(capsys, ["--resume", str(flow_run), "--train.max_steps", "7", *option])
     assert named in error and "cannot change so at a resume" in error
+
+
+def test_the_model_cannot_change_at_a_resume(flow_run, capsys):
+    error = fails_with(capsys, ["--resume", str(flow_run), "--train.max_steps", "7", "--model.width", "32"])
+    assert re.search(r"model.width cannot change at a resume: it was 64 in \S+, and is 32 now", error)
+    other = ["--model.family", "pixeldit", "--model.size", "PixelDiT-tiny/4"]
+    error = fails_with(capsys, ["--resume", str(flow_run), *other])
+    assert re.search(r"model.family cannot change at a resume: it was jit in \S+, and is pixeldit now", error)
 
 
 def test_interrupt_saves_and_the_run_continues(tmp_path):

@@ -23,11 +23,11 @@ class Handover:
         carrier: set by `pixel_modulate` for `pixel_mlp`: along it the gradient goes back.
     """
 
-    __slots__ = ("_is_spent", "carrier")
+    __slots__ = ("_is_read", "_is_spent", "carrier")
 
     def __init__(self) -> None:
         self.carrier: Tensor | None = None
-        self._is_spent = False
+        self._is_read = self._is_spent = False
 
     @staticmethod
     def takes(x: Tensor, modulation: Tensor) -> bool:
@@ -48,6 +48,19 @@ class Handover:
     def carrier_of(modulation: Tensor) -> Tensor:
         """A tensor of its shape, dtype and device that takes no memory."""
         return modulation.new_zeros(()).expand(modulation.shape)
+
+    def begin(self, op: str, *, is_last: bool = False) -> None:
+        """Called by each op that takes part: `pixel_modulate`, then once `pixel_mlp`, which is the last.
+
+        Raises:
+            RuntimeError: the last one has been called already.
+        """
+        if self._is_read:
+            raise RuntimeError(
+                f"{op}: this handover has been through pixel_mlp; it is for one call of pixel_modulate, then "
+                "one of pixel_mlp"
+            )
+        self._is_read = is_last
 
     def spend(self) -> None:
         """Called before the values are written over.

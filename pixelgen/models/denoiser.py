@@ -95,18 +95,22 @@ class Denoiser(nn.Module, ABC):
         """AdaLN layers of an image's condition, whose weights a training step packs into one product."""
         return []
 
+    def modules_in_ops(self) -> list[nn.Module]:
+        """Modules of which an op reads the weights, and which are never called themselves."""
+        return []
+
     @classmethod
     def convert(cls, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The ``state_dict`` of this class from the published code's; unknown names stay as they are."""
         return dict(published)
 
     @classmethod
-    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool] | None:
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool | str] | None:
         """What the names and shapes of a state dict tell of the model that it was taken from.
 
         Returns:
-            Fields of the architecture that change the parameters and can be either true or false, with the
-            value that this state was made with; None where it is of no model of this class.
+            Fields of the architecture that change the parameters and have few values, each with the one that
+            this state was made with; None where it is of no model of this class.
         """
         return None
 

@@ -32,12 +32,13 @@ def use_float8(model: Denoiser, device: torch.device, *, emulate: bool = False) 
             f"float8 needs a GPU of compute capability 8.9 or newer, got {device}; leave it out, or false"
         )
     count = 0
-    # products of a row per image, which are small
-    small = {id(part) for module in model.adaln_modules() for part in module.modules()}
+    # products of a row per image, which are small, and those inside an op
+    others = [*model.adaln_modules(), *model.modules_in_ops()]
+    left_out = {id(part) for module in others for part in module.modules()}
 
     def fits(module: nn.Module, name: str) -> bool:
         nonlocal count
-        if not isinstance(module, nn.Linear) or id(module) in small:
+        if not isinstance(module, nn.Linear) or id(module) in left_out:
             return False
         is_taken = module.in_features % 16 == 0 and module.out_features % 16 == 0
         count += is_taken

@@ -109,7 +109,7 @@ class JiT(Denoiser):
         return {"label": torch.full_like(condition["label"], self.config.num_classes)}
 
     @classmethod
-    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool] | None:
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool | str] | None:
         """A JiT has no such options."""
         return {} if "blocks.0.attn.qkv.weight" in state else None
 

@@ -157,8 +157,10 @@ class PixelBlock(nn.Module):
         kept: Recomputed | None = None
         if self.config.recompute_modulation and self.checkpointing == "none" and modulation.requires_grad:
             kept = Recomputed(modulation, lambda: self.adaLN_modulation(s))
-        modulation = modulation.view(len(x), -1, self.config.num_kinds * x.shape[-1])
-        modulation = modulation.expand(-1, x.shape[1], -1)  # of a patch, for all its pixels
+        Q, d = x.shape[1:]
+        modulated = Q if self.config.pixel_modulation == "pixel" else 1
+        modulation = modulation.view(len(x), modulated, self.config.num_kinds * d)
+        modulation = modulation.expand(-1, Q, -1)  # of a patch, for all its pixels
         # Nothing else reads this modulation, so its gradient may take its place.
         handover = Handover()
         with kept or Recomputed.NOTHING:
@@ -169,7 +171,7 @@ class PixelBlock(nn.Module):
                     x, modulation, self.norm1.weight, eps=RMSNorm.eps, handover=handover
                 )
         # the pixels of a patch, as they lie in memory, are its token
-        h = self.compress_to_attn(h.view(*s.shape[:2], -1))
+        h = self.compress_to_attn(h.view(*s.shape[:2], Q * d))
         y = self.expand_from_attn(self.attn(h, rope)).view(x.shape)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         with kept or Recomputed.NOTHING:
@@ -258,22 +260,26 @@ class PixelDiT(Denoiser):
         return {"label": torch.full_like(condition["label"], self.config.num_classes)}
 
     @classmethod
-    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool] | None:
-        """``post_modulation``, from the number of modulations of a pixel: 4, or 6 without."""
+    def options_of(cls, state: Mapping[str, Tensor]) -> dict[str, bool | str] | None:
+        """``post_modulation``: a pixel has 4 modulations, or 6 without; and ``pixel_modulation``."""
         if "patch_blocks.0.attn.qkv.weight" not in state:
             return None
         names = ("pixel_blocks.0.adaLN_modulation.0", "pixel_embedder.proj", "s_embedder.proj")
         if any(f"{name}.weight" not in state for name in names):
             return {}
         modulation, of_pixel, of_patch = (state[f"{name}.weight"] for name in names)
-        kinds = len(modulation) // len(of_pixel)
+        kinds, found = len(modulation) // len(of_pixel), "patch"
         if kinds not in (4, 6):  # not one for all pixels of a patch, but for each
-            kinds = kinds * of_pixel.shape[1] // of_patch.shape[1]
-        return {"post_modulation": kinds == 4}
+            kinds, found = kinds * of_pixel.shape[1] // of_patch.shape[1], "pixel"
+        return {"post_modulation": kinds == 4, "pixel_modulation": found}
 
     def adaln_modules(self) -> list[nn.Module]:
         """Those of the patch blocks; the pixel blocks' are larger products, of every patch."""
         return [cast("Block", block).adaLN_modulation for block in self.patch_blocks]
+
+    def modules_in_ops(self) -> list[nn.Module]:
+        """The MLPs of the pixels."""
+        return [cast("PixelBlock", block).mlp for block in self.pixel_blocks]
 
     def fsdp_units(self) -> list[Any]:
         """Patch blocks, then pixel blocks."""
@@ -386,4 +392,4 @@ class PixelDiT(Denoiser):
         rope = self.rope(grid, x.device)
         for block in self.pixel_blocks:
             x = block(x, s, rope)
-        return self.final_layer(x).view(B, T, -1)
+        return self.final_layer(x).view(B, T, self.config.patch_dim)

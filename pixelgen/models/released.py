@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,13 +50,16 @@ def load_strictly(model: Denoiser, state: dict[str, Tensor], source: str) -> Non
     model.load_state_dict(state)
 
 
-def require_kind(architecture: Architecture, state: Mapping[str, Tensor], source: str) -> None:
+def require_kind(
+    architecture: Architecture, state: Mapping[str, Tensor], source: str, size: str | None = None
+) -> None:
     """Refuses a state dict that another kind of model was saved with; one of an unknown kind passes.
 
     Args:
         architecture: of the model that is to be filled.
         state: by the names of the published code.
         source: what to call the place where the state is from.
+        size: the name that ``architecture`` was asked for by, if it was.
 
     Raises:
         UserError: the state is of another family, or of a variant of it with other parameters; the message
@@ -68,14 +71,23 @@ def require_kind(architecture: Architecture, state: Mapping[str, Tensor], source
         options = denoiser.options_of(state)
         if options is None:
             continue
-        words = [f"{'with' if on else 'without'} {name.replace('_', '-')}" for name, on in options.items()]
-        held = " ".join([f"{source} holds a {denoiser.__name__} denoiser", *words])
+        words = " and ".join(_in_words(name, value) for name, value in options.items())
+        held = " ".join([f"{source} holds a {denoiser.__name__} denoiser", *filter(None, [words])])
         if family is not own:
-            raise UserError(f"{held}, model.family is {own.name}")
+            wanted = f"{size} is of family" if size else "model.family is"
+            raise UserError(f"{held}, {wanted} {own.name}")
         for name, value in options.items():
-            if getattr(architecture, name) != value:
-                raise UserError(f"{held}, model.{name} is {str(not value).lower()}")
+            if (wanted_value := getattr(architecture, name)) != value:
+                raise UserError(f"{held}, model.{name} is {str(wanted_value).lower()}")
         return
+
+
+def _in_words(name: str, value: bool | str) -> str:
+    """``with post-modulation``, or ``with pixel-modulation patch``."""
+    option = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"{'with' if value else 'without'} {option}"
+    return f"with {option} {value}"
 
 
 def read_released_checkpoint(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -109,6 +121,7 @@ def load_released_checkpoint(
     config: Architecture | str,
     weights: str = "ema",
     kernels: Literal["auto", "eager"] = "auto",
+    image_size: int | None = None,
 ) -> Denoiser:
     """A denoiser with the weights of a published checkpoint.
 
@@ -119,6 +132,7 @@ def load_released_checkpoint(
             post-modulation.
         weights: ``"ema"`` for the averaged weights, ``"raw"`` for the trained ones.
         kernels: as in ``JiT``.
+        image_size: side of the images in pixels; by default that of ``config``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -128,11 +142,17 @@ def load_released_checkpoint(
     if weights not in _PREFIX:
         raise UserError(f"{path}: a .ckpt has ema and raw weights only, got {weights!r}")
     architecture = architecture_of_size(config) if isinstance(config, str) else config
+    if image_size is not None:
+        architecture = replace(architecture, image_size=image_size)
     published = read_released_checkpoint(path)[weights]
-    if isinstance(config, str):
-        recognised = family_of(architecture).denoiser().options_of(published) or {}
+    if not published:
+        other = next(name for name in _PREFIX if name != weights)
+        raise UserError(f"{path} has no {weights} weights ({_PREFIX[weights]}*), only {other}")
+    size = config if isinstance(config, str) else None
+    if size is not None:
+        recognised: dict[str, Any] = dict(family_of(architecture).denoiser().options_of(published) or {})
         architecture = replace(architecture, **recognised)
-    require_kind(architecture, published, str(path))
+    require_kind(architecture, published, str(path), size)
     model = build_denoiser(architecture, kernels)
     load_strictly(model, model.convert(published), str(path))
     return model.eval()

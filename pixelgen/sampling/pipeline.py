@@ -34,6 +34,7 @@ PRESET_OF_SIZE = {
     "PixelDiT-B/16": "pixeldit-b-256",
     "PixelDiT-L/16": "pixeldit-l-256",
 }
+PRESET_OF_SIZE_AND_IMAGE = {("PixelDiT-XL/16", 512): "pixeldit-xl-512"}
 PRESET_OF_FAMILY = {"jit": "pixelgen-xl-256", "pixeldit": "pixeldit-xl-256"}
 
 
@@ -109,6 +110,7 @@ class Pipeline:
         weights: str = "ema",
         device: str | torch.device = "cpu",
         kernels: Literal["auto", "eager"] = "auto",
+        image_size: int | None = None,
     ) -> Pipeline:
         """Loads a ``.ckpt`` of the public code, with the sampling settings and dtype of its preset.
 
@@ -119,9 +121,12 @@ class Pipeline:
             weights: ``"ema"`` for the averaged weights, or ``"raw"``.
             device: where to sample.
             kernels: as in ``JiT``.
+            image_size: side of the images in pixels where it is not that of the size: 512 for PixelDiT's
+                weights of that resolution, which no shape in the file tells.
         """
-        model = load_released_checkpoint(path, size, weights, kernels)
-        preset = PRESET_OF_SIZE.get(size) or PRESET_OF_FAMILY[family_of(model.config).name]
+        model = load_released_checkpoint(path, size, weights, kernels, image_size)
+        preset = PRESET_OF_SIZE_AND_IMAGE.get((size, model.config.image_size)) or PRESET_OF_SIZE.get(size)
+        preset = preset or PRESET_OF_FAMILY[family_of(model.config).name]
         config = config_from_yaml((PRESET_DIR / f"{preset}.yaml").read_text(), preset)
         return cls(model.to(device), config.sample, dtype=config.dtype)
 

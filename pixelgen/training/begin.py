@@ -79,6 +79,8 @@ def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, Stat
     if Path(path).suffix == ".ckpt":
         published = read_released_checkpoint(path)
         require_kind(model.config, published["raw"], f"--init: {path}")
+        # that of the published weights is the default of the family
+        _require_prediction(model, type(model.config), path)
         parts = {kind: model.convert(state) for kind, state in published.items()}
         return path, parts["raw"], {"ema": parts["ema"] or parts["raw"]}, ()
     checkpoint = checkpoints.find_checkpoint(path)
@@ -89,10 +91,18 @@ def read_weights(path: str, model: Denoiser) -> tuple[str, State, dict[str, Stat
         raise UserError(
             f"--init: {checkpoint} is of model.family {config.model.family}, and the run is of {own}"
         )
+    _require_prediction(model, config.model_config(), str(checkpoint))
     averages = {name: checkpoints.load_ema_weights(checkpoint, name) for name in meta["averages"]}
     raw = checkpoints.load_part(checkpoint, "model.")
     require_kind(model.config, raw, f"--init: {checkpoint}")
     return str(checkpoint), raw, averages, tuple(meta.get("data", {}).get("class_names", ()))
+
+
+def _require_prediction(model: Denoiser, of: object, source: str) -> None:
+    """Refuses weights that predict something else, where the family has a choice: no shape tells."""
+    theirs = getattr(of, "prediction", model.prediction)
+    if theirs != model.prediction:
+        raise UserError(f"--init: {source} predicts {theirs}, and model.prediction is {model.prediction}")
 
 
 def fitted(

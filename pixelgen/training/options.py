@@ -18,7 +18,8 @@ class TimeConfig(Section):
         mean: mean of the normal in logit_normal; below 0 favours noisy images.
         std: its standard deviation.
         timeshift: t becomes t / (t + (1 - t) * timeshift); above 1 favours noisy images.
-        t_eps: floor of 1 - t where the velocity is formed, in training and in sampling.
+        t_eps: floor of 1 - t where the velocity is formed, in training and in sampling; a model that predicts
+            the velocity itself has none.
         noise_scale: standard deviation of the noise, in training and in sampling.
     """
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 
@@ -108,7 +109,6 @@ def check_same_run(config: TrainConfig, dataset: Source, checkpoint: Path) -> No
 
     def parts(config: TrainConfig, has_data_state: bool) -> Iterator[tuple[str, object]]:
         loss = config.loss
-        yield "model", config.model_config().without_dropout()
         yield "optimizer.name", config.optimizer.name
         for options in loss.of_terms().values():
             yield from options.trained().items()
@@ -119,6 +119,21 @@ def check_same_run(config: TrainConfig, dataset: Source, checkpoint: Path) -> No
         yield "data.name or data.streaming", has_data_state
         yield "ema.decay or ema.power", list(decay_schedules(config.ema))
 
+    def architecture(config: TrainConfig) -> dict[str, object]:
+        model = config.model_config().for_resume()
+        values = {field.name: getattr(model, field.name) for field in fields(model)}
+        return {"model.family": config.model.family} | {
+            f"{'data' if hasattr(config.data, name) else 'model'}.{name}": value
+            for name, value in values.items()
+        }
+
+    model, saved_model = architecture(config), architecture(saved)
+    for name, value in model.items():
+        if value != (was := saved_model.get(name)):
+            raise UserError(
+                f"{name} cannot change at a resume: it was {was} in {checkpoint}, and is {value} now; start "
+                "a new run"
+            )
     before = dict(parts(saved, bool(checkpoints.stored_values(checkpoint, "data"))))
     now = dict(parts(config, bool(dataset.state_dict())))
     changed = next((name for name in now if now[name] != before[name]), None)

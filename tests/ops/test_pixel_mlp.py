@@ -159,6 +159,22 @@ def test_a_handover_changes_no_bit(shape, kinds, dtype):
     assert_same_bits(grads, expected_grads)
 
 
+def test_a_handover_is_for_one_call_of_each_op():
+    inputs = block_inputs(2, 3, 8, 16)
+    for order in ("twice", "the other way round"):
+        handover = Handover()
+        modulation = inputs["modulation"].clone().requires_grad_()
+        others = {name: value for name, value in inputs.items() if name not in ("x", "modulation", "weight")}
+        if order == "twice":
+            block(inputs["x"], modulation, inputs["weight"], handover, **others)
+        else:
+            pixel_mlp(inputs["x"], inputs["x"], modulation, handover=handover, **others)
+        with pytest.raises(RuntimeError, match="it is for one call of pixel_modulate, then one of pixel_mlp"):
+            pixel_modulate(inputs["x"], modulation, inputs["weight"], handover=handover)
+        with pytest.raises(RuntimeError, match="pixel_mlp: this handover has been through pixel_mlp"):
+            pixel_mlp(inputs["x"], inputs["x"], modulation, handover=handover, **others)
+
+
 @pytest.mark.parametrize("kinds", [6, 4])
 def test_a_handover_is_good_for_one_backward_pass(kinds):
     inputs = block_inputs(2, 3, 8, 16, kinds=kinds)

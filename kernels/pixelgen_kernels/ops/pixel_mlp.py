@@ -235,7 +235,7 @@ def pixel_mlp(
     Raises:
         TypeError: an argument is not a tensor of a floating dtype.
         ValueError: a shape, stride, device or value is not as above.
-        RuntimeError: in a second backward pass with a handover.
+        RuntimeError: the handover has been used already; in a second backward pass with one.
     """
     op = "pixel_mlp"
     weights = norm_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias
@@ -267,6 +267,7 @@ def pixel_mlp(
         if not matrix.is_contiguous():
             raise ValueError(f"{op}: {name} must be dense, got strides {tuple(matrix.stride())}")
     if handover is not None and handover.takes(x, modulation):
+        handover.begin(op, is_last=True)
         if modulation.shape[-1] == 4 * d:
             handover.carrier = modulation
         if handover.carrier is not None:

@@ -131,6 +131,7 @@ def pixel_modulate(
     Raises:
         TypeError: an argument is not a tensor of a floating dtype.
         ValueError: a shape, stride, device or value is not as above.
+        RuntimeError: the handover has been used already.
     """
     op = "pixel_modulate"
     if not checks.are_rows("RQD RQM D", x, modulation, weight):
@@ -142,6 +143,7 @@ def pixel_modulate(
     checks.shape(op, "modulation", modulation, (R, Q, NUM_KINDS * d), "R, Q, 6 d")
     checks.shape(op, "weight", weight, (d,), "d,")
     if handover is not None and handover.takes(x, modulation):
+        handover.begin(op)
         normed, handover.carrier = _HandedOver.apply(x, modulation, weight, eps)
         return normed
     return _pixel_modulate(x, modulation, weight, eps)
