@@ -188,7 +188,7 @@ def test_files_without_averaged_weights(tmp_path: Path):
 
 def test_unknown_sizes_and_missing_keys(tmp_path: Path):
     path, config = published(variant(False), tmp_path)
-    with pytest.raises(UserError, match=r"model.size must be one of .*, got 'PixelDiT-XXL/16'") as error:
+    with pytest.raises(UserError, match=r"^size must be one of .*, got 'PixelDiT-XXL/16'") as error:
         load_released_checkpoint(path, "PixelDiT-XXL/16")
     assert all(f"{size}, " in str(error.value) for size in ("PixelGen-XL/16", "JiT-B/32", "PixelDiT-XL/16"))
     state = variant(False).state(variant(False).sidecar["state_file"])

@@ -138,7 +138,7 @@ def architecture_of_size(size: str) -> Architecture:
         if size in family.sizes:
             return family.sizes[size]
     known = ", ".join(name for family in FAMILIES.values() for name in family.sizes)
-    raise UserError(f"model.size must be one of {known}, got {size!r}")
+    raise UserError(f"size must be one of {known}, got {size!r}")
 
 
 def family_of(architecture: Architecture) -> Family:
