@@ -46,7 +46,7 @@ class Architecture:
         if not is_valid:
             raise UserError(f"{type(self).__name__}: {name} must {expected}, got {getattr(self, name)}")
 
-    def for_resume(self) -> Architecture:
+    def without_dropout(self) -> Architecture:
         """The same weights without dropout and whatever else a resumed run may change."""
         return self
 

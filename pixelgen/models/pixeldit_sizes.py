@@ -55,7 +55,7 @@ class PixelDiTConfig(Architecture):
         for name, choices in (("pixel_modulation", ("pixel", "patch")), ("prediction", ("velocity", "x"))):
             self._require(name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
 
-    def for_resume(self) -> PixelDiTConfig:
+    def without_dropout(self) -> PixelDiTConfig:
         """The same weights; what is recomputed may change."""
         return replace(self, recompute_modulation=False)
 

@@ -50,7 +50,7 @@ class ModelConfig(Architecture):
         for name in ("attn_dropout", "proj_dropout"):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "lie in [0, 1)")
 
-    def for_resume(self) -> ModelConfig:
+    def without_dropout(self) -> ModelConfig:
         """The same weights without dropout."""
         return replace(self, attn_dropout=0.0, proj_dropout=0.0)
 

@@ -120,7 +120,7 @@ def check_same_run(config: TrainConfig, dataset: Source, checkpoint: Path) -> No
         yield "ema.decay or ema.power", list(decay_schedules(config.ema))
 
     def architecture(config: TrainConfig) -> dict[str, object]:
-        model = config.model_config().for_resume()
+        model = config.model_config().without_dropout()
         values = {field.name: getattr(model, field.name) for field in fields(model)}
         return {"model.family": config.model.family} | {
             f"{'data' if hasattr(config.data, name) else 'model'}.{name}": value
