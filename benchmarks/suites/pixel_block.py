@@ -40,7 +40,7 @@ class Runner:
         from pixelgen_kernels import select
 
         kernels, is_compiled, is_recomputed = PROVIDERS[provider]
-        self.device, self.ops = device, select(kernels)  # type: ignore[arg-type]
+        self.ops = select(kernels)  # type: ignore[arg-type]
         torch.manual_seed(0)
         block = PixelBlock(replace(CONFIG, recompute_modulation=is_recomputed), self.ops)
         torch.nn.init.normal_(block.adaLN_modulation[0].weight, std=0.02)  # zeros would tell nothing
@@ -65,12 +65,9 @@ class Runner:
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_drop)
 
-    def _leaves(self, *tensors: Tensor) -> list[Tensor]:
-        return [tensor.detach().requires_grad_() for tensor in tensors]
-
     def prepare_block(self) -> list[Tensor]:
         """Leaves of a call."""
-        return self._leaves(self.x, self.s)
+        return _leaves(self.x, self.s)
 
     def run_block(self, leaves: list[Tensor]) -> list[Tensor]:
         """Output and gradients of the inputs."""
@@ -81,7 +78,7 @@ class Runner:
 
     def prepare_outside(self) -> list[Tensor]:
         """Leaves of a call; the modulation is new, as a projection makes it."""
-        return self._leaves(self.x, self.y, self.modulation.clone())
+        return _leaves(self.x, self.y, self.modulation.clone())
 
     def run_outside(self, leaves: list[Tensor]) -> list[Tensor]:
         """Gradients of the inputs."""
@@ -93,7 +90,7 @@ class Runner:
 
     def prepare_pixel_modulate(self) -> list[Tensor]:
         """Leaves of a call."""
-        return self._leaves(self.x, self.modulation.clone())
+        return _leaves(self.x, self.modulation.clone())
 
     def run_pixel_modulate(self, leaves: list[Tensor]) -> list[Tensor]:
         """Gradients of the inputs; in the block `pixel_mlp` has written its own over the modulation."""
@@ -127,6 +124,10 @@ class Runner:
         block, fc1, fc2 = self.block, self.block.mlp.fc1, self.block.mlp.fc2
         weights = block.norm2.weight, fc1.weight, fc1.bias, fc2.weight, fc2.bias
         return self.ops.pixel_mlp(x, y, modulation, *weights, handover=handover)
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
 def _gradients(leaves: list[Tensor]) -> list[Tensor]:
